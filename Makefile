@@ -1,0 +1,54 @@
+# SPDX-FileCopyrightText: kvtailor contributors
+# SPDX-License-Identifier: Apache-2.0
+#
+#   make demo        a real model with a tailored cache
+#   make test        the tests; PRESETS="release clang asan tsan" for all of them
+#   make bench       the benchmarks
+#   make ci          all that has to pass
+
+PRESETS ?= release
+JOBS ?= $(shell nproc)
+
+sources = git ls-files -z --cached --others --exclude-standard -- '*.hpp' '*.cpp' '*.cu' '*.cuh'
+
+.PHONY: bootstrap demo test bench format check-format tidy ci clean
+
+bootstrap:
+	@tools/bootstrap
+
+demo: bootstrap
+	cmake --preset release
+	cmake --build --preset release -j $(JOBS) --target kvt-llm
+	tools/demo
+
+test: bootstrap
+	@set -e; for preset in $(PRESETS); do \
+	  echo "== $$preset"; \
+	  cmake --preset $$preset; \
+	  cmake --build --preset $$preset -j $(JOBS); \
+	  ctest --preset $$preset -j $(JOBS); \
+	done
+
+bench: bootstrap
+	cmake --preset release
+	cmake --build --preset release -j $(JOBS)
+	tools/bench
+
+format:
+	$(sources) | xargs -0 -r clang-format-14 -i
+
+check-format:
+	$(sources) | xargs -0 -r clang-format-14 --dry-run --Werror
+
+# One file that includes everything is enough to read every header once.
+tidy: bootstrap
+	cmake --preset clang --log-level=WARNING
+	clang-tidy-14 --quiet --warnings-as-errors='*' -p build/clang tests/tidy.cpp
+
+ci:
+	$(MAKE) bootstrap
+	$(MAKE) check-format
+	$(MAKE) test PRESETS="release clang asan tsan"
+
+clean:
+	rm -rf build

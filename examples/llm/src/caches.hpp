@@ -1,0 +1,24 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Caches by name, compiled once for the whole program.
+#pragma once
+
+#include <string>
+
+#include "kvtailor/any_cache.hpp"
+#include "kvtailor/cache.hpp"
+
+namespace kvt_llm {
+
+// Throws std::runtime_error with the library's sentence.
+std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
+                                          const kvt::CacheOptions& options);
+std::string known_policies();
+
+// Throws unless success.
+void check(const kvt::Status& status);
+// Rows a head holds on average.
+double mean_rows(const kvt::AnyCache& cache);
+
+}  // namespace kvt_llm

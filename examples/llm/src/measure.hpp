@@ -1,0 +1,64 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Fidelity: how far one next-token distribution is from another. Progress: how far long work is.
+#pragma once
+
+#include <chrono>
+#include <cstddef>
+#include <memory_resource>
+#include <span>
+#include <string>
+#include <vector>
+
+namespace kvt_llm {
+
+struct Distance {
+  double kl = 0;        // KL(reference || other), nats
+  bool same_top = false;
+  double reference_nll = 0, other_nll = 0;  // of `target`, if there is one
+};
+Distance compare(std::span<const float> reference, std::span<const float> other, int target = -1);
+
+struct Fidelity {
+  std::vector<double> kl;
+  double same_top = 0, nll_change = 0;  // sums
+
+  void add(const Distance& d);
+  double mean_kl() const;
+  double kl_quantile(double q) const;  // nearest rank
+  double same_top_share() const { return kl.empty() ? 0 : same_top / static_cast<double>(kl.size()); }
+  double mean_nll_change() const { return kl.empty() ? 0 : nll_change / static_cast<double>(kl.size()); }
+};
+
+// A bar on a terminal, a line now and then elsewhere; both on stderr.
+class Progress {
+ public:
+  Progress(std::string what, long long total);
+  ~Progress();
+  void advance(long long steps);
+
+ private:
+  std::string what_;
+  long long total_, done_ = 0;
+  int shown_ = -1;
+  bool terminal_;
+  std::chrono::steady_clock::time_point start_;
+};
+
+// Counts what is allocated through it, so that a cache's own account can be checked.
+class CountingResource : public std::pmr::memory_resource {
+ public:
+  long long outstanding() const { return outstanding_; }
+
+ private:
+  void* do_allocate(std::size_t bytes, std::size_t alignment) override;
+  void do_deallocate(void* p, std::size_t bytes, std::size_t alignment) override;
+  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+  long long outstanding_ = 0;
+};
+
+double seconds();  // on a clock that does not go back
+double median(std::vector<double> x);
+
+}  // namespace kvt_llm

@@ -1,0 +1,59 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// SoftmaxState: a softmax that is met in parts. The accumulator that belongs to it holds sum of exp(logit - max) * value.
+// Source: online softmax, Milakov & Gimelshein, arXiv 1805.02867.
+#pragma once
+
+#include <cmath>
+#include <limits>
+
+#include "kvtailor/core/half.hpp"
+
+namespace kvt::inline v0 {
+
+// exp(x) for x <= 0 within 2 units in the last place, and zero below -87: branch-free, so that loops vectorise.
+KVT_HD KVT_INLINE float exp_nonpositive(float x) {
+  const float y = x < -87.f ? -87.f : x;
+  const float shifted = y * 1.44269504f + 12582912.f;  // 1.5 * 2^23 rounds to the nearest integer
+  const float n = shifted - 12582912.f;
+  const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
+  float p = 1.9875691500e-4f;
+  p = p * r + 1.3981999507e-3f;
+  p = p * r + 8.3334519073e-3f;
+  p = p * r + 4.1665795894e-2f;
+  p = p * r + 1.6666665459e-1f;
+  p = p * r + 5.0000001201e-1f;
+  p = p * r * r + r + 1.f;
+  const float scaled = float_from_bits(bits_from_float(p) + (bits_from_float(shifted) << 23));
+  return x < -87.f ? 0.f : scaled;
+}
+
+struct SoftmaxState {
+  float max = -std::numeric_limits<float>::infinity();
+  float sum = 0;
+
+  KVT_HD bool empty() const { return !(sum > 0); }
+
+  // Raises the maximum to at least `logit`; returns what sum and accumulator so far are multiplied by.
+  KVT_HD float raise(float logit) {
+    if (!(logit > max)) return 1.f;
+    const float factor = empty() ? 0.f : exp_nonpositive(max - logit);
+    max = logit;
+    sum *= factor;
+    return factor;
+  }
+  // Joins another part; returns the factors of this accumulator and of the other's. Two empty parts give zeros.
+  struct Factors {
+    float own, other;
+  };
+  KVT_HD Factors merge(const SoftmaxState& part) {
+    if (part.empty()) return {1.f, 0.f};
+    const float own = raise(part.max);
+    const float other = exp_nonpositive(part.max - max);
+    sum += part.sum * other;
+    return {own, other};
+  }
+};
+
+}  // namespace kvt::inline v0

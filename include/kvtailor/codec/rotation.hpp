@@ -1,0 +1,150 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Rotation: the orthogonal map y = (H x D x) / sqrt(head_dim), D random signs and H a Hadamard matrix of exactly head_dim.
+//
+// H = P (x) W: W is Walsh-Hadamard of the largest power of two, P one of order 1, 12, 20 or 28 by Paley's constructions
+// (J. Math. Phys. 12, 1933): I from GF(11) and GF(19), II from GF(13). No head dim of the library needs padding.
+// Cost: head_dim * (log2(power) + order) additions. Lanes need no memory of their own beyond the row.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "kvtailor/core/lanes.hpp"
+
+namespace kvt::inline v0 {
+
+namespace detail {
+
+constexpr int paley_order(int head_dim) {
+  while (head_dim % 2 == 0) head_dim /= 2;
+  return head_dim == 1 ? 1 : head_dim * 4;  // 3, 5, 7 -> 12, 20, 28
+}
+
+// 1 for a square modulo the prime q, -1 for none, 0 for zero.
+constexpr int legendre(int a, int q) {
+  a = ((a % q) + q) % q;
+  if (a == 0) return 0;
+  for (int x = 1; x < q; ++x) {
+    if (x * x % q == a) return 1;
+  }
+  return -1;
+}
+
+template <int order>
+struct Paley {
+  signed char sign[order][order] = {};
+
+  constexpr Paley() {
+    if constexpr (order == 1) {
+      sign[0][0] = 1;
+    } else if constexpr (order == 28) {
+      constexpr int q = 13;
+      for (int i = 0; i <= q; ++i) {
+        for (int j = 0; j <= q; ++j) {
+          const int c = i == j ? 0 : i == 0 || j == 0 ? 1 : legendre(i - j, q);
+          const int e = i == j ? 1 : 0;
+          sign[2 * i][2 * j] = static_cast<signed char>(c + e);
+          sign[2 * i][2 * j + 1] = static_cast<signed char>(c - e);
+          sign[2 * i + 1][2 * j] = static_cast<signed char>(c - e);
+          sign[2 * i + 1][2 * j + 1] = static_cast<signed char>(-c - e);
+        }
+      }
+    } else {
+      constexpr int q = order - 1;
+      for (int i = 0; i <= q; ++i) {
+        for (int j = 0; j <= q; ++j) {
+          const int s = i == j ? 1 : i == 0 ? 1 : j == 0 ? -1 : legendre(j - i, q);
+          sign[i][j] = static_cast<signed char>(s);
+        }
+      }
+    }
+  }
+};
+
+}  // namespace detail
+
+template <int head_dim, std::uint64_t seed = 0x6b76746169ull>
+struct Rotation {
+  static constexpr int order = detail::paley_order(head_dim);
+  static constexpr int power = head_dim / order;
+  static_assert(order * power == head_dim && (power & (power - 1)) == 0 && order <= 28);
+
+  // Sign of element d: a bit of a splitmix64 stream (Steele, Lea & Flood, OOPSLA 2014).
+  KVT_HD static constexpr float sign(int d) {
+    std::uint64_t z = seed + 0x9e3779b97f4a7c15ull * static_cast<std::uint64_t>(d + 1);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return (z ^ (z >> 31)) & 1 ? 1.f : -1.f;
+  }
+
+  // In place; x[head_dim] is memory all lanes see.
+  template <class Lanes>
+  KVT_HD static void forward(const Lanes& lanes, float* x) {
+    lanes.each([&](int lane) {
+      for (int d = lane; d < head_dim; d += Lanes::size) x[d] *= signs().value[d];
+    });
+    transform<false>(lanes, x);
+  }
+  template <class Lanes>
+  KVT_HD static void inverse(const Lanes& lanes, float* x) {
+    transform<true>(lanes, x);
+    lanes.each([&](int lane) {
+      for (int d = lane; d < head_dim; d += Lanes::size) x[d] *= signs().value[d];
+    });
+  }
+
+ private:
+  struct Signs {
+    float value[head_dim] = {};
+    constexpr Signs() {
+      for (int d = 0; d < head_dim; ++d) value[d] = sign(d);
+    }
+  };
+  KVT_HD KVT_INLINE static constexpr Signs signs() { return Signs(); }
+  static constexpr double inverse_root() {
+    double root = head_dim;
+    for (int i = 0; i < 64; ++i) root = 0.5 * (root + head_dim / root);
+    return 1.0 / root;
+  }
+
+  template <bool transposed, class Lanes>
+  KVT_HD static void transform(const Lanes& lanes, float* x) {
+    for (int step = 1; step < power; step *= 2) {
+      lanes.each([&](int lane) {
+        if constexpr (Lanes::size == 1) {
+          for (int base = 0; base < head_dim; base += 2 * step) {
+            for (int i = base; i < base + step; ++i) {
+              const float a = x[i], b = x[i + step];
+              x[i] = a + b;
+              x[i + step] = a - b;
+            }
+          }
+        } else {
+          for (int pair = lane; pair < head_dim / 2; pair += Lanes::size) {
+            const int i = pair / step * 2 * step + pair % step;
+            const float a = x[i], b = x[i + step];
+            x[i] = a + b;
+            x[i + step] = a - b;
+          }
+        }
+      });
+    }
+    lanes.each([&](int lane) {
+      constexpr float scale = static_cast<float>(inverse_root());
+      constexpr detail::Paley<order> paley;
+      for (int column = lane; column < power; column += Lanes::size) {
+        float in[order];
+        for (int j = 0; j < order; ++j) in[j] = x[j * power + column] * scale;
+        for (int i = 0; i < order; ++i) {
+          float total = 0;
+          for (int j = 0; j < order; ++j) total += (transposed ? paley.sign[j][i] : paley.sign[i][j]) * in[j];
+          x[i * power + column] = total;
+        }
+      }
+    });
+  }
+};
+
+}  // namespace kvt::inline v0

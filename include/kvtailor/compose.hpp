@@ -1,0 +1,256 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// make_cache({"adaptive", "snap_kv:window=32", "turbo3/turbo2"}, geometry) composes a cache by name.
+//
+// For programs and engines with flags. A virtual call a layer and a branch a block is all it costs; an engine that knows
+// what it wants names a KvCache<...> and pays nothing. Compiles every codec for every head dim: include it in one file.
+#pragma once
+
+#include <array>
+#include <charconv>
+#include <string_view>
+#include <variant>
+
+#include "kvtailor/any_cache.hpp"
+#include "kvtailor/budget/adaptive.hpp"
+#include "kvtailor/budget/uniform.hpp"
+#include "kvtailor/cache.hpp"
+#include "kvtailor/codec/turbo_quant.hpp"
+#include "kvtailor/select/key_diff.hpp"
+#include "kvtailor/select/sink_recent.hpp"
+#include "kvtailor/select/snap_kv.hpp"
+
+namespace kvt::inline v0 {
+
+namespace detail {
+
+struct AnyAllocator {
+  static constexpr EvidenceSet needs = Uniform::needs | Adaptive::needs;
+  std::variant<Uniform, Adaptive> policy;
+  Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept {
+    return std::visit([&](const auto& p) { return p.allocate(want, keep); }, policy);
+  }
+};
+
+struct AnySelector {
+  static constexpr EvidenceSet needs = SinkRecent::needs | KeyDiff::needs | SnapKv::needs;
+  std::variant<SinkRecent, KeyDiff, SnapKv> policy;
+  int window = 1;  // queries the cache keeps for it
+
+  EvidenceSet active_needs() const {
+    return std::visit([](const auto& p) { return EvidenceSet(p.needs); }, policy);
+  }
+  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
+    return std::visit([&](const auto& p) { return p.score(seen, score); }, policy);
+  }
+};
+
+inline constexpr const char* known_codecs = "fp16, bf16, fp32, turbo1, turbo2, turbo3, turbo4, turbo5, turbo6";
+
+template <int dim>
+using AnyCodec =
+    OneOf<Dense<Half, dim>, Dense<BFloat16, dim>, Dense<float, dim>, TurboQuant<1, dim>, TurboQuant<2, dim>, TurboQuant<3, dim>,
+          TurboQuant<4, dim>, TurboQuant<5, dim>, TurboQuant<6, dim>>;
+
+template <class Cache>
+class Erased final : public AnyCache {
+ public:
+  Erased(typename Cache::budget_type budget, typename Cache::selector_type selector, typename Cache::codec_type codec)
+      : cache_(std::move(budget), std::move(selector), std::move(codec)) {}
+  Cache& get() { return cache_; }
+
+  const Geometry& geometry() const noexcept override { return cache_.geometry(); }
+  Status append(int layer, const float* keys, const float* values, std::span<const int> positions) noexcept override {
+    return cache_.append(layer, keys, values, positions);
+  }
+  bool wants_queries() const noexcept override { return cache_.wants_queries(); }
+  Status observe(int layer, const float* queries, std::span<const int> positions,
+                 const AttendOptions& attend) noexcept override {
+    return cache_.observe(layer, queries, positions, attend);
+  }
+  Status plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend, float* out,
+              AttendPlan& plan) const noexcept override {
+    return cache_.plan(layer, queries, positions, attend, out, plan);
+  }
+  Status compress(Retain retain) noexcept override { return cache_.compress(retain); }
+  Status flush() noexcept override { return cache_.flush(); }
+  Status truncate(int position) noexcept override { return cache_.truncate(position); }
+  Status fork(std::unique_ptr<AnyCache>& child) const noexcept override try {
+    auto twin = std::make_unique<Erased>(typename Cache::budget_type{}, typename Cache::selector_type{},
+                                         typename Cache::codec_type{});
+    KVT_TRY(cache_.fork(twin->cache_));
+    child = std::move(twin);
+    return success();
+  } catch (const std::bad_alloc&) {
+    return error(Errc::out_of_memory, "out of memory while copying a cache");
+  }
+  void clear() noexcept override { cache_.clear(); }
+  Memory memory() const noexcept override { return cache_.memory(); }
+  double bits_per_element() const noexcept override { return cache_.bits_per_element(); }
+  int num_rows(int layer, int kv_head) const noexcept override { return cache_.num_rows(layer, kv_head); }
+  std::span<const int> positions(int layer, int kv_head) const noexcept override { return cache_.positions(layer, kv_head); }
+  int end_position(int layer) const noexcept override { return cache_.end_position(layer); }
+
+ private:
+  Cache cache_;
+};
+
+// "name:key=value,key=value", read one parameter at a time.
+class Spec {
+ public:
+  explicit Spec(std::string_view text) : name(text.substr(0, text.find(':'))) {
+    if (name.size() < text.size()) rest_ = text.substr(name.size() + 1);
+  }
+  // False at the end.
+  bool next(std::string_view& key, std::string_view& value) {
+    if (rest_.empty()) return false;
+    const auto item = rest_.substr(0, rest_.find(','));
+    rest_ = item.size() < rest_.size() ? rest_.substr(item.size() + 1) : std::string_view();
+    key = item.substr(0, item.find('='));
+    value = key.size() < item.size() ? item.substr(key.size() + 1) : std::string_view();
+    return true;
+  }
+  std::string_view name;
+
+ private:
+  std::string_view rest_;
+};
+
+template <class T>
+bool read_number(std::string_view text, T low, T high, T& out) {
+  T x{};
+  const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), x);
+  if (failure != std::errc() || end != text.data() + text.size() || !(x >= low && x <= high)) return false;
+  out = x;
+  return true;
+}
+
+inline std::string bad_parameter(std::string_view policy, std::string_view key, std::string_view value, std::string_view known) {
+  return std::string(policy) + " has no parameter " + std::string(key) + "=" + std::string(value) + "; it takes " +
+         std::string(known);
+}
+
+// An empty message is success.
+inline std::string parse_allocator(std::string_view text, AnyAllocator& out) {
+  Spec spec(text);
+  std::string_view key, value;
+  if (spec.name == "uniform") {
+    if (spec.next(key, value)) return bad_parameter("uniform", key, value, "none");
+    out.policy = Uniform{};
+  } else if (spec.name == "adaptive") {
+    Adaptive policy;
+    while (spec.next(key, value)) {
+      if (key != "safeguard" || !read_number(value, 0.0, 1.0, policy.safeguard)) {
+        return bad_parameter("adaptive", key, value, "safeguard=0..1");
+      }
+    }
+    out.policy = policy;
+  } else {
+    return "unknown budget allocator \"" + std::string(spec.name) + "\"; known are uniform, adaptive";
+  }
+  return {};
+}
+
+inline std::string parse_selector(std::string_view text, AnySelector& out) {
+  Spec spec(text);
+  std::string_view key, value;
+  if (spec.name == "sink_recent") {
+    SinkRecent policy;
+    while (spec.next(key, value)) {
+      if (key != "num_sinks" || !read_number(value, 0, 1 << 20, policy.num_sinks)) {
+        return bad_parameter("sink_recent", key, value, "num_sinks=0..1048576");
+      }
+    }
+    out.policy = policy;
+  } else if (spec.name == "key_diff") {
+    if (spec.next(key, value)) return bad_parameter("key_diff", key, value, "none");
+    out.policy = KeyDiff{};
+  } else if (spec.name == "snap_kv") {
+    SnapKv policy;
+    while (spec.next(key, value)) {
+      const bool known = (key == "window" && read_number(value, 1, 4096, policy.window)) ||
+                         (key == "kernel" && read_number(value, 1, 4095, policy.kernel) && policy.kernel % 2 == 1) ||
+                         (key == "pool" && (value == "avg" || value == "max"));
+      if (!known) return bad_parameter("snap_kv", key, value, "window=1..4096, kernel=odd number, pool=avg or max");
+      if (key == "pool") policy.pool = value == "max" ? SnapKv::Pool::maximum : SnapKv::Pool::average;
+    }
+    out.policy = policy;
+    out.window = policy.window;
+  } else {
+    return "unknown token selector \"" + std::string(spec.name) + "\"; known are sink_recent, key_diff, snap_kv";
+  }
+  return {};
+}
+
+inline std::string parse_codec(std::string_view name, int& index) {
+  constexpr std::array<std::string_view, 9> names = {"fp16",   "bf16",   "fp32",   "turbo1", "turbo2",
+                                                     "turbo3", "turbo4", "turbo5", "turbo6"};
+  for (std::size_t i = 0; i < names.size(); ++i) {
+    if (names[i] == name) {
+      index = static_cast<int>(i);
+      return {};
+    }
+  }
+  return "unknown storage codec \"" + std::string(name) + "\"; known are " + known_codecs + ", or two as keys/values";
+}
+
+// Dense rows (sinks, recent) are fp32 beside an fp32 codec and fp16 otherwise.
+template <int dim, class DenseType>
+MadeCache make_erased(const AnyAllocator& allocator, const AnySelector& selector, int keys, int values, const Geometry& geometry,
+                      const CacheOptions& options) {
+  using Codec = KvCodec<AnyCodec<dim>, AnyCodec<dim>, DenseType>;
+  Codec codec;
+  codec.keys.index = keys;
+  codec.values.index = values;
+  auto erased = std::make_unique<Erased<KvCache<AnyAllocator, AnySelector, Codec>>>(allocator, selector, codec);
+  MadeCache made;
+  made.status = erased->get().init(geometry, options);
+  made.message = made.status.message();
+  if (made.status.ok()) made.cache = std::move(erased);
+  return made;
+}
+
+template <int... dims>
+MadeCache make_for(const AnyAllocator& allocator, const AnySelector& selector, int keys, int values, const Geometry& geometry,
+                   const CacheOptions& options) {
+  MadeCache made;
+  made.status = geometry.validate();
+  made.message = made.status.message();
+  const auto make = [&]<int dim>() {
+    // 0, 1, 2 are fp16, bf16, fp32; the dense zones must hold whatever the codec can.
+    if (keys == 2 || values == 2 || keys == 1 || values == 1) {
+      made = make_erased<dim, float>(allocator, selector, keys, values, geometry, options);
+    } else {
+      made = make_erased<dim, Half>(allocator, selector, keys, values, geometry, options);
+    }
+    return true;
+  };
+  (void)((geometry.head_dim == dims && made.status.ok() && make.template operator()<dims>()) || ...);
+  return made;
+}
+
+}  // namespace detail
+
+inline MadeCache make_cache(const Composition& names, const Geometry& geometry, const CacheOptions& options = {}) {
+  detail::AnyAllocator allocator;
+  detail::AnySelector selector;
+  int keys = 0, values = 0;
+  std::string wrong = detail::parse_allocator(names.allocator, allocator);
+  if (wrong.empty()) wrong = detail::parse_selector(names.selector, selector);
+  const std::string_view codec = names.codec;
+  const auto slash = codec.find('/');
+  if (wrong.empty()) wrong = detail::parse_codec(codec.substr(0, slash), keys);
+  if (wrong.empty()) wrong = detail::parse_codec(slash == codec.npos ? codec : codec.substr(slash + 1), values);
+  if (!wrong.empty()) return {nullptr, error(Errc::bad_name, "unknown name or parameter of a policy"), wrong};
+  return detail::make_for<40, 64, 80, 96, 112, 128, 192, 256>(allocator, selector, keys, values, geometry, options);
+}
+
+// For a program's help.
+inline std::string known_policies() {
+  return std::string("budget allocators: uniform, adaptive[:safeguard=0.2]\n") +
+         "token selectors:   sink_recent[:num_sinks=4], key_diff, snap_kv[:window=64,kernel=5,pool=avg]\n" +
+         "storage codecs:    " + detail::known_codecs + "; keys/values apart: turbo3/turbo2\n";
+}
+
+}  // namespace kvt::inline v0

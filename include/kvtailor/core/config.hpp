@@ -1,0 +1,29 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What every header needs to know about the compiler. A user may define KVT_ASSERT before the first include.
+#pragma once
+
+#if defined(__CUDACC__)
+#define KVT_HD __host__ __device__
+// A host-device template may be instantiated with a host-only callee on the host alone; nvcc warns about it all the same.
+#pragma nv_diag_suppress 20011, 20014
+#else
+#define KVT_HD
+#endif
+
+#if defined(__GNUC__)
+#define KVT_INLINE inline __attribute__((always_inline))
+#else
+#define KVT_INLINE inline
+#endif
+
+// Internal invariants only: nothing an engine or a file can cause. Off in release builds.
+#if !defined(KVT_ASSERT)
+#if defined(NDEBUG)
+#define KVT_ASSERT(condition) ((void)0)
+#else
+#include <cassert>
+#define KVT_ASSERT(condition) assert(condition)
+#endif
+#endif

@@ -1,0 +1,141 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Lane groups: an algorithm is written once over a group of lanes that run it together.
+//   Serial         one lane: the host
+//   Warp           32 lanes of a CUDA warp
+//   SimulatedWarp  the same 32 lanes run one after another on the host, so that device code is tested without a device
+// Lane l of a group of n owns elements l, l + n, l + 2n, ... Between two each() calls all lanes have finished the first.
+// A value a lane owns is a Reg<T>, read and written as reg[lane] inside each().
+#pragma once
+
+#include "kvtailor/core/config.hpp"
+
+namespace kvt::inline v0 {
+
+struct Serial {
+  static constexpr int size = 1;
+  template <class T>
+  struct Reg {
+    T value;
+    KVT_HD KVT_INLINE T& operator[](int) { return value; }
+  };
+  template <class F>
+  KVT_HD KVT_INLINE void each(F&& f) const {
+    f(0);
+  }
+  // Runs on one lane.
+  template <class F>
+  KVT_HD KVT_INLINE void once(F&& f) const {
+    f();
+  }
+  KVT_HD KVT_INLINE float sum(Reg<float>& x) const { return x.value; }
+  KVT_HD KVT_INLINE float max(Reg<float>& x) const { return x.value; }
+  KVT_HD KVT_INLINE void exclusive_scan(Reg<int>& x) const { x.value = 0; }
+  template <class T>
+  KVT_HD KVT_INLINE T shuffle(Reg<T>& x, int) const {
+    return x.value;
+  }
+};
+
+struct SimulatedWarp {
+  static constexpr int size = 32;
+  template <class T>
+  struct Reg {
+    T value[size];
+    T& operator[](int lane) { return value[lane]; }
+  };
+  template <class F>
+  void each(F&& f) const {
+    for (int lane = 0; lane < size; ++lane) f(lane);
+  }
+  template <class F>
+  void once(F&& f) const {
+    f();
+  }
+  // The order of additions is that of the device's butterfly, so that both round alike.
+  float sum(Reg<float>& x) const {
+    for (int step = size / 2; step > 0; step /= 2) {
+      for (int lane = 0; lane < step; ++lane) x.value[lane] += x.value[lane + step];
+    }
+    return x.value[0];
+  }
+  float max(Reg<float>& x) const {
+    float best = x.value[0];
+    for (int lane = 1; lane < size; ++lane) best = x.value[lane] > best ? x.value[lane] : best;
+    return best;
+  }
+  void exclusive_scan(Reg<int>& x) const {
+    int total = 0;
+    for (int lane = 0; lane < size; ++lane) {
+      const int own = x.value[lane];
+      x.value[lane] = total;
+      total += own;
+    }
+  }
+  template <class T>
+  T shuffle(Reg<T>& x, int lane) const {
+    return x.value[lane];
+  }
+};
+
+#if defined(__CUDACC__)
+struct Warp {
+  static constexpr int size = 32;
+  template <class T>
+  struct Reg {
+    T value;
+    __host__ __device__ T& operator[](int) { return value; }
+  };
+  template <class F>
+  __host__ __device__ void each(F&& f) const {
+#if defined(__CUDA_ARCH__)
+    f(static_cast<int>(threadIdx.x & 31u));
+    __syncwarp();
+#endif
+  }
+  template <class F>
+  __host__ __device__ void once(F&& f) const {
+#if defined(__CUDA_ARCH__)
+    if ((threadIdx.x & 31u) == 0) f();
+    __syncwarp();
+#endif
+  }
+  __host__ __device__ float sum(Reg<float>& x) const {
+#if defined(__CUDA_ARCH__)
+    for (int step = 16; step > 0; step /= 2) x.value += __shfl_xor_sync(0xffffffffu, x.value, step);
+#endif
+    return x.value;
+  }
+  __host__ __device__ float max(Reg<float>& x) const {
+#if defined(__CUDA_ARCH__)
+    for (int step = 16; step > 0; step /= 2) {
+      const float other = __shfl_xor_sync(0xffffffffu, x.value, step);
+      x.value = other > x.value ? other : x.value;
+    }
+#endif
+    return x.value;
+  }
+  __host__ __device__ void exclusive_scan(Reg<int>& x) const {
+#if defined(__CUDA_ARCH__)
+    const int lane = static_cast<int>(threadIdx.x & 31u);
+    const int own = x.value;
+    for (int step = 1; step < 32; step *= 2) {
+      const int other = __shfl_up_sync(0xffffffffu, x.value, step);
+      if (lane >= step) x.value += other;
+    }
+    x.value -= own;
+#endif
+  }
+  template <class T>
+  __host__ __device__ T shuffle(Reg<T>& x, int lane) const {
+#if defined(__CUDA_ARCH__)
+    return __shfl_sync(0xffffffffu, x.value, lane);
+#else
+    return x.value;
+#endif
+  }
+};
+#endif
+
+}  // namespace kvt::inline v0

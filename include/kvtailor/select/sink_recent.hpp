@@ -1,0 +1,33 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// SinkRecent: the first rows and the newest rows matter, nothing between.
+//
+// Score:   rows at the first num_sinks places of the text above all, then newer above older.
+// Needs:   positions.  Cost: O(rows).
+// Source:  StreamingLLM, Xiao et al., arXiv 2309.17453. Differs from it: keys keep their positions.
+#pragma once
+
+#include "kvtailor/core/concepts.hpp"
+
+namespace kvt::inline v0 {
+
+struct SinkRecent {
+  static constexpr EvidenceSet needs = Evidence::positions;
+  int num_sinks = 4;  // rows at positions 0 .. num_sinks - 1
+
+  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
+    if (num_sinks < 0) return error(Errc::bad_value, "num_sinks is {}; it must be zero or more", num_sinks);
+    const int n = seen.num_rows();
+    // The index, not the position: fp32 holds it exactly up to 16 million rows.
+    for (int row = 0; row < n; ++row) {
+      score[static_cast<std::size_t>(row)] =
+          static_cast<float>(seen.positions[static_cast<std::size_t>(row)] < num_sinks ? 2 * n - row : row);
+    }
+    return success();
+  }
+};
+
+static_assert(TokenSelector<SinkRecent>);
+
+}  // namespace kvt::inline v0

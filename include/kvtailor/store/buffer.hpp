@@ -1,0 +1,95 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Buffer: a growable array of plain values from a memory resource, which knows what it allocated and never throws.
+#pragma once
+
+#include <cstddef>
+#include <cstring>
+#include <memory_resource>
+#include <new>
+#include <type_traits>
+#include <utility>
+
+#include "kvtailor/core/config.hpp"
+
+namespace kvt::inline v0 {
+
+inline constexpr std::size_t storage_alignment = 64;
+
+template <class T>
+class Buffer {
+  static_assert(std::is_trivially_copyable_v<T>);
+
+ public:
+  explicit Buffer(std::pmr::memory_resource* memory = nullptr) noexcept : memory_(memory) {}
+  Buffer(Buffer&& other) noexcept
+      : memory_(other.memory_),
+        data_(std::exchange(other.data_, nullptr)),
+        size_(std::exchange(other.size_, 0)),
+        capacity_(std::exchange(other.capacity_, 0)) {}
+  Buffer& operator=(Buffer&& other) noexcept {
+    if (this != &other) {
+      release();
+      memory_ = other.memory_;
+      data_ = std::exchange(other.data_, nullptr);
+      size_ = std::exchange(other.size_, 0);
+      capacity_ = std::exchange(other.capacity_, 0);
+    }
+    return *this;
+  }
+  ~Buffer() { release(); }
+
+  T* data() noexcept { return data_; }
+  const T* data() const noexcept { return data_; }
+  std::size_t size() const noexcept { return size_; }
+  T& operator[](std::size_t i) noexcept { return data_[i]; }
+  const T& operator[](std::size_t i) const noexcept { return data_[i]; }
+  long long used_bytes() const noexcept { return static_cast<long long>(size_ * sizeof(T)); }
+  long long allocated_bytes() const noexcept { return static_cast<long long>(capacity_ * sizeof(T)); }
+
+  // False when memory is out; nothing has changed then. Grows to exactly n, or by half when `slack`.
+  [[nodiscard]] bool reserve(std::size_t n, bool slack = false) noexcept {
+    if (n <= capacity_) return true;
+    const std::size_t wanted = slack && capacity_ + capacity_ / 2 > n ? capacity_ + capacity_ / 2 : n;
+    T* fresh = nullptr;
+    try {
+      fresh = static_cast<T*>(memory_->allocate(wanted * sizeof(T), storage_alignment));
+    } catch (...) {
+      return false;
+    }
+    if (size_ != 0) std::memcpy(fresh, data_, size_ * sizeof(T));
+    const std::size_t size = size_;
+    release();
+    data_ = fresh;
+    size_ = size;
+    capacity_ = wanted;
+    return true;
+  }
+  // Within the capacity; new elements are not set.
+  void resize(std::size_t n) noexcept {
+    KVT_ASSERT(n <= capacity_);
+    size_ = n;
+  }
+  void push(const T* from, std::size_t n) noexcept {
+    KVT_ASSERT(size_ + n <= capacity_);
+    if (n != 0) std::memcpy(data_ + size_, from, n * sizeof(T));
+    size_ += n;
+  }
+  void drop_front(std::size_t n) noexcept {
+    if (n != 0 && n < size_) std::memmove(data_, data_ + n, (size_ - n) * sizeof(T));
+    size_ -= n;
+  }
+  void release() noexcept {
+    if (data_ != nullptr) memory_->deallocate(data_, capacity_ * sizeof(T), storage_alignment);
+    data_ = nullptr;
+    size_ = capacity_ = 0;
+  }
+
+ private:
+  std::pmr::memory_resource* memory_;
+  T* data_ = nullptr;
+  std::size_t size_ = 0, capacity_ = 0;
+};
+
+}  // namespace kvt::inline v0
