@@ -35,8 +35,8 @@ class AnyCache {
   virtual int end_position(int layer) const noexcept = 0;
 };
 
-// The names of three policies, with parameters: allocator "adaptive:safeguard=0.1", selector "snap_kv:window=32,kernel=7,pool=max",
-// codec "turbo3/turbo2" (keys / values) or one name for both.
+// The names of three policies, with parameters: allocator "adaptive:safeguard=0.1", selector
+// "snap_kv:window=32,kernel=7,pool=max", codec "turbo3/turbo2" (keys / values) or one name for both.
 struct Composition {
   std::string allocator = "uniform";
   std::string selector = "sink_recent";

@@ -117,9 +117,11 @@ class KvCache {
     KVT_TRY(check_layer(layer));
     KVT_TRY(check_positions(positions, layers_[static_cast<std::size_t>(layer)].end));
     if (positions.empty()) return success();
-    KVT_TRY(check_rows(keys, positions.size(), codec_.keys.max_row_norm(), "a key has the element {}; it must be finite and at most {} in size",
+    KVT_TRY(check_rows(keys, positions.size(), codec_.keys.max_row_norm(),
+                       "a key has the element {}; it must be finite and at most {} in size",
                        "a key has the norm {}; the codec of keys takes at most {}"));
-    KVT_TRY(check_rows(values, positions.size(), codec_.values.max_row_norm(), "a value has the element {}; it must be finite and at most {} in size",
+    KVT_TRY(check_rows(values, positions.size(), codec_.values.max_row_norm(),
+                       "a value has the element {}; it must be finite and at most {} in size",
                        "a value has the norm {}; the codec of values takes at most {}"));
     const int n = static_cast<int>(positions.size());
     const auto heads = static_cast<std::size_t>(geometry_.num_kv_heads);
@@ -168,9 +170,8 @@ class KvCache {
     KVT_TRY(check_attend(queries, positions, attend));
     if (!wants_queries() || positions.empty()) return success();
     Layer& state = layers_[static_cast<std::size_t>(layer)];
-    KVT_TRY(check_positions(positions, state.window_positions.size() == 0
-                                           ? 0
-                                           : state.window_positions[state.window_positions.size() - 1] + 1));
+    KVT_TRY(check_positions(
+        positions, state.window_positions.size() == 0 ? 0 : state.window_positions[state.window_positions.size() - 1] + 1));
     const auto width = static_cast<std::size_t>(geometry_.num_q_heads) * head_dim;
     const auto window = static_cast<std::size_t>(window_size());
     if (!state.window_queries.reserve(window * width) || !state.window_positions.reserve(window)) {
@@ -189,7 +190,8 @@ class KvCache {
   }
 
   // Prepares attention of n queries over what is stored: each sees the rows whose position is not after its own, and inside the
-  // window if there is one. All pointers must live until the tasks have run; the cache must not change. No visible row gives zeros.
+  // window if there is one. All pointers must live until the tasks have run; the cache must not change. No visible row gives
+  // zeros.
   Status plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend, float* out,
               AttendPlan& plan) const noexcept try {
     KVT_TRY(check_layer(layer));
@@ -252,6 +254,7 @@ class KvCache {
 
   // Scores every row, shares out the budget, drops what is over it and encodes all but the newest recent_rows rows.
   // Rows that are encoded already keep their bytes. A budget of rows or a ratio is met exactly; bytes are not exceeded.
+  // Observed queries are used up: they take more memory than a tailored cache, and the next cut wants newer ones.
   Status compress(Retain retain) noexcept try {
     KVT_TRY(check_layer(0));
     const std::size_t heads = heads_.size();
@@ -287,7 +290,12 @@ class KvCache {
       if (keep[h] < seen[h]) cut({scores.data() + at, n}, keep[h], marks[h]);
       at += n;
     }
-    return rebuild(marks, true);
+    KVT_TRY(rebuild(marks, true));
+    for (Layer& layer : layers_) {
+      layer.window_queries.release();
+      layer.window_positions.release();
+    }
+    return success();
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while compressing");
   }
@@ -473,7 +481,8 @@ class KvCache {
       double square = 0;
       for (int d = 0; d < head_dim; ++d) {
         const float x = to_float(rows[d]);
-        if (!(x <= most && x >= -most)) return error(Errc::bad_value, bad_element, static_cast<double>(x), static_cast<double>(most));
+        if (!(x <= most && x >= -most))
+          return error(Errc::bad_value, bad_element, static_cast<double>(x), static_cast<double>(most));
         square += static_cast<double>(x) * static_cast<double>(x);
       }
       if (!(square <= max_norm * max_norm)) return error(Errc::bad_value, bad_norm, std::sqrt(square), max_norm);
@@ -482,7 +491,8 @@ class KvCache {
   }
   Status check_attend(const float* queries, std::span<const int> positions, const AttendOptions& attend) const {
     if (queries == nullptr && !positions.empty()) return error(Errc::bad_shape, "the pointer to the queries is null");
-    if (!std::isfinite(attend.scale)) return error(Errc::bad_value, "scale is {}; it must be finite", static_cast<double>(attend.scale));
+    if (!std::isfinite(attend.scale))
+      return error(Errc::bad_value, "scale is {}; it must be finite", static_cast<double>(attend.scale));
     if (attend.window < 0) return error(Errc::bad_value, "window is {}; it must be zero (none) or more", attend.window);
     if (!(attend.soft_cap >= 0) || !std::isfinite(attend.soft_cap)) {
       return error(Errc::bad_value, "soft_cap is {}; it must be zero (none) or more", static_cast<double>(attend.soft_cap));
@@ -492,11 +502,13 @@ class KvCache {
                    static_cast<double>(attend.sink_logits.size()), geometry_.num_q_heads);
     }
     for (const float logit : attend.sink_logits) {
-      if (!std::isfinite(logit)) return error(Errc::bad_value, "a sink logit is {}; it must be finite", static_cast<double>(logit));
+      if (!std::isfinite(logit))
+        return error(Errc::bad_value, "a sink logit is {}; it must be finite", static_cast<double>(logit));
     }
     const std::size_t count = positions.size() * static_cast<std::size_t>(geometry_.num_q_heads) * head_dim;
     for (std::size_t i = 0; i < count; ++i) {
-      if (!std::isfinite(queries[i])) return error(Errc::bad_value, "a query has the element {}; it must be finite", static_cast<double>(queries[i]));
+      if (!std::isfinite(queries[i]))
+        return error(Errc::bad_value, "a query has the element {}; it must be finite", static_cast<double>(queries[i]));
     }
     for (const int position : positions) {
       if (position < 0) return error(Errc::bad_position, "a query is at position {}; it must be zero or more", position);
@@ -511,7 +523,8 @@ class KvCache {
     if (rows == 0) return error(Errc::bad_budget, "there are {} rows; nothing can be compressed", 0);
     switch (retain.unit) {
       case Retain::Unit::rows:
-        if (!(retain.amount >= 1)) return error(Errc::bad_budget, "a budget of {} rows a head; it must be at least 1", retain.amount);
+        if (!(retain.amount >= 1))
+          return error(Errc::bad_budget, "a budget of {} rows a head; it must be at least 1", retain.amount);
         if (retain.amount * heads > static_cast<double>(rows)) {
           return error(Errc::bad_budget, "a budget of {} rows a head is above the {} there are", retain.amount,
                        static_cast<double>(rows) / heads);
@@ -577,7 +590,8 @@ class KvCache {
       const auto recents = static_cast<std::size_t>(std::min(options_.recent_rows, store.recent_rows()));
       for (std::size_t row = 0; row < n; ++row) {
         if (row < sinks || row >= n - recents) at[row] = std::numeric_limits<float>::infinity();
-        if (std::isnan(at[row])) return error(Errc::bad_policy, "the token selector gave row {} the score NaN", static_cast<double>(row));
+        if (std::isnan(at[row]))
+          return error(Errc::bad_policy, "the token selector gave row {} the score NaN", static_cast<double>(row));
       }
       at += n;
     }
@@ -587,7 +601,6 @@ class KvCache {
   // The largest number of rows whose allocation takes at most `bytes`.
   Status fit_bytes(double bytes, std::int64_t rows, std::int64_t floor_rows, BudgetRequest& want, std::span<int> keep) const {
     long long fixed = static_cast<long long>(heads_.capacity() * sizeof(Head) + layers_.capacity() * sizeof(Layer));
-    for (const Layer& layer : layers_) fixed += layer.window_queries.allocated_bytes() + layer.window_positions.allocated_bytes();
     const auto cost = [&](std::int64_t total, long long& sum) -> Status {
       want.total = total;
       KVT_TRY(budget_.allocate(want, keep));
@@ -618,7 +631,8 @@ class KvCache {
     std::int64_t sum = 0;
     for (std::size_t h = 0; h < keep.size(); ++h) {
       if (keep[h] < want.floor[h] || keep[h] > want.seen[h]) {
-        return error(Errc::bad_policy, "the budget allocator gave a head {} rows; at most {} can be kept", keep[h], want.seen[h]);
+        return error(Errc::bad_policy, "the budget allocator gave a head {} rows; at most {} can be kept", keep[h],
+                     want.seen[h]);
       }
       sum += keep[h];
     }
@@ -680,8 +694,8 @@ class KvCache {
     const int first = piece * max_block_rows_limit;
     const int rows = std::min(max_block_rows_limit, (sink ? store.sink_rows() : store.recent_rows()) - first);
     const std::int64_t at = static_cast<std::int64_t>(first) * Near::row_bytes;
-    return {true, (sink ? store.sink_keys() : store.recent_keys()) + at, (sink ? store.sink_values() : store.recent_values()) + at,
-            rows, 0};
+    return {true, (sink ? store.sink_keys() : store.recent_keys()) + at,
+            (sink ? store.sink_values() : store.recent_values()) + at, rows, 0};
   }
 
   // One tile of query vectors over a range of segments. Vector v of a KV head is query head v % group of token v / group.

@@ -49,9 +49,8 @@ struct AnySelector {
 inline constexpr const char* known_codecs = "fp16, bf16, fp32, turbo1, turbo2, turbo3, turbo4, turbo5, turbo6";
 
 template <int dim>
-using AnyCodec =
-    OneOf<Dense<Half, dim>, Dense<BFloat16, dim>, Dense<float, dim>, TurboQuant<1, dim>, TurboQuant<2, dim>, TurboQuant<3, dim>,
-          TurboQuant<4, dim>, TurboQuant<5, dim>, TurboQuant<6, dim>>;
+using AnyCodec = OneOf<Dense<Half, dim>, Dense<BFloat16, dim>, Dense<float, dim>, TurboQuant<1, dim>, TurboQuant<2, dim>,
+                       TurboQuant<3, dim>, TurboQuant<4, dim>, TurboQuant<5, dim>, TurboQuant<6, dim>>;
 
 template <class Cache>
 class Erased final : public AnyCache {
@@ -77,8 +76,8 @@ class Erased final : public AnyCache {
   Status flush() noexcept override { return cache_.flush(); }
   Status truncate(int position) noexcept override { return cache_.truncate(position); }
   Status fork(std::unique_ptr<AnyCache>& child) const noexcept override try {
-    auto twin = std::make_unique<Erased>(typename Cache::budget_type{}, typename Cache::selector_type{},
-                                         typename Cache::codec_type{});
+    auto twin =
+        std::make_unique<Erased>(typename Cache::budget_type{}, typename Cache::selector_type{}, typename Cache::codec_type{});
     KVT_TRY(cache_.fork(twin->cache_));
     child = std::move(twin);
     return success();
@@ -126,7 +125,8 @@ bool read_number(std::string_view text, T low, T high, T& out) {
   return true;
 }
 
-inline std::string bad_parameter(std::string_view policy, std::string_view key, std::string_view value, std::string_view known) {
+inline std::string bad_parameter(std::string_view policy, std::string_view key, std::string_view value,
+                                 std::string_view known) {
   return std::string(policy) + " has no parameter " + std::string(key) + "=" + std::string(value) + "; it takes " +
          std::string(known);
 }
@@ -197,8 +197,8 @@ inline std::string parse_codec(std::string_view name, int& index) {
 
 // Dense rows (sinks, recent) are fp32 beside an fp32 codec and fp16 otherwise.
 template <int dim, class DenseType>
-MadeCache make_erased(const AnyAllocator& allocator, const AnySelector& selector, int keys, int values, const Geometry& geometry,
-                      const CacheOptions& options) {
+MadeCache make_erased(const AnyAllocator& allocator, const AnySelector& selector, int keys, int values,
+                      const Geometry& geometry, const CacheOptions& options) {
   using Codec = KvCodec<AnyCodec<dim>, AnyCodec<dim>, DenseType>;
   Codec codec;
   codec.keys.index = keys;

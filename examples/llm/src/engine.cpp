@@ -45,7 +45,9 @@ std::span<const float> Engine::eval(kvt::AnyCache& cache, std::span<const int> t
   ggml_set_input(places);
   ggml_tensor* const factors = model_.tensor("rope_freqs.weight", true);
 
-  const auto norm = [&](ggml_tensor* x, ggml_tensor* weight) { return ggml_mul(c, ggml_rms_norm(c, x, p.norm_epsilon), weight); };
+  const auto norm = [&](ggml_tensor* x, ggml_tensor* weight) {
+    return ggml_mul(c, ggml_rms_norm(c, x, p.norm_epsilon), weight);
+  };
   const auto rope = [&](ggml_tensor* x) {
     return ggml_rope_ext(c, x, places, factors, p.rotary_dim, p.rope_type, 0, p.rope_base, 1.f, 0.f, 1.f, 32.f, 1.f);
   };
@@ -80,7 +82,8 @@ std::span<const float> Engine::eval(kvt::AnyCache& cache, std::span<const int> t
   ggml_set_output(logits);
   ggml_build_forward_expand(graph, logits);
 
-  if (!ggml_gallocr_alloc_graph(allocator_, graph)) throw std::runtime_error("out of memory for " + std::to_string(n) + " tokens");
+  if (!ggml_gallocr_alloc_graph(allocator_, graph))
+    throw std::runtime_error("out of memory for " + std::to_string(n) + " tokens");
   ggml_backend_tensor_set(ids, tokens.data(), 0, tokens.size_bytes());
   ggml_backend_tensor_set(places, positions_.data(), 0, tokens.size_bytes());
   const auto computed = ggml_backend_graph_compute(backend_, graph);

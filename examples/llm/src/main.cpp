@@ -103,7 +103,8 @@ class Budget {
     } else {
       const double target = o_.ratio * cache.end_position(0);
       const auto protected_rows = o_.common.zones.sink_rows + o_.common.zones.recent_rows;
-      if (target > protected_rows && mean_rows(cache) > target) check(cache.compress(kvt::Retain::rows(static_cast<long long>(target))));
+      if (target > protected_rows && mean_rows(cache) > target)
+        check(cache.compress(kvt::Retain::rows(static_cast<long long>(target))));
     }
   }
 
@@ -130,8 +131,9 @@ std::string planted(const std::string& text, const std::string& plant, double de
   return text.substr(0, std::min(text.size(), at + 1)) + " " + plant + text.substr(std::min(text.size(), at + 1));
 }
 
-Run run_generate(const GenerateOptions& o, Engine& engine, const Tokenizer& tokenizer, const kvt::Composition& names, bool tailored,
-                 const std::vector<int>& document, const std::vector<int>& rest, CountingResource& memory, FILE* stream) {
+Run run_generate(const GenerateOptions& o, Engine& engine, const Tokenizer& tokenizer, const kvt::Composition& names,
+                 bool tailored, const std::vector<int>& document, const std::vector<int>& rest, CountingResource& memory,
+                 FILE* stream) {
   auto zones = o.common.zones;
   zones.memory = &memory;
   auto cache = make_cache(names, engine.model().parameters().geometry(), zones);
@@ -146,8 +148,9 @@ Run run_generate(const GenerateOptions& o, Engine& engine, const Tokenizer& toke
     for (int at = 0; at < total;) {
       const int border = at < static_cast<int>(document.size()) ? static_cast<int>(document.size()) : total;
       const int n = std::min(o.common.chunk, border - at);
-      const auto logits = engine.eval(*cache, std::span(prompt).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at,
-                                      Engine::Logits::last);
+      const auto logits =
+          engine.eval(*cache, std::span(prompt).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at,
+                      Engine::Logits::last);
       run.first_logits.assign(logits.begin(), logits.end());
       run.peak_bytes = std::max(run.peak_bytes, memory.outstanding());
       at += n;
@@ -182,7 +185,8 @@ Run run_generate(const GenerateOptions& o, Engine& engine, const Tokenizer& toke
     } else {
       const float top = *std::max_element(logits.begin(), logits.end());
       std::vector<double> weight(logits.size());
-      for (std::size_t t = 0; t < logits.size(); ++t) weight[t] = std::exp(static_cast<double>(logits[t] - top) / o.temperature);
+      for (std::size_t t = 0; t < logits.size(); ++t)
+        weight[t] = std::exp(static_cast<double>(logits[t] - top) / o.temperature);
       token = std::discrete_distribution<int>(weight.begin(), weight.end())(random);
     }
     if (tokenizer.ends_generation(token)) break;
@@ -203,7 +207,8 @@ Run run_generate(const GenerateOptions& o, Engine& engine, const Tokenizer& toke
 json report(FILE* out, const char* name, const Run& run) {
   const auto& m = run.memory;
   std::fprintf(out, "%s\n", name);
-  std::fprintf(out, "  memory    %.2f MiB allocated (%.1f %% of dense fp16): payload %.2f, index %.2f, queries %.2f, slack %.2f\n",
+  std::fprintf(out,
+               "  memory    %.2f MiB allocated (%.1f %% of dense fp16): payload %.2f, index %.2f, queries %.2f, slack %.2f\n",
                static_cast<double>(run.measured_bytes) / mebibyte,
                100.0 * static_cast<double>(run.measured_bytes) / static_cast<double>(m.dense_fp16_bytes),
                static_cast<double>(m.payload_bytes) / mebibyte, static_cast<double>(m.index_bytes) / mebibyte,
@@ -230,7 +235,8 @@ int generate(const GenerateOptions& o) {
   const std::string marker = "\x01";
   const std::string prompt = tokenizer.chat(text + marker + "\n\n" + o.question);
   const auto cut = prompt.find(marker);
-  if (cut == std::string::npos) throw std::runtime_error("the chat template changes the message; the document cannot be found in it");
+  if (cut == std::string::npos)
+    throw std::runtime_error("the chat template changes the message; the document cannot be found in it");
   const auto document = tokenizer.encode(prompt.substr(0, cut), true, true);
   const auto rest = tokenizer.encode(prompt.substr(cut + 1), false, true);
   const Model model(o.common.model_path());
@@ -257,8 +263,8 @@ int generate(const GenerateOptions& o) {
   if (o.compare) result["full"] = report(out, "full cache", full);
   result["tailored"] = report(out, "tailored cache", run);
   if (run.measured_bytes != run.memory.total()) {
-    throw std::runtime_error("the cache accounts for " + std::to_string(run.memory.total()) + " bytes; its memory resource gave " +
-                             std::to_string(run.measured_bytes));
+    throw std::runtime_error("the cache accounts for " + std::to_string(run.memory.total()) +
+                             " bytes; its memory resource gave " + std::to_string(run.measured_bytes));
   }
   if (o.compare) {
     // Both caches read the full cache's answer; how far are the distributions apart at each of its tokens?
@@ -277,8 +283,9 @@ int generate(const GenerateOptions& o) {
       next = engine.eval(*run.prefilled, std::span(&full.tokens[i], 1), position, Engine::Logits::last);
       b.assign(next.begin(), next.end());
     }
-    std::fprintf(out, "distance from the full cache over its answer (%zu tokens): mean KL %.4f, largest %.4f, same top token %.1f %%\n",
-                 full.tokens.size(), fidelity.mean_kl(), fidelity.kl_quantile(1), 100 * fidelity.same_top_share());
+    std::fprintf(
+        out, "distance from the full cache over its answer (%zu tokens): mean KL %.4f, largest %.4f, same top token %.1f %%\n",
+        full.tokens.size(), fidelity.mean_kl(), fidelity.kl_quantile(1), 100 * fidelity.same_top_share());
     result["mean_kl"] = fidelity.mean_kl();
     result["same_top"] = fidelity.same_top_share();
   }
@@ -328,12 +335,13 @@ Candidate parse_candidate(const std::string& text) {
 std::vector<int> tokens_of(const Tokenizer& tokenizer, const std::string& path, long long offset, int count) {
   const std::string text = read_file(path);
   if (offset < 0 || offset >= static_cast<long long>(text.size())) {
-    throw std::runtime_error("--offset " + std::to_string(offset) + " is outside the text of " + std::to_string(text.size()) + " bytes");
+    throw std::runtime_error("--offset " + std::to_string(offset) + " is outside the text of " + std::to_string(text.size()) +
+                             " bytes");
   }
   auto tokens = tokenizer.encode(text.substr(static_cast<std::size_t>(offset)), false, false);
   if (static_cast<int>(tokens.size()) < count) {
-    throw std::runtime_error(path + " has " + std::to_string(tokens.size()) + " tokens from there on; " + std::to_string(count) +
-                             " are needed");
+    throw std::runtime_error(path + " has " + std::to_string(tokens.size()) + " tokens from there on; " +
+                             std::to_string(count) + " are needed");
   }
   tokens.resize(static_cast<std::size_t>(count));
   return tokens;
@@ -359,7 +367,8 @@ int fidelity(const FidelityOptions& o) {
     throw std::runtime_error("--tokens " + std::to_string(o.tokens) + " is above the model's context of " +
                              std::to_string(model.parameters().context));
   }
-  if (o.skip >= o.tokens) throw std::runtime_error("--skip " + std::to_string(o.skip) + " leaves no token of " + std::to_string(o.tokens));
+  if (o.skip >= o.tokens)
+    throw std::runtime_error("--skip " + std::to_string(o.skip) + " leaves no token of " + std::to_string(o.tokens));
   Engine engine(model, o.common.threads);
   const auto geometry = model.parameters().geometry();
   const auto width = static_cast<std::size_t>(model.parameters().vocabulary);
@@ -371,8 +380,8 @@ int fidelity(const FidelityOptions& o) {
   {
     const auto full = make_cache({"uniform", "sink_recent", "fp32"}, geometry, o.common.zones);
     in_chunks(o.tokens, o.common.chunk, o.common.zones.sink_rows, [&](int at, int n) {
-      const auto logits = engine.eval(*full, std::span(tokens).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at,
-                                      Engine::Logits::all);
+      const auto logits = engine.eval(
+          *full, std::span(tokens).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at, Engine::Logits::all);
       for (int i = std::max(0, o.skip - at); i < n; ++i) {
         std::copy_n(logits.data() + static_cast<std::size_t>(i) * width, width,
                     reference.data() + static_cast<std::size_t>(at + i - o.skip) * width);
@@ -381,7 +390,8 @@ int fidelity(const FidelityOptions& o) {
     });
   }
   FILE* const out = o.common.text();
-  std::fprintf(out, "%-44s %7s %6s %9s %9s %8s %9s %9s %7s\n", "cache", "bits", "rows", "KL", "KL 99 %", "same top", "NLL +", "MiB", "s");
+  std::fprintf(out, "%-44s %7s %6s %9s %9s %8s %9s %9s %7s\n", "cache", "bits", "rows", "KL", "KL 99 %", "same top", "NLL +",
+               "MiB", "s");
   json rows = json::array();
   for (std::size_t k = 0; k < candidates.size(); ++k) {
     auto& cache = *caches[k];
@@ -389,11 +399,12 @@ int fidelity(const FidelityOptions& o) {
     Fidelity f;
     const double start = seconds();
     in_chunks(o.tokens, o.common.chunk, o.common.zones.sink_rows, [&](int at, int n) {
-      const auto logits = engine.eval(cache, std::span(tokens).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at,
-                                      Engine::Logits::all);
+      const auto logits = engine.eval(
+          cache, std::span(tokens).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at, Engine::Logits::all);
       for (int i = std::max(0, o.skip - at); i < n; ++i) {
         f.add(compare({reference.data() + static_cast<std::size_t>(at + i - o.skip) * width, width},
-                      logits.subspan(static_cast<std::size_t>(i) * width, width), tokens[static_cast<std::size_t>(at + i + 1)]));
+                      logits.subspan(static_cast<std::size_t>(i) * width, width),
+                      tokens[static_cast<std::size_t>(at + i + 1)]));
       }
       const double target = candidate.retain * (at + n);
       if (candidate.retain < 1 && target > o.common.zones.sink_rows + o.common.zones.recent_rows && mean_rows(cache) > target) {
@@ -406,9 +417,9 @@ int fidelity(const FidelityOptions& o) {
     const double time = seconds() - start;
     const auto memory = cache.memory();
     const double share = mean_rows(cache) / o.tokens;
-    std::fprintf(out, "%-44s %7.3f %5.1f%% %9.2e %9.2e %7.2f%% %+9.4f %9.3f %7.1f\n", candidate.text.c_str(), cache.bits_per_element(),
-                 100 * share, f.mean_kl(), f.kl_quantile(0.99), 100 * f.same_top_share(), f.mean_nll_change(),
-                 static_cast<double>(memory.total()) / mebibyte, time);
+    std::fprintf(out, "%-44s %7.3f %5.1f%% %9.2e %9.2e %7.2f%% %+9.4f %9.3f %7.1f\n", candidate.text.c_str(),
+                 cache.bits_per_element(), 100 * share, f.mean_kl(), f.kl_quantile(0.99), 100 * f.same_top_share(),
+                 f.mean_nll_change(), static_cast<double>(memory.total()) / mebibyte, time);
     std::fflush(out);
     rows.push_back({{"cache", candidate.text},
                     {"bits_per_element", cache.bits_per_element()},
@@ -420,7 +431,12 @@ int fidelity(const FidelityOptions& o) {
                     {"memory", to_json(memory)},
                     {"seconds", time}});
   }
-  o.common.write({{"text", o.text}, {"tokens", o.tokens}, {"skip", o.skip}, {"chunk", o.common.chunk}, {"weights", o.weights}, {"results", rows}});
+  o.common.write({{"text", o.text},
+                  {"tokens", o.tokens},
+                  {"skip", o.skip},
+                  {"chunk", o.common.chunk},
+                  {"weights", o.weights},
+                  {"results", rows}});
   return 0;
 }
 
@@ -458,9 +474,15 @@ int parity(const ParityOptions& o) {
     }
     progress.advance(n);
   });
-  std::fprintf(o.common.text(), "dense fp16 cache against llama.cpp, %d tokens: mean KL %.2e, largest KL %.2e, largest logit difference %.2e, same top %.2f %%\n",
+  std::fprintf(o.common.text(),
+               "dense fp16 cache against llama.cpp, %d tokens: mean KL %.2e, largest KL %.2e, largest logit difference %.2e, "
+               "same top %.2f %%\n",
                o.tokens, f.mean_kl(), f.kl_quantile(1), largest, 100 * f.same_top_share());
-  o.common.write({{"tokens", o.tokens}, {"mean_kl", f.mean_kl()}, {"max_kl", f.kl_quantile(1)}, {"max_difference", largest}, {"same_top", f.same_top_share()}});
+  o.common.write({{"tokens", o.tokens},
+                  {"mean_kl", f.mean_kl()},
+                  {"max_kl", f.kl_quantile(1)},
+                  {"max_difference", largest},
+                  {"same_top", f.same_top_share()}});
   if (o.max_kl > 0 && !(f.mean_kl() <= o.max_kl)) throw std::runtime_error("the mean KL is above the bound");
   if (!(f.same_top_share() >= o.min_same_top)) throw std::runtime_error("the share of same top tokens is below the bound");
   return 0;
@@ -490,7 +512,8 @@ int bench(const BenchOptions& o) {
   for (const auto& codec : o.codecs) {
     caches.push_back(make_cache({"uniform", "sink_recent", codec}, model.parameters().geometry(), o.common.zones));
     in_chunks(o.context, o.common.chunk, 0, [&](int at, int n) {
-      (void)engine.eval(*caches.back(), prompt.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at, Engine::Logits::last);
+      (void)engine.eval(*caches.back(), prompt.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at,
+                        Engine::Logits::last);
     });
     check(caches.back()->flush());
   }
@@ -516,15 +539,18 @@ int bench(const BenchOptions& o) {
     }
   }
   json rows = json::array();
-  std::fprintf(o.common.text(), "decode at %d tokens of context, %d threads, %d rounds of %d tokens\n", o.context, o.common.threads, o.rounds, o.decode);
+  std::fprintf(o.common.text(), "decode at %d tokens of context, %d threads, %d rounds of %d tokens\n", o.context,
+               o.common.threads, o.rounds, o.decode);
   double dense_ratio = 0;
   for (std::size_t k = 0; k < rates.size(); ++k) {
     std::vector<double> ratio;
     for (std::size_t r = 0; r < rates[k].size(); ++r) ratio.push_back(rates[k][r] / rates[0][r]);
     const auto [low, high] = std::minmax_element(rates[k].begin(), rates[k].end());
     const std::string name = k == 0 ? "llama.cpp, its own cache" : "kvtailor " + o.codecs[k - 1];
-    std::fprintf(o.common.text(), "  %-28s median %.1f tokens/s (%.1f to %.1f), %.3f of llama.cpp\n", name.c_str(), median(rates[k]), *low, *high, median(ratio));
-    rows.push_back({{"name", name}, {"tokens_per_s", median(rates[k])}, {"min", *low}, {"max", *high}, {"ratio", median(ratio)}});
+    std::fprintf(o.common.text(), "  %-28s median %.1f tokens/s (%.1f to %.1f), %.3f of llama.cpp\n", name.c_str(),
+                 median(rates[k]), *low, *high, median(ratio));
+    rows.push_back(
+        {{"name", name}, {"tokens_per_s", median(rates[k])}, {"min", *low}, {"max", *high}, {"ratio", median(ratio)}});
     if (k == 1) dense_ratio = median(ratio);
   }
   o.common.write({{"context", o.context}, {"threads", o.common.threads}, {"results", rows}});
@@ -553,25 +579,37 @@ int main(int argc, char** argv) try {
   generate_command->add_option("--compress", g.when, "when: after the prompt, each chunk, or the document (question unseen)")
       ->capture_default_str()
       ->check(CLI::IsMember({"prompt", "chunk", "document"}));
-  generate_command->add_option("--decode-every", g.decode_every, "compress again every N decoded tokens (0: never)")->check(CLI::NonNegativeNumber);
+  generate_command->add_option("--decode-every", g.decode_every, "compress again every N decoded tokens (0: never)")
+      ->check(CLI::NonNegativeNumber);
   generate_command->add_option("--seed", g.seed, "seed of sampling")->capture_default_str();
-  generate_command->add_option("--temperature", g.temperature, "0 takes the most likely token")->capture_default_str()->check(CLI::NonNegativeNumber);
-  generate_command->add_option("--max-tokens", g.max_tokens, "longest answer")->capture_default_str()->check(CLI::PositiveNumber);
+  generate_command->add_option("--temperature", g.temperature, "0 takes the most likely token")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
+  generate_command->add_option("--max-tokens", g.max_tokens, "longest answer")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
   generate_command->add_option("--plant", g.plant, "a sentence to hide in the document");
-  generate_command->add_option("--depth", g.depth, "where to hide it, 0 to 1")->capture_default_str()->check(CLI::Range(0.0, 1.0));
+  generate_command->add_option("--depth", g.depth, "where to hide it, 0 to 1")
+      ->capture_default_str()
+      ->check(CLI::Range(0.0, 1.0));
   generate_command->add_flag("--compare", g.compare, "run the full fp16 cache too and show both");
 
   FidelityOptions f;
   auto* const fidelity_command = app.add_subcommand("fidelity", "distance of compositions from the full cache over a text");
   f.common.add(*fidelity_command, 128);
   fidelity_command->add_option("--text", f.text, "text file")->required();
-  fidelity_command->add_option("--cache", f.caches,
-                               "ALLOCATOR,SELECTOR,CODEC[,RETAIN]; repeat for more. RETAIN: after each chunk at most this share of all "
-                               "rows so far is kept. Join a policy's parameters by +: snap_kv:window=32+kernel=7")
+  fidelity_command
+      ->add_option("--cache", f.caches,
+                   "ALLOCATOR,SELECTOR,CODEC[,RETAIN]; repeat for more. RETAIN: after each chunk at most this share of all "
+                   "rows so far is kept. Join a policy's parameters by +: snap_kv:window=32+kernel=7")
       ->required();
-  fidelity_command->add_option("--weights", f.weights, "f32 (dequantised once, cached) or file (as quantised)")->capture_default_str()->check(CLI::IsMember({"f32", "file"}));
+  fidelity_command->add_option("--weights", f.weights, "f32 (dequantised once, cached) or file (as quantised)")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"f32", "file"}));
   fidelity_command->add_option("--tokens", f.tokens, "length of the text")->capture_default_str()->check(CLI::PositiveNumber);
-  fidelity_command->add_option("--skip", f.skip, "first tokens not scored")->capture_default_str()->check(CLI::NonNegativeNumber);
+  fidelity_command->add_option("--skip", f.skip, "first tokens not scored")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   fidelity_command->add_option("--offset", f.offset, "byte of the file to begin at")->capture_default_str();
   fidelity_command->add_flag("--flush", f.flush, "encode after every chunk instead of when a block is full");
 
@@ -579,7 +617,9 @@ int main(int argc, char** argv) try {
   auto* const parity_command = app.add_subcommand("parity", "dense fp16 cache against llama.cpp's own logits");
   p.common.add(*parity_command, 128);
   parity_command->add_option("--text", p.text, "text file")->required();
-  parity_command->add_option("--weights", p.weights, "f32 or file")->capture_default_str()->check(CLI::IsMember({"f32", "file"}));
+  parity_command->add_option("--weights", p.weights, "f32 or file")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"f32", "file"}));
   parity_command->add_option("--tokens", p.tokens, "length of the text")->capture_default_str()->check(CLI::PositiveNumber);
   parity_command->add_option("--offset", p.offset, "byte of the file to begin at")->capture_default_str();
   parity_command->add_option("--max-kl", p.max_kl, "fail above this mean KL");
@@ -589,11 +629,14 @@ int main(int argc, char** argv) try {
   auto* const bench_command = app.add_subcommand("bench", "decode speed against llama.cpp's own cache, interleaved");
   b.common.add(*bench_command, 256);
   bench_command->add_option("--text", b.text, "text file")->required();
-  bench_command->add_option("--context", b.context, "tokens before decoding")->capture_default_str()->check(CLI::PositiveNumber);
+  bench_command->add_option("--context", b.context, "tokens before decoding")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
   bench_command->add_option("--decode", b.decode, "tokens a round")->capture_default_str()->check(CLI::PositiveNumber);
   bench_command->add_option("--rounds", b.rounds, "rounds")->capture_default_str()->check(CLI::PositiveNumber);
   bench_command->add_option("--codec", b.codecs, "codecs to compare")->capture_default_str();
-  bench_command->add_option("--min-ratio", b.min_ratio, "fail if the first codec decodes below this share of llama.cpp's speed");
+  bench_command->add_option("--min-ratio", b.min_ratio,
+                            "fail if the first codec decodes below this share of llama.cpp's speed");
 
   CLI11_PARSE(app, argc, argv);
   if (*generate_command) return generate(g);

@@ -14,7 +14,7 @@
 namespace kvt_llm {
 
 struct Distance {
-  double kl = 0;        // KL(reference || other), nats
+  double kl = 0;  // KL(reference || other), nats
   bool same_top = false;
   double reference_nll = 0, other_nll = 0;  // of `target`, if there is one
 };

@@ -16,7 +16,8 @@
 namespace kvt_llm {
 
 struct HyperParameters {
-  int num_layers = 0, embedding = 0, num_q_heads = 0, num_kv_heads = 0, head_dim = 0, rotary_dim = 0, context = 0, vocabulary = 0;
+  int num_layers = 0, embedding = 0, num_q_heads = 0, num_kv_heads = 0, head_dim = 0, rotary_dim = 0, context = 0,
+      vocabulary = 0;
   float norm_epsilon = 0, rope_base = 10000;
   int rope_type = 0;  // ggml's GGML_ROPE_TYPE_*
 

@@ -18,7 +18,8 @@ Reference::Reference(const std::string& model_path, int context, int num_threads
   how.n_batch = how.n_ubatch = 512;
   how.n_threads = how.n_threads_batch = num_threads;
   context_ = llama_init_from_model(model_, how);
-  if (context_ == nullptr) throw std::runtime_error("llama.cpp cannot make a context of " + std::to_string(context) + " tokens");
+  if (context_ == nullptr)
+    throw std::runtime_error("llama.cpp cannot make a context of " + std::to_string(context) + " tokens");
 }
 
 Reference::~Reference() {

@@ -16,8 +16,8 @@
 namespace kvt::inline v0 {
 
 // share[i] between lower[i] and upper[i], sum(share) == total, and otherwise as near to weight[i] * c as one common factor c
-// allows; rounded by largest remainder, ties to the lower index. Needs sum(lower) <= total <= sum(upper) and weights above zero.
-// O(n log n) and 64 bisection steps. May throw std::bad_alloc.
+// allows; rounded by largest remainder, ties to the lower index. Needs sum(lower) <= total <= sum(upper) and weights above
+// zero. O(n log n) and 64 bisection steps. May throw std::bad_alloc.
 inline void apportion(std::int64_t total, std::span<const double> weight, std::span<const std::int64_t> lower,
                       std::span<const std::int64_t> upper, std::span<std::int64_t> share) {
   const std::size_t n = weight.size();
@@ -43,9 +43,7 @@ inline void apportion(std::int64_t total, std::span<const double> weight, std::s
     left -= share[i];
   }
   // A remainder is compared to nine digits: the common factor is only known that well, and equal heads must tie.
-  const auto remainder = [&](std::size_t i) {
-    return std::llround((ideal(i, high) - static_cast<double>(share[i])) * 1e6);
-  };
+  const auto remainder = [&](std::size_t i) { return std::llround((ideal(i, high) - static_cast<double>(share[i])) * 1e6); };
   std::stable_sort(order.begin(), order.end(), [&](std::size_t a, std::size_t b) { return remainder(a) > remainder(b); });
   while (left != 0) {
     const std::int64_t before = left;

@@ -44,8 +44,7 @@ struct Dense {
     return erase_by_row(*this, block, n, keep, to) * row_bytes;
   }
   KVT_HD void copy_row(const std::byte* from, int, int row, std::byte* to, int, int to_row) const noexcept {
-    std::memcpy(to + static_cast<long long>(to_row) * row_bytes, from + static_cast<long long>(row) * row_bytes,
-                row_bytes);
+    std::memcpy(to + static_cast<long long>(to_row) * row_bytes, from + static_cast<long long>(row) * row_bytes, row_bytes);
   }
 
   template <class Lanes>

@@ -34,8 +34,7 @@ struct OneOf {
   static constexpr int head_dim = First::head_dim;
   static constexpr int max_block_rows = First::max_block_rows;
   static constexpr int size = 1 + static_cast<int>(sizeof...(Rest));
-  static_assert(((Rest::max_block_rows == First::max_block_rows) && ...) && RowWiseCodec<First> &&
-                (RowWiseCodec<Rest> && ...));
+  static_assert(((Rest::max_block_rows == First::max_block_rows) && ...) && RowWiseCodec<First> && (RowWiseCodec<Rest> && ...));
 
   int index = 0;  // 0 .. size - 1
 

@@ -17,48 +17,57 @@ namespace kvt::inline v0 {
 template <class S>
 concept TokenSelector = requires(const S s, const HeadEvidence& seen, std::span<float> score) {
   { S::needs } -> std::convertible_to<EvidenceSet>;
-  { s.score(seen, score) } noexcept -> std::same_as<Status>;
+  { s.score(seen, score) }
+  noexcept->std::same_as<Status>;
 };
 
 // How many rows each head keeps: sum(keep) == min(want.total, sum(seen)) and floor[h] <= keep[h] <= seen[h].
 template <class B>
 concept BudgetAllocator = requires(const B b, const BudgetRequest& want, std::span<int> keep) {
   { B::needs } -> std::convertible_to<EvidenceSet>;
-  { b.allocate(want, keep) } noexcept -> std::same_as<Status>;
+  { b.allocate(want, keep) }
+  noexcept->std::same_as<Status>;
 };
 
 // Rows <-> bytes, and attention on the bytes. A block is 1..max_block_rows rows of one head. All block pointers are
 // aligned to 64 bytes. Queries, logits, weights and accumulators are fp32; m query vectors share one block.
 template <class C>
-concept StorageCodec =
-    requires(const C c, const float* in, float* out, std::byte* bytes, const std::byte* block, const unsigned char* keep,
-             Serial lanes, int n) {
-      { C::head_dim } -> std::convertible_to<int>;
-      { C::max_block_rows } -> std::convertible_to<int>;
-      // bytes a block of n rows takes at most
-      { c.max_block_bytes(n) } -> std::same_as<int>;
-      // largest Euclidean norm of a row that encode() takes; append() refuses more
-      { c.max_row_norm() } -> std::convertible_to<double>;
-      // encode rows [n, head_dim]; returns the bytes written
-      { c.encode(in, n, bytes) } noexcept -> std::same_as<int>;
-      // row `n` of a block of `n` rows, out [head_dim]
-      { c.decode(block, n, n, out) } noexcept;
-      // keeps the rows whose mark is not zero, bit for bit; returns the bytes written
-      { c.erase(block, n, keep, bytes) } noexcept -> std::same_as<int>;
-      // one query into the codec's basis, multiplied by a scale; out [head_dim]
-      { c.prepare(lanes, in, 1.f, out) } noexcept;
-      // out[j * stride + r] = prepared[j] . row r
-      { c.logits(lanes, block, n, in, n, out, n) } noexcept;
-      // acc[j] += sum over r of weights[j * stride + r] * row r, in the codec's basis
-      { c.accumulate(lanes, block, n, in, n, n, out) } noexcept;
-      // out += acc taken out of the basis; acc is used up
-      { c.finish(lanes, out, out) } noexcept;
-    };
+concept StorageCodec = requires(const C c, const float* in, float* out, std::byte* bytes, const std::byte* block,
+                                const unsigned char* keep, Serial lanes, int n) {
+  { C::head_dim } -> std::convertible_to<int>;
+  { C::max_block_rows } -> std::convertible_to<int>;
+  // bytes a block of n rows takes at most
+  { c.max_block_bytes(n) } -> std::same_as<int>;
+  // largest Euclidean norm of a row that encode() takes; append() refuses more
+  { c.max_row_norm() } -> std::convertible_to<double>;
+  // encode rows [n, head_dim]; returns the bytes written
+  { c.encode(in, n, bytes) }
+  noexcept->std::same_as<int>;
+  // row `n` of a block of `n` rows, out [head_dim]
+  { c.decode(block, n, n, out) }
+  noexcept;
+  // keeps the rows whose mark is not zero, bit for bit; returns the bytes written
+  { c.erase(block, n, keep, bytes) }
+  noexcept->std::same_as<int>;
+  // one query into the codec's basis, multiplied by a scale; out [head_dim]
+  { c.prepare(lanes, in, 1.f, out) }
+  noexcept;
+  // out[j * stride + r] = prepared[j] . row r
+  { c.logits(lanes, block, n, in, n, out, n) }
+  noexcept;
+  // acc[j] += sum over r of weights[j * stride + r] * row r, in the codec's basis
+  { c.accumulate(lanes, block, n, in, n, n, out) }
+  noexcept;
+  // out += acc taken out of the basis; acc is used up
+  { c.finish(lanes, out, out) }
+  noexcept;
+};
 
 // A codec whose rows do not depend on one another, so that rows of several blocks can be packed into one.
 template <class C>
 concept RowWiseCodec = StorageCodec<C> && requires(const C c, const std::byte* from, std::byte* to, int n) {
-  { c.copy_row(from, n, n, to, n, n) } noexcept;  // row of a block of n rows -> row of another
+  { c.copy_row(from, n, n, to, n, n) }
+  noexcept;  // row of a block of n rows -> row of another
 };
 
 }  // namespace kvt::inline v0

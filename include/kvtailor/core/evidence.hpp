@@ -24,6 +24,8 @@ struct EvidenceSet {
 
   constexpr EvidenceSet() = default;
   constexpr EvidenceSet(Evidence one) : bits(static_cast<std::uint32_t>(one)) {}
+  // Implicit, since nvcc writes a default template argument of this type as {31}.
+  constexpr EvidenceSet(std::uint32_t all) : bits(all) {}
   constexpr bool has(Evidence one) const { return (bits & static_cast<std::uint32_t>(one)) != 0; }
   constexpr bool empty() const { return bits == 0; }
   constexpr EvidenceSet without(EvidenceSet other) const {
@@ -40,8 +42,7 @@ struct EvidenceSet {
 constexpr EvidenceSet operator|(Evidence a, Evidence b) { return EvidenceSet(a) | EvidenceSet(b); }
 
 // What the cache finds by itself, and all that an engine which also calls observe() provides.
-inline constexpr EvidenceSet cache_evidence =
-    Evidence::positions | Evidence::keys | Evidence::values | Evidence::scores;
+inline constexpr EvidenceSet cache_evidence = Evidence::positions | Evidence::keys | Evidence::values | Evidence::scores;
 inline constexpr EvidenceSet full_evidence = cache_evidence | Evidence::window_queries;
 
 // One head's rows, oldest first, with what the selector asked for; the rest is empty.
@@ -50,21 +51,21 @@ struct HeadEvidence {
   int kv_head = 0;
   int head_dim = 0;
   int group_size = 0;
-  std::span<const int> positions;       // [rows], increasing
-  std::span<const float> keys;          // [rows, head_dim]
-  std::span<const float> values;        // [rows, head_dim]
+  std::span<const int> positions;         // [rows], increasing
+  std::span<const float> keys;            // [rows, head_dim]
+  std::span<const float> values;          // [rows, head_dim]
   const float* window_queries = nullptr;  // query w of the group's head g starts at w * window_stride + g * head_dim
   std::int64_t window_stride = 0;
   std::span<const int> window_positions;  // [window], increasing
-  AttendOptions attend;                 // the options that came with the queries
-  std::span<float> scratch;             // at least 4 * (rows + head_dim) floats to use freely
+  AttendOptions attend;                   // the options that came with the queries
+  std::span<float> scratch;               // at least 4 * (rows + head_dim) floats to use freely
 
   int num_rows() const { return static_cast<int>(positions.size()); }
 };
 
 // How many rows may stay, and what is known of each head. Heads are numbered layer * num_kv_heads + kv_head.
 struct BudgetRequest {
-  std::int64_t total = 0;         // rows to keep over all heads
+  std::int64_t total = 0;  // rows to keep over all heads
   int num_layers = 0;
   int num_kv_heads = 0;
   std::span<const int> seen;      // [heads] rows there are

@@ -72,10 +72,10 @@ struct Retain {
 
 // Bytes a cache holds from its memory resource right now; total() is exactly what it asked for and has not given back.
 struct Memory {
-  long long payload_bytes = 0;   // codes, scales and dense rows in use
-  long long index_bytes = 0;     // positions and block tables in use
-  long long evidence_bytes = 0;  // queries kept for a token selector
-  long long slack_bytes = 0;     // allocated and not in use (growth room, padding)
+  long long payload_bytes = 0;     // codes, scales and dense rows in use
+  long long index_bytes = 0;       // positions and block tables in use
+  long long evidence_bytes = 0;    // queries kept for a token selector
+  long long slack_bytes = 0;       // allocated and not in use (growth room, padding)
   long long dense_fp16_bytes = 0;  // what all rows ever appended (and not truncated) would take as plain fp16
 
   constexpr long long total() const { return payload_bytes + index_bytes + evidence_bytes + slack_bytes; }

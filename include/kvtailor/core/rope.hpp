@@ -29,8 +29,8 @@ struct Rope {
     }
     if (!(base > 0)) return error(Errc::bad_value, "the RoPE base is {}; it must be above zero", base);
     if (!factors.empty() && static_cast<int>(factors.size()) != rotary_dim / 2) {
-      return error(Errc::bad_shape, "there are {} frequency factors; rotary_dim / 2 is {}",
-                   static_cast<double>(factors.size()), rotary_dim / 2);
+      return error(Errc::bad_shape, "there are {} frequency factors; rotary_dim / 2 is {}", static_cast<double>(factors.size()),
+                   rotary_dim / 2);
     }
     return success();
   }

@@ -22,7 +22,7 @@ enum class Errc : int {
   bad_name,      // an unknown policy, codec or parameter
   bad_policy,    // a policy broke its contract (a NaN score, counts that do not add up)
   out_of_memory,
-  device,        // `native` holds the device's own code
+  device,  // `native` holds the device's own code
 };
 
 struct [[nodiscard]] Status {
@@ -64,7 +64,7 @@ KVT_HD constexpr Status error(Errc code, const char* text, double value = 0, dou
 }  // namespace kvt::inline v0
 
 // Leaves the enclosing function with the status of `expression` unless that is success.
-#define KVT_TRY(expression)                              \
-  do {                                                   \
+#define KVT_TRY(expression)                                                                 \
+  do {                                                                                      \
     if (const ::kvt::Status kvt_status = (expression); !kvt_status.ok()) return kvt_status; \
   } while (false)

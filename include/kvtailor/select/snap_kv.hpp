@@ -36,16 +36,13 @@ struct SnapKv {
     float* const logit = seen.scratch.data();
     float* const mass = logit + n;
     float* const query = mass + n;
-    const float scale =
-        seen.attend.scale != 0 ? seen.attend.scale : 1.f / std::sqrt(static_cast<float>(dim));
+    const float scale = seen.attend.scale != 0 ? seen.attend.scale : 1.f / std::sqrt(static_cast<float>(dim));
     std::fill(mass, mass + n, 0.f);
     for (auto w = first; w < seen.window_positions.size(); ++w) {
       const int position = seen.window_positions[w];
       const auto end = std::upper_bound(seen.positions.begin(), seen.positions.end(), position);
-      const auto begin =
-          seen.attend.window > 0
-              ? std::upper_bound(seen.positions.begin(), end, position - seen.attend.window)
-              : seen.positions.begin();
+      const auto begin = seen.attend.window > 0 ? std::upper_bound(seen.positions.begin(), end, position - seen.attend.window)
+                                                : seen.positions.begin();
       const int from = static_cast<int>(begin - seen.positions.begin());
       const int to = static_cast<int>(end - seen.positions.begin());
       for (int g = 0; g < seen.group_size; ++g) {

@@ -157,9 +157,7 @@ class HeadStore {
     push_dense(sink ? sink_values_ : recent_values_, value);
     positions_.push(&position, 1);
   }
-  void free_block(const BlockRef& block) const {
-    memory_->deallocate(block.data, block.allocated_bytes(), storage_alignment);
-  }
+  void free_block(const BlockRef& block) const { memory_->deallocate(block.data, block.allocated_bytes(), storage_alignment); }
 
   // -- rebuild, in two steps ------------------------------------------------------------------------------------------
 
@@ -188,7 +186,8 @@ class HeadStore {
     for (int at = 0; kept_sealed > 0 && at < first_dense; at += block_rows) {
       const int n = std::min(block_rows, first_dense - at);
       BlockRef block;
-      const int survivors = static_cast<int>(std::count_if(recent_mark + at, recent_mark + at + n, [](auto m) { return m != 0; }));
+      const int survivors =
+          static_cast<int>(std::count_if(recent_mark + at, recent_mark + at + n, [](auto m) { return m != 0; }));
       if (survivors == 0) continue;
       if (!encode_recent(at, n, recent_mark + at, block)) return false;
       temporary.blocks.push_back(block);
@@ -340,7 +339,8 @@ class HeadStore {
     return true;
   }
 
-  // The marked rows of `sources`, packed into blocks of block_rows where rows do not depend on one another, else block by block.
+  // The marked rows of `sources`, packed into blocks of block_rows where rows do not depend on one another, else block by
+  // block.
   [[nodiscard]] bool pack(const std::vector<BlockRef>& sources, const std::vector<unsigned char>& mark, int block_rows,
                           std::vector<BlockRef>& result) const {
     std::size_t source = 0;

@@ -1,0 +1,82 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// A real model: the dense cache says what llama.cpp says, a tailored one still finds a fact in a long document.
+// Runs the program KVT_LLM_BIN with the model KVT_MODEL, as a user would.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <nlohmann/json.hpp>
+
+#include "model/program.hpp"
+
+using nlohmann::json;
+
+namespace {
+
+json run_json(std::vector<std::string> arguments) {
+  arguments.insert(arguments.end(), {"--json", "-"});
+  const Outcome outcome = run_program(arguments);
+  INFO(outcome.errors);
+  REQUIRE(outcome.exit_code == 0);
+  return json::parse(outcome.output);
+}
+
+// Asks for a number hidden in the middle of LICENSE.
+std::vector<std::string> ask_for_number(std::vector<std::string> policies) {
+  std::vector<std::string> arguments = {"generate",
+                                        "--document",
+                                        text_path(),
+                                        "--depth",
+                                        "0.5",
+                                        "--max-tokens",
+                                        "24",
+                                        "--plant",
+                                        "The special magic number for the harbour is 48213.",
+                                        "--question",
+                                        "What is the special magic number for the harbour mentioned in the text?"};
+  arguments.insert(arguments.end(), policies.begin(), policies.end());
+  return arguments;
+}
+
+bool answers(const json& run) { return run["answer"].get<std::string>().find("48213") != std::string::npos; }
+
+}  // namespace
+
+TEST_CASE("the dense fp16 cache computes what llama.cpp computes, on F32 weights") {
+  const json result = run_json({"parity", "--text", text_path(), "--tokens", "1024"});
+  CHECK(result["mean_kl"].get<double>() < 1e-5);
+  CHECK(result["same_top"].get<double>() >= 0.999);
+}
+
+TEST_CASE("a quarter of the rows, at 3 and 2 bits, still holds the answer") {
+  const json result = run_json(ask_for_number(
+      {"--allocator", "adaptive", "--selector", "snap_kv", "--codec", "turbo3/turbo2", "--retain", "0.25", "--compare"}));
+  const json& full = result["full"];
+  const json& tailored = result["tailored"];
+  INFO("full: " << full["answer"] << ", tailored: " << tailored["answer"]);
+  CHECK(answers(full));
+  CHECK(answers(tailored));
+
+  const double rows = result["document_tokens"].get<double>() + result["question_tokens"].get<double>();
+  CHECK(full["mean_rows"].get<double>() == rows);
+  CHECK(std::abs(tailored["mean_rows"].get<double>() - 0.25 * rows) <= 1);
+  // What was allocated for it, not what it should take.
+  const auto bytes = [](const json& run) { return run["measured_bytes"].get<double>(); };
+  CHECK(bytes(tailored) == tailored["memory"]["total"].get<double>());
+  CHECK(bytes(tailored) < 0.25 * bytes(full));
+}
+
+TEST_CASE("a budget in bytes is an upper limit of what is allocated") {
+  const json result =
+      run_json(ask_for_number({"--allocator", "adaptive", "--selector", "snap_kv", "--codec", "turbo4", "--bytes", "8000000"}));
+  CHECK(result["tailored"]["measured_bytes"].get<double>() <= 8e6);
+}
+
+TEST_CASE("the answer does not depend on the number of threads") {
+  const std::vector<std::string> policies = {"--codec", "turbo4", "--rows", "500", "--threads"};
+  std::vector<std::string> one = policies, two = policies;
+  one.emplace_back("1");
+  two.emplace_back("2");
+  CHECK(run_json(ask_for_number(one))["tailored"]["answer"] == run_json(ask_for_number(two))["tailored"]["answer"]);
+}

@@ -1,0 +1,85 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Bad input of kvt-llm: a failing exit status and one sentence that names what was given.
+#include <doctest/doctest.h>
+
+#include <algorithm>
+
+#include "model/program.hpp"
+
+namespace {
+
+// `sentence` is a part of the message that must be there.
+void check_refused(const std::vector<std::string>& arguments, const std::string& sentence) {
+  const Outcome outcome = run_program(arguments);
+  INFO("arguments: " << arguments.front() << " ... " << arguments.back());
+  INFO(outcome.errors);
+  CHECK(outcome.exit_code > 0);
+  CHECK(outcome.errors.starts_with("kvt-llm: error: "));
+  CHECK(outcome.errors.find(sentence) != std::string::npos);
+  CHECK(std::count(outcome.errors.begin(), outcome.errors.end(), '\n') == 1);
+}
+
+std::vector<std::string> ask(std::vector<std::string> more) {
+  std::vector<std::string> arguments = {"generate", "--document", text_path(), "--question", "What is this?"};
+  arguments.insert(arguments.end(), more.begin(), more.end());
+  return arguments;
+}
+
+}  // namespace
+
+TEST_CASE("a model that is not there") { check_refused(ask({"--model", "no-such.gguf"}), "no-such.gguf"); }
+
+TEST_CASE("a document that is not there") {
+  check_refused({"generate", "--document", "no-such.txt", "--question", "What?"}, "no-such.txt");
+}
+
+TEST_CASE("a model file that was cut off, in its weights or in its head") {
+  const TemporaryFolder folder;
+  const std::string model = environment("KVT_MODEL");
+  const std::string cut = folder.file("cut.gguf");
+  const auto size = std::filesystem::file_size(model);
+  for (const auto length : {size - 1, size / 2, std::uintmax_t{100000}, std::uintmax_t{3}, std::uintmax_t{0}}) {
+    CAPTURE(length);
+    std::filesystem::copy_file(model, cut, std::filesystem::copy_options::overwrite_existing);
+    std::filesystem::resize_file(cut, length);
+    check_refused(ask({"--model", cut}), "cut.gguf");
+  }
+}
+
+TEST_CASE("a file that is no model") { check_refused(ask({"--model", text_path()}), "LICENSE"); }
+
+TEST_CASE("a document longer than the model's context") {
+  const TemporaryFolder folder;
+  const std::string text = read_all(text_path());
+  {
+    std::ofstream file(folder.file("long.txt"));
+    for (int i = 0; i < 5; ++i) file << text;
+  }
+  check_refused({"generate", "--document", folder.file("long.txt"), "--question", "What is this?"}, "8192");
+}
+
+TEST_CASE("names that are not known, with those that are") {
+  check_refused(ask({"--allocator", "generous"}), "uniform");
+  check_refused(ask({"--selector", "snap_k"}), "snap_kv");
+  check_refused(ask({"--selector", "snap_kv:windows=3"}), "window");
+  check_refused(ask({"--codec", "turbo9"}), "turbo4");
+  check_refused(ask({"--codec", "turbo4/"}), "turbo4");
+}
+
+TEST_CASE("budgets that keep nothing, or more than there is") {
+  check_refused(ask({"--retain", "0"}), "0");
+  check_refused(ask({"--retain", "-1"}), "-1");
+  check_refused(ask({"--retain", "1.5"}), "1.5");
+  check_refused(ask({"--retain", "nan"}), "nan");
+  check_refused(ask({"--rows", "0"}), "0");
+  check_refused(ask({"--bytes", "0"}), "0");
+  check_refused(ask({"--bytes", "100"}), "100");
+}
+
+TEST_CASE("options that contradict each other or do nothing") {
+  check_refused(ask({"--retain", "0.5", "--rows", "100"}), "--rows");
+  check_refused(ask({"--compress", "chunk"}), "--compress");
+  check_refused(ask({"--decode-every", "4"}), "--decode-every");
+}
