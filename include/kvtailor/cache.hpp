@@ -725,8 +725,7 @@ class KvCache {
       if (body) cache.codec_.keys.prepare(lanes, plan.queries_ + place(j), scale, body_query + j * head_dim);
       position[j] = plan.positions_[static_cast<std::size_t>((first + j) / group)];
     }
-    std::fill(near_sum, near_sum + m * head_dim, 0.f);
-    if (body) std::fill(body_sum, body_sum + m * head_dim, 0.f);
+    for (int i = 0; i < m * head_dim; ++i) near_sum[i] = body_sum[i] = 0;
 
     const auto visit = [&](const Segment& s, const auto& key_codec, const auto& value_codec, const float* query, float* sum) {
       const int* const where = store.positions().data() + s.first_row;
@@ -745,7 +744,7 @@ class KvCache {
       for (int j = 0; j < m; ++j) {
         float* const x = logits + j * n;
         if (from[j] >= to[j]) {
-          std::fill(x, x + n, 0.f);
+          for (int r = 0; r < n; ++r) x[r] = 0;
           continue;
         }
         if (options.soft_cap > 0) {
@@ -765,8 +764,8 @@ class KvCache {
         float total = 0;
         for (int r = from[j]; r < to[j]; ++r) total += x[r];
         state[j].sum += total;
-        std::fill(x, x + from[j], 0.f);
-        std::fill(x + to[j], x + n, 0.f);
+        for (int r = 0; r < from[j]; ++r) x[r] = 0;
+        for (int r = to[j]; r < n; ++r) x[r] = 0;
       }
       value_codec.accumulate(lanes, s.values, n, logits, m, n, sum);
     };
@@ -803,15 +802,16 @@ class KvCache {
       return;
     }
     const auto slot = [](int s) { return static_cast<std::size_t>(s) * tile_vectors; };
-    std::copy(state, state + m, plan.states_.data() + slot(task.slot));
-    std::copy(near_sum, near_sum + m * head_dim, plan.partials_.data() + slot(task.slot) * head_dim);
+    for (int j = 0; j < m; ++j) plan.states_[slot(task.slot) + static_cast<std::size_t>(j)] = state[j];
+    float* const partial = plan.partials_.data() + slot(task.slot) * head_dim;
+    for (int i = 0; i < m * head_dim; ++i) partial[i] = near_sum[i];
     std::atomic_ref<int> pending(plan.pending_[static_cast<std::size_t>(task.group)]);
     if (pending.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
     // The last part to finish joins them all, always in the order of the slots.
     for (int j = 0; j < m; ++j) {
       SoftmaxState joined;
       float* const sum = near_sum + j * head_dim;
-      std::fill(sum, sum + head_dim, 0.f);
+      for (int d = 0; d < head_dim; ++d) sum[d] = 0;
       for (int s = task.first_slot; s < task.first_slot + task.num_slots; ++s) {
         const auto factors = joined.merge(plan.states_[slot(s) + static_cast<std::size_t>(j)]);
         const float* const part = plan.partials_.data() + (slot(s) + static_cast<std::size_t>(j)) * head_dim;

@@ -5,6 +5,8 @@
 // Runs the program KVT_LLM_BIN with the model KVT_MODEL, as a user would.
 #include <doctest/doctest.h>
 
+#include <algorithm>
+#include <cctype>
 #include <cmath>
 #include <nlohmann/json.hpp>
 
@@ -22,8 +24,8 @@ json run_json(std::vector<std::string> arguments) {
   return json::parse(outcome.output);
 }
 
-// Asks for a number hidden in the middle of LICENSE.
-std::vector<std::string> ask_for_number(std::vector<std::string> policies) {
+// Asks for a word hidden in the middle of LICENSE, as tools/demo does.
+std::vector<std::string> ask_for_word(std::vector<std::string> policies) {
   std::vector<std::string> arguments = {"generate",
                                         "--document",
                                         text_path(),
@@ -32,14 +34,19 @@ std::vector<std::string> ask_for_number(std::vector<std::string> policies) {
                                         "--max-tokens",
                                         "24",
                                         "--plant",
-                                        "The special magic number for the harbour is 48213.",
+                                        "The special magic word for the harbour is saffron.",
                                         "--question",
-                                        "What is the special magic number for the harbour mentioned in the text?"};
+                                        "What is the special magic word for the harbour mentioned in the text?"};
   arguments.insert(arguments.end(), policies.begin(), policies.end());
   return arguments;
 }
 
-bool answers(const json& run) { return run["answer"].get<std::string>().find("48213") != std::string::npos; }
+bool answers(const json& run) {
+  std::string answer = run["answer"];
+  std::transform(answer.begin(), answer.end(), answer.begin(),
+                 [](unsigned char c) { return static_cast<char>(std::tolower(c)); });
+  return answer.find("saffron") != std::string::npos;
+}
 
 }  // namespace
 
@@ -50,7 +57,7 @@ TEST_CASE("the dense fp16 cache computes what llama.cpp computes, on F32 weights
 }
 
 TEST_CASE("a quarter of the rows, at 3 and 2 bits, still holds the answer") {
-  const json result = run_json(ask_for_number(
+  const json result = run_json(ask_for_word(
       {"--allocator", "adaptive", "--selector", "snap_kv", "--codec", "turbo3/turbo2", "--retain", "0.25", "--compare"}));
   const json& full = result["full"];
   const json& tailored = result["tailored"];
@@ -69,14 +76,22 @@ TEST_CASE("a quarter of the rows, at 3 and 2 bits, still holds the answer") {
 
 TEST_CASE("a budget in bytes is an upper limit of what is allocated") {
   const json result =
-      run_json(ask_for_number({"--allocator", "adaptive", "--selector", "snap_kv", "--codec", "turbo4", "--bytes", "8000000"}));
+      run_json(ask_for_word({"--allocator", "adaptive", "--selector", "snap_kv", "--codec", "turbo4", "--bytes", "8000000"}));
   CHECK(result["tailored"]["measured_bytes"].get<double>() <= 8e6);
 }
 
+TEST_CASE("a quarter of the rows, chosen with wider pooling, holds every digit of a number") {
+  const json result =
+      run_json({"generate", "--document", text_path(), "--depth", "0.5", "--max-tokens", "24", "--plant",
+                "The special magic word for the harbour is saffron.", "--question",
+                "What is the special magic word for the harbour mentioned in the text?", "--allocator", "adaptive",
+                "--selector", "snap_kv:window=32,kernel=13,pool=max", "--codec", "turbo3/turbo2", "--retain", "0.25"});
+  CHECK(result["tailored"]["answer"].get<std::string>().find("affron") != std::string::npos);
+}
+
 TEST_CASE("the answer does not depend on the number of threads") {
-  const std::vector<std::string> policies = {"--codec", "turbo4", "--rows", "500", "--threads"};
-  std::vector<std::string> one = policies, two = policies;
-  one.emplace_back("1");
-  two.emplace_back("2");
-  CHECK(run_json(ask_for_number(one))["tailored"]["answer"] == run_json(ask_for_number(two))["tailored"]["answer"]);
+  const auto answer = [](const char* threads) {
+    return run_json(ask_for_word({"--codec", "turbo4", "--rows", "500", "--threads", threads}))["tailored"]["answer"];
+  };
+  CHECK(answer("1") == answer("2"));
 }

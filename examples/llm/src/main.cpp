@@ -229,7 +229,14 @@ json report(FILE* out, const char* name, const Run& run) {
 }
 
 int generate(const GenerateOptions& o) {
-  if ((o.rows > 0) + (o.bytes > 0) + (o.ratio != 1) > 1) throw std::runtime_error("give one of --retain, --rows and --bytes");
+  if ((o.rows > 0) + (o.bytes > 0) + (o.ratio != 1) > 1) {
+    throw std::runtime_error("give one of --retain, --rows and --bytes");
+  }
+  if (!(o.ratio > 0 && o.ratio <= 1)) {
+    throw std::runtime_error("--retain " + std::to_string(o.ratio) + " must be above 0 and at most 1");
+  }
+  if (!Budget(o).limits() && o.when != "prompt") throw std::runtime_error("--compress " + o.when + " needs --retain, --rows or --bytes");
+  if (!Budget(o).limits() && o.decode_every > 0) throw std::runtime_error("--decode-every needs --retain, --rows or --bytes");
   const std::string text = planted(read_file(o.document), o.plant, o.depth);
   const Tokenizer tokenizer(o.common.model_path());
   const std::string marker = "\x01";
@@ -638,7 +645,12 @@ int main(int argc, char** argv) try {
   bench_command->add_option("--min-ratio", b.min_ratio,
                             "fail if the first codec decodes below this share of llama.cpp's speed");
 
-  CLI11_PARSE(app, argc, argv);
+  try {
+    app.parse(argc, argv);
+  } catch (const CLI::ParseError& e) {
+    if (e.get_exit_code() == 0) return app.exit(e);  // --help
+    throw std::runtime_error(e.what());
+  }
   if (*generate_command) return generate(g);
   if (*fidelity_command) return fidelity(f);
   if (*parity_command) return parity(p);
