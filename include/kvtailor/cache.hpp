@@ -262,7 +262,7 @@ class KvCache {
     std::int64_t rows = 0, floor_rows = 0;
     for (std::size_t h = 0; h < heads; ++h) {
       seen[h] = heads_[h].num_rows();
-      floor[h] = heads_[h].sink_rows() + std::min(options_.recent_rows, heads_[h].recent_rows());
+      floor[h] = heads_[h].sink_rows() + std::min(options_.recent_rows, seen[h] - heads_[h].sink_rows());
       rows += seen[h];
       floor_rows += floor[h];
     }
@@ -587,7 +587,7 @@ class KvCache {
       evidence.scratch = scratch;
       KVT_TRY(selector_.score(evidence, std::span<float>(at, n)));
       const auto sinks = static_cast<std::size_t>(store.sink_rows());
-      const auto recents = static_cast<std::size_t>(std::min(options_.recent_rows, store.recent_rows()));
+      const auto recents = static_cast<std::size_t>(std::min(options_.recent_rows, store.num_rows() - store.sink_rows()));
       for (std::size_t row = 0; row < n; ++row) {
         if (row < sinks || row >= n - recents) at[row] = std::numeric_limits<float>::infinity();
         if (std::isnan(at[row]))
@@ -607,7 +607,9 @@ class KvCache {
       KVT_TRY(check_allocation(want, keep));
       sum = fixed;
       for (std::size_t h = 0; h < heads_.size(); ++h) {
-        sum += Head::bytes_bound(codec_, want.floor[h], keep[h] - want.floor[h], options_.block_rows);
+        // After truncate() some of the newest rows may be encoded already.
+        const int dense = heads_[h].sink_rows() + std::min(options_.recent_rows, heads_[h].recent_rows());
+        sum += Head::bytes_bound(codec_, dense, keep[h] - dense, options_.block_rows);
       }
       return success();
     };
