@@ -193,7 +193,8 @@ void random_operations(int operations, unsigned seed, bool exact) {
             // Encoded since: near what was given, and from now on for ever the same.
             double error = 0, norm = 0;
             for (std::size_t d = 0; d < dim; ++d) {
-              error += std::pow(double(row.key[d] - keys[r * dim + d]), 2) + std::pow(double(row.value[d] - values[r * dim + d]), 2);
+              error +=
+                  std::pow(double(row.key[d] - keys[r * dim + d]), 2) + std::pow(double(row.value[d] - values[r * dim + d]), 2);
               norm += std::pow(double(row.key[d]), 2) + std::pow(double(row.value[d]), 2);
             }
             REQUIRE(!row.key.empty());
@@ -223,7 +224,9 @@ TEST_CASE("random operations on dense fp32 rows agree with the plain model exact
   random_operations<KvCodec<Dense<float, dim>, Dense<float, dim>, float>>(operations() / 2, 1, true);
 }
 
-TEST_CASE("random operations on encoded rows agree with the plain model") { random_operations<Turbo>(operations() / 2, 2, false); }
+TEST_CASE("random operations on encoded rows agree with the plain model") {
+  random_operations<Turbo>(operations() / 2, 2, false);
+}
 
 TEST_CASE("drafts that are taken back leave no trace") {
   std::mt19937 random(4);
@@ -361,7 +364,8 @@ TEST_CASE("threads attend while another cache is cut") {
         }
       });
     }
-    for (int percent = 90; percent >= 30; percent -= 10) wrong += !other.compress(Retain::ratio(percent / 100.0)).ok() && percent > 90;
+    for (int percent = 90; percent >= 30; percent -= 10)
+      wrong += !other.compress(Retain::ratio(percent / 100.0)).ok() && percent > 90;
   }
   CHECK(wrong == 0);
 }

@@ -17,8 +17,9 @@ struct Attend {
 };
 
 // One query vector over rows [n, dim] with increasing positions.
-inline std::vector<double> attend(const float* q, int position, const std::vector<float>& keys, const std::vector<float>& values,
-                                  const std::vector<int>& positions, int dim, const Attend& o) {
+inline std::vector<double> attend(const float* q, int position, const std::vector<float>& keys,
+                                  const std::vector<float>& values, const std::vector<int>& positions, int dim,
+                                  const Attend& o) {
   std::vector<double> out(static_cast<std::size_t>(dim), 0.0), logit;
   std::vector<std::size_t> seen;
   double top = -std::numeric_limits<double>::infinity();

@@ -65,9 +65,9 @@ void check_attend(int num_kv_heads, int group, int rows, int queries, AttendOpti
       for (int g = 0; g < group; ++g) {
         const auto head = static_cast<std::size_t>(h * group + g);
         const auto place = (static_cast<std::size_t>(t * num_kv_heads * group) + head) * dim;
-        const auto want = reference::attend(q.data() + place, at[static_cast<std::size_t>(t)], keys, values, positions, dim,
-                                            {double(options.scale), double(options.soft_cap), options.window,
-                                             sinks.empty() ? nullptr : &sinks[head]});
+        const auto want = reference::attend(
+            q.data() + place, at[static_cast<std::size_t>(t)], keys, values, positions, dim,
+            {double(options.scale), double(options.soft_cap), options.window, sinks.empty() ? nullptr : &sinks[head]});
         for (std::size_t d = 0; d < dim; ++d) {
           const double error = std::fabs(want[d] - double(out[place + d]));
           worst = error <= worst ? worst : error;  // a NaN stays

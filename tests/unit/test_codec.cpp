@@ -164,7 +164,8 @@ TEST_CASE("16-bit conversions are exact there and round to nearest even back") {
     const float x = to_float(h);
     if (std::isnan(x)) continue;
     if (from_float<Half>(x).bits != bits) FAIL("fp16 pattern " << bits);
-    if (from_float<BFloat16>(to_float(BFloat16{h.bits})).bits != bits && !std::isnan(to_float(BFloat16{h.bits}))) FAIL("bf16 " << bits);
+    if (from_float<BFloat16>(to_float(BFloat16{h.bits})).bits != bits && !std::isnan(to_float(BFloat16{h.bits})))
+      FAIL("bf16 " << bits);
     if ((bits & 0x7fffu) < 0x7bffu) {
       const float y = to_float(Half{static_cast<std::uint16_t>(bits + 1)});
       const float middle = 0.5f * (x + y);

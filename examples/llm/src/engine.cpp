@@ -35,6 +35,11 @@ std::span<const float> Engine::eval(kvt::AnyCache& cache, std::span<const int> t
     throw std::runtime_error("position " + std::to_string(first + n) + " is outside the model's context of " +
                              std::to_string(p.context) + " tokens");
   }
+  // A graph that fails is undone by dropping the rows from `first` on: they must all be its own.
+  if (first < cache.end_position(0)) {
+    throw std::runtime_error("position " + std::to_string(first) + " was computed before; the cache accepts " +
+                             std::to_string(cache.end_position(0)) + " or later");
+  }
   const ggml_init_params init{graph_memory_.size(), graph_memory_.data(), true};
   const std::unique_ptr<ggml_context, void (*)(ggml_context*)> owner(ggml_init(init), ggml_free);
   ggml_context* const c = owner.get();

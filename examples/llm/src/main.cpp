@@ -3,6 +3,8 @@
 //
 // kvt-llm: a real model on a tailored KV cache. generate answers a question about a document; fidelity measures what a
 // composition loses; parity and bench compare with llama.cpp itself.
+#include <unistd.h>
+
 #include <CLI/CLI.hpp>
 #include <cstdio>
 #include <cstdlib>
@@ -235,17 +237,25 @@ int generate(const GenerateOptions& o) {
   if (!(o.ratio > 0 && o.ratio <= 1)) {
     throw std::runtime_error("--retain " + std::to_string(o.ratio) + " must be above 0 and at most 1");
   }
-  if (!Budget(o).limits() && o.when != "prompt") throw std::runtime_error("--compress " + o.when + " needs --retain, --rows or --bytes");
+  if (!Budget(o).limits() && o.when != "prompt")
+    throw std::runtime_error("--compress " + o.when + " needs --retain, --rows or --bytes");
   if (!Budget(o).limits() && o.decode_every > 0) throw std::runtime_error("--decode-every needs --retain, --rows or --bytes");
   const std::string text = planted(read_file(o.document), o.plant, o.depth);
   const Tokenizer tokenizer(o.common.model_path());
   const std::string marker = "\x01";
-  const std::string prompt = tokenizer.chat(text + marker + "\n\n" + o.question);
+  // The template is applied to a marker, so that only its own text is read as special tokens: a document that holds the
+  // end of a turn stays a document.
+  const std::string prompt = tokenizer.chat(marker);
   const auto cut = prompt.find(marker);
   if (cut == std::string::npos)
-    throw std::runtime_error("the chat template changes the message; the document cannot be found in it");
-  const auto document = tokenizer.encode(prompt.substr(0, cut), true, true);
-  const auto rest = tokenizer.encode(prompt.substr(cut + 1), false, true);
+    throw std::runtime_error("the chat template changes the message; the document cannot be put into it");
+  const auto join = [](std::vector<int> head, const std::vector<int>& tail) {
+    head.insert(head.end(), tail.begin(), tail.end());
+    return head;
+  };
+  const auto document = join(tokenizer.encode(prompt.substr(0, cut), true, true), tokenizer.encode(text, false, false));
+  const auto rest = join(tokenizer.encode("\n\n" + o.question, false, false),
+                         tokenizer.encode(prompt.substr(cut + marker.size()), false, true));
   const Model model(o.common.model_path());
   const auto length = static_cast<int>(document.size() + rest.size()) + o.max_tokens;
   if (length > model.parameters().context) {
@@ -565,13 +575,28 @@ int bench(const BenchOptions& o) {
   return 0;
 }
 
+// libgomp reads OMP_WAIT_POLICY before main, so the program starts anew with it. Threads that spin while they wait take the
+// cores from whatever else a shared machine runs.
+void wait_passively(char** arguments) {
+  if (std::getenv("OMP_WAIT_POLICY") != nullptr) return;
+  setenv("OMP_WAIT_POLICY", "passive", 1);
+  execv("/proc/self/exe", arguments);  // returns only if it fails; threads spin then
+}
+
 }  // namespace
 
 int main(int argc, char** argv) try {
+  wait_passively(argv);
   init_engine();
   CLI::App app("A real model on a tailored KV cache.\n\n" + known_policies());
   app.require_subcommand(1);
 
+  // CLI11's own check names a range of 300 digits.
+  const CLI::Validator positive(
+      [](const std::string& value) {
+        return std::atof(value.c_str()) > 0 ? std::string() : value + " was given; it must be above 0";
+      },
+      "POSITIVE");
   GenerateOptions g;
   auto* const generate_command = app.add_subcommand("generate", "answer a question about a document");
   g.common.add(*generate_command, 256);
@@ -581,8 +606,8 @@ int main(int argc, char** argv) try {
   generate_command->add_option("--selector", g.names.selector, "token selector")->capture_default_str();
   generate_command->add_option("--codec", g.names.codec, "storage codec, or keys/values")->capture_default_str();
   generate_command->add_option("--retain", g.ratio, "share of all rows to keep, above 0 and at most 1");
-  generate_command->add_option("--rows", g.rows, "rows a KV head to keep on average")->check(CLI::PositiveNumber);
-  generate_command->add_option("--bytes", g.bytes, "bytes the whole cache may take")->check(CLI::PositiveNumber);
+  generate_command->add_option("--rows", g.rows, "rows a KV head to keep on average")->check(positive);
+  generate_command->add_option("--bytes", g.bytes, "bytes the whole cache may take")->check(positive);
   generate_command->add_option("--compress", g.when, "when: after the prompt, each chunk, or the document (question unseen)")
       ->capture_default_str()
       ->check(CLI::IsMember({"prompt", "chunk", "document"}));

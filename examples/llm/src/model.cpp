@@ -120,7 +120,6 @@ ggml_tensor* Model::layer(int layer, const char* name, bool optional) const {
 }
 
 void init_engine() {
-  setenv("OMP_WAIT_POLICY", "passive", 0);
   const auto quiet = [](ggml_log_level level, const char* text, void*) {
     if (level == GGML_LOG_LEVEL_ERROR && std::getenv("KVT_DEBUG") != nullptr) std::fputs(text, stderr);
   };

@@ -44,7 +44,7 @@ class Model {
   ggml_backend_buffer_t buffer_ = nullptr;
 };
 
-// Keeps ggml and llama.cpp quiet but for errors, and their threads from spinning. Call once, first.
+// Keeps ggml and llama.cpp quiet but for errors. Call once, first.
 void init_engine();
 
 // A file with every weight as F32, made once and cached beside the model (or in the user's cache folder).
