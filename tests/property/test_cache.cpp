@@ -117,13 +117,11 @@ void random_operations(int operations, unsigned seed, bool exact) {
         }
       } else if (what < 65) {
         const auto all = rows;
-        int floor = 0;
         const double ratio = 0.3 + 0.7 * static_cast<double>(random() % 1000) / 1000;
         Status status;
         const bool bytes = what < 48;
         const auto limit = static_cast<long long>(ratio * static_cast<double>(cache.memory().total()));
         status = bytes ? cache.compress(Retain::bytes(limit)) : cache.compress(Retain::ratio(ratio));
-        for (int h = 0; h < shape.num_heads(); ++h) floor += std::min<int>(7, static_cast<int>(model[std::size_t(h)].size()));
         if (status.ok()) {
           long long left = 0;
           for (int l = 0; l < 2; ++l) left += cache.num_rows(l, 0) + cache.num_rows(l, 1);
