@@ -5,7 +5,6 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
-#include <limits>
 #include <random>
 #include <vector>
 
@@ -74,10 +73,8 @@ TEST_CASE("settings that cannot be used are refused and named") {
         "there are 5 frequency factors; rotary_dim / 2 is 20");
 }
 
-TEST_CASE("a base or factor that would turn a row into NaN is refused") {
-  const float infinite = std::numeric_limits<float>::infinity();
-  CHECK(Rope{.rotary_dim = 2, .base = infinite}.validate(40).code == Errc::bad_value);
-  for (const float bad : {0.f, std::nanf(""), infinite}) {
+TEST_CASE("a frequency factor that would turn a row into NaN is refused") {
+  for (const float bad : {0.f, std::nanf("")}) {
     const float factors[2] = {1, bad};
     CHECK(Rope{.rotary_dim = 4, .factors = factors}.validate(40).code == Errc::bad_value);
   }

@@ -41,8 +41,8 @@ struct TurboQuant {
   using Rotate = Rotation<dim>;
 
   KVT_HD constexpr int max_block_bytes(int n) const { return n * (code_bytes + 2); }
-  // A least-squares scale exceeds |x| / sqrt(d) at most fourfold, and must fit fp16.
-  static double max_row_norm() { return 16000.0 * std::sqrt(static_cast<double>(dim)); }
+  // A corrected scale is at most |x| / |levels of its codes|, largest for a row along one rotated axis, and must fit fp16.
+  static double max_row_norm() { return 8000.0 * std::sqrt(static_cast<double>(dim)); }
 
   struct Levels {
     float value[num_levels] = {};

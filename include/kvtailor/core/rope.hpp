@@ -27,10 +27,18 @@ struct Rope {
       return error(Errc::bad_shape, "rotary_dim is {}; it must be even and between 2 and head_dim, which is {}", rotary_dim,
                    head_dim);
     }
-    if (!(base > 0)) return error(Errc::bad_value, "the RoPE base is {}; it must be above zero", base);
+    if (!(base > 0) || !std::isfinite(base)) {
+      return error(Errc::bad_value, "the RoPE base is {}; it must be finite and above zero", static_cast<double>(base));
+    }
     if (!factors.empty() && static_cast<int>(factors.size()) != rotary_dim / 2) {
       return error(Errc::bad_shape, "there are {} frequency factors; rotary_dim / 2 is {}", static_cast<double>(factors.size()),
                    rotary_dim / 2);
+    }
+    for (const float factor : factors) {
+      if (!(factor > 0) || !std::isfinite(factor)) {
+        return error(Errc::bad_value, "a frequency factor is {}; it must be finite and above zero",
+                     static_cast<double>(factor));
+      }
     }
     return success();
   }
