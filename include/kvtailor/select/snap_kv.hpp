@@ -25,6 +25,7 @@ struct SnapKv {
   Pool pool = Pool::average;
 
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
+    if (window < 1) return error(Errc::bad_value, "window is {}; it must be 1 or more", window);
     if (kernel < 1 || kernel % 2 == 0) return error(Errc::bad_value, "kernel is {}; it must be odd and positive", kernel);
     if (seen.window_positions.empty()) {
       return error(Errc::bad_value, "SnapKv has seen {} queries; call observe() before compress()", 0);
