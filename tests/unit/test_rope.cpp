@@ -67,7 +67,7 @@ TEST_CASE("settings that cannot be used are refused and named") {
   CHECK(Rope{.rotary_dim = 0}.validate(40).code == Errc::bad_shape);
   CHECK(Rope{.rotary_dim = 42}.validate(40).code == Errc::bad_shape);
   CHECK(Rope{.rotary_dim = 40}.validate(40).ok());
-  CHECK(Rope{.rotary_dim = 40, .base = 0.f}.validate(40).message() == "the RoPE base is 0; it must be above zero");
+  CHECK(Rope{.rotary_dim = 40, .base = 0.f}.validate(40).message() == "the RoPE base is 0; it must be finite and above zero");
   CHECK(Rope{.rotary_dim = 40, .base = std::nanf("")}.validate(40).code == Errc::bad_value);
   CHECK(Rope{.rotary_dim = 40, .factors = factors}.validate(40).message() ==
         "there are 5 frequency factors; rotary_dim / 2 is 20");

@@ -1,0 +1,92 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The bytes of encoded blocks. They are the library's storage format: a change of any number here means that blocks
+// encoded by an earlier version no longer decode to the same rows, so it goes with a new version and a line in the change
+// log. They may change when levels, signs of the rotation, plane layout or the rule of a scale change on purpose; never
+// because of a compiler, its options or the machine.
+#include <doctest/doctest.h>
+
+#include <cstdint>
+#include <cstdio>
+#include <string>
+#include <vector>
+
+#include "kvtailor/codec/dense.hpp"
+#include "kvtailor/codec/turbo_quant.hpp"
+
+using namespace kvt;
+
+namespace {
+
+// Whole numbers between -127 and 127, and one of 128 a row: norms and rotations are then sums without rounding.
+std::vector<float> input(int rows, int dim) {
+  std::vector<float> x;
+  std::uint32_t state = 20240607u;
+  for (int i = 0; i < rows * dim; ++i) {
+    state = state * 1664525u + 1013904223u;
+    x.push_back(i % dim == i / dim % dim ? 128.f : static_cast<float>(static_cast<int>(state >> 16) % 255 - 127));
+  }
+  return x;
+}
+
+// FNV-1a.
+std::uint64_t hash(const std::vector<std::byte>& bytes) {
+  std::uint64_t h = 0xcbf29ce484222325ull;
+  for (const std::byte b : bytes) h = (h ^ static_cast<std::uint64_t>(b)) * 0x100000001b3ull;
+  return h;
+}
+
+template <class Codec>
+std::vector<std::byte> encoded(int rows) {
+  const Codec codec;
+  std::vector<std::byte> block(static_cast<std::size_t>(codec.max_block_bytes(rows)));
+  block.resize(static_cast<std::size_t>(codec.encode(input(rows, Codec::head_dim).data(), rows, block.data())));
+  return block;
+}
+
+template <class Codec>
+void check(const char* name, std::uint64_t want) {
+  const std::uint64_t have = hash(encoded<Codec>(50));
+  char text[20];
+  std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(have));
+  INFO(std::string(name) << " has the hash 0x" << text);
+  CHECK(have == want);
+}
+
+}  // namespace
+
+TEST_CASE("dense blocks have the bytes they always had") {
+  check<Dense<Half, 64>>("fp16", 0xcea69caa74373a14ull);
+  check<Dense<BFloat16, 64>>("bf16", 0xef73f669b62a7359ull);
+  check<Dense<float, 64>>("fp32", 0xdf168da4741ba2f1ull);
+}
+
+TEST_CASE("TurboQuant blocks have the bytes they always had") {
+  check<TurboQuant<1, 64>>("1 bit", 0xb00891c4cf819122ull);
+  check<TurboQuant<2, 64>>("2 bits", 0x7c03445490f69a52ull);
+  check<TurboQuant<3, 64>>("3 bits", 0xa633a6975baa3306ull);
+  check<TurboQuant<4, 64>>("4 bits", 0x3af4f1368cfec202ull);
+  check<TurboQuant<5, 64>>("5 bits", 0x616ed8d434535da3ull);
+  check<TurboQuant<6, 64>>("6 bits", 0x79f97b00d38babbbull);
+  check<TurboQuant<3, 64, NormCorrection::none>>("3 bits as published", 0xbce1f3c5a51548f0ull);
+  check<TurboQuant<3, 64, NormCorrection::length>>("3 bits of the same length", 0x2861dd5ea2b897acull);
+  check<TurboQuant<3, 40>>("head dim 40", 0x346f76ed1f4c93cfull);
+  check<TurboQuant<3, 80>>("head dim 80", 0xd24508089067c603ull);
+  check<TurboQuant<3, 96>>("head dim 96", 0xbdcb0bfe17334c1aull);
+  check<TurboQuant<3, 112>>("head dim 112", 0x325d1f049dc61caaull);
+  check<TurboQuant<3, 128>>("head dim 128", 0xd6bea44fe5f0e84dull);
+  check<TurboQuant<3, 192>>("head dim 192", 0x92ba324011f4f28cull);
+  check<TurboQuant<3, 256>>("head dim 256", 0x47fb976296bf1099ull);
+}
+
+TEST_CASE("a block of one row, byte by byte") {
+  const std::vector<std::byte> block = encoded<TurboQuant<1, 40>>(1);
+  CHECK(block.size() == 7);
+  std::string text;
+  for (const std::byte b : block) {
+    text += "0123456789abcdef"[static_cast<int>(b) >> 4];
+    text += "0123456789abcdef"[static_cast<int>(b) & 15];
+  }
+  CHECK(text == "a4543f305f7edc");
+}
