@@ -21,8 +21,13 @@ class AnyCache {
   virtual bool wants_queries() const noexcept = 0;
   virtual Status observe(int layer, const float* queries, std::span<const int> positions,
                          const AttendOptions& attend) noexcept = 0;
-  virtual Status plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend, float* out,
-                      AttendPlan& plan) const noexcept = 0;
+  virtual Status add_to_plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend,
+                             float* out, AttendPlan& plan) const noexcept = 0;
+  Status plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend, float* out,
+              AttendPlan& plan) const noexcept {
+    plan.clear();
+    return add_to_plan(layer, queries, positions, attend, out, plan);
+  }
   virtual Status compress(Retain retain) noexcept = 0;
   virtual Status flush() noexcept = 0;
   virtual Status truncate(int position) noexcept = 0;

@@ -10,23 +10,26 @@
 //   KVT_TRY(cache.attend(layer, queries, positions, {}, out));
 //   KVT_TRY(cache.compress(Retain::ratio(0.25)));               // after prefill, between chunks, or while decoding
 //
-// Shapes: keys, values [n, num_kv_heads, head_dim]; queries, out [n, num_q_heads, head_dim]; positions [n].
+// Shapes:  keys, values [n, num_kv_heads, head_dim]; queries, out [n, num_q_heads, head_dim]; positions [n].
 // Failure: every call that returns a Status other than success leaves the cache as it was.
 // Threads: calls that change a cache are for one thread; any number may attend at the same time between them.
-// Memory:  everything a cache keeps comes from CacheOptions::memory. Its address must not change while a plan is in use.
+// Memory:  everything a cache keeps comes from CacheOptions::memory. A cache may be moved, but not while a plan is in use.
 #pragma once
 
 #include <algorithm>
 #include <limits>
 #include <memory_resource>
-#include <new>
+#include <numeric>
 #include <span>
 #include <vector>
 
-#include "kvtailor/attend/plan.hpp"
+#include "kvtailor/attend/attention.hpp"
+#include "kvtailor/budget/request.hpp"
+#include "kvtailor/core/check.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/store/cut.hpp"
-#include "kvtailor/store/head_store.hpp"
+#include "kvtailor/store/query_window.hpp"
+#include "kvtailor/store/rebuilt_head.hpp"
 
 namespace kvt::inline v0 {
 
@@ -61,9 +64,14 @@ class KvCache {
       : budget_(std::move(budget)), selector_(std::move(selector)), codec_(std::move(codec)) {}
   KvCache(const KvCache&) = delete;  // fork() copies, and can fail
   KvCache& operator=(const KvCache&) = delete;
+  KvCache(KvCache&& other) noexcept { take(std::move(other)); }
+  KvCache& operator=(KvCache&& other) noexcept {
+    if (this != &other) take(std::move(other));
+    return *this;
+  }
 
   // Gives the cache its shape, or a new one; it is empty afterwards.
-  Status init(const Geometry& geometry, const CacheOptions& options = {}) noexcept try {
+  Status init(const Geometry& geometry, const CacheOptions& options = {}) noexcept {
     KVT_TRY(geometry.validate());
     if (geometry.head_dim != head_dim) {
       return error(Errc::bad_shape, "head_dim is {}; this cache was composed for {}", geometry.head_dim, head_dim);
@@ -78,33 +86,31 @@ class KvCache {
     if (options.block_rows < 1 || options.block_rows > most) {
       return error(Errc::bad_shape, "block_rows is {}; it must be between 1 and {}", options.block_rows, most);
     }
-    auto* const memory = options.memory != nullptr ? options.memory : std::pmr::get_default_resource();
-    std::pmr::vector<Head> heads(memory);
-    heads.reserve(static_cast<std::size_t>(geometry.num_heads()));
-    for (int h = 0; h < geometry.num_heads(); ++h) heads.emplace_back(&codec_, memory);
-    std::pmr::vector<Layer> layers(memory);
-    layers.reserve(static_cast<std::size_t>(geometry.num_layers));
-    for (int l = 0; l < geometry.num_layers; ++l) layers.emplace_back(memory);
-    geometry_ = geometry;
-    options_ = options;
-    memory_ = memory;
-    // A pmr vector does not take over its resource on assignment, so both are built anew in place.
-    std::destroy_at(&heads_);
-    std::construct_at(&heads_, std::move(heads));
-    std::destroy_at(&layers_);
-    std::construct_at(&layers_, std::move(layers));
-    return success();
-  } catch (const std::bad_alloc&) {
-    return error(Errc::out_of_memory, "out of memory while making a cache");
+    return guarded([&] {
+      auto* const memory = options.memory != nullptr ? options.memory : std::pmr::get_default_resource();
+      std::pmr::vector<Head> heads(memory);
+      heads.reserve(static_cast<std::size_t>(geometry.num_heads()));
+      for (int h = 0; h < geometry.num_heads(); ++h) heads.emplace_back(&codec_, memory);
+      std::pmr::vector<Layer> layers(memory);
+      layers.reserve(static_cast<std::size_t>(geometry.num_layers));
+      for (int l = 0; l < geometry.num_layers; ++l) layers.emplace_back(memory);
+      replace(heads_, std::move(heads));
+      replace(layers_, std::move(layers));
+      geometry_ = geometry;
+      options_ = options;
+      options_.memory = memory;
+      return success();
+    });
   }
 
   const Geometry& geometry() const noexcept { return geometry_; }
-  const CacheOptions& options() const noexcept { return options_; }
+  const CacheOptions& options() const noexcept { return options_; }  // the memory resource as it was resolved
+  const Codec& codec() const noexcept { return codec_; }
   int num_rows(int layer, int kv_head) const noexcept { return head(layer, kv_head).num_rows(); }
   // Positions of the rows a head holds, increasing.
   std::span<const int> positions(int layer, int kv_head) const noexcept { return head(layer, kv_head).positions(); }
   // The rows of a head as the codecs give them back, [num_rows, head_dim]; either may be null.
-  void decode(int layer, int kv_head, float* keys, float* values) const { head(layer, kv_head).decode(keys, values); }
+  void decode(int layer, int kv_head, float* keys, float* values) const noexcept { head(layer, kv_head).decode(keys, values); }
   // One past the last position appended to a layer.
   int end_position(int layer) const noexcept { return layers_[static_cast<std::size_t>(layer)].end; }
 
@@ -113,140 +119,112 @@ class KvCache {
   // Adds n rows. Positions are not negative and increase; a row that is not finite or too large to be stored is refused.
   // Encodes the oldest rows first if the dense zone is over-full: rows of one append stay dense until the next.
   template <class T>
-  Status append(int layer, const T* keys, const T* values, std::span<const int> positions) noexcept try {
+  Status append(int layer, const T* keys, const T* values, std::span<const int> positions) noexcept {
     KVT_TRY(check_layer(layer));
-    KVT_TRY(check_positions(positions, layers_[static_cast<std::size_t>(layer)].end));
-    if (positions.empty()) return success();
-    KVT_TRY(check_rows(keys, positions.size(), codec_.keys.max_row_norm(),
-                       "a key has the element {}; it must be finite and at most {} in size",
-                       "a key has the norm {}; the codec of keys takes at most {}"));
-    KVT_TRY(check_rows(values, positions.size(), codec_.values.max_row_norm(),
-                       "a value has the element {}; it must be finite and at most {} in size",
-                       "a value has the norm {}; the codec of values takes at most {}"));
-    const int n = static_cast<int>(positions.size());
-    const auto heads = static_cast<std::size_t>(geometry_.num_kv_heads);
-    std::vector<std::vector<BlockRef>> fresh(heads);
-    bool enough = true;
-    for (std::size_t h = 0; h < heads && enough; ++h) {
-      Head& store = head(layer, static_cast<int>(h));
-      const int over = store.recent_rows() - options_.recent_rows;
-      const int count = over > 0 ? over / options_.block_rows : 0;
-      const int sinks = new_sink_rows(store, n);
-      fresh[h].reserve(static_cast<std::size_t>(count));
-      enough = store.encode_oldest(count, options_.block_rows, fresh[h]) &&
-               store.reserve(sinks, n - sinks, count, count * options_.block_rows);
-    }
-    if (!enough) {
-      for (std::size_t h = 0; h < heads; ++h) {
-        for (const BlockRef& block : fresh[h]) head(layer, static_cast<int>(h)).free_block(block);
-      }
-      return error(Errc::out_of_memory, "out of memory while appending {} rows", n);
-    }
-    for (std::size_t h = 0; h < heads; ++h) {
-      Head& store = head(layer, static_cast<int>(h));
-      const int sinks = new_sink_rows(store, n);
-      store.adopt_oldest(fresh[h]);
-      for (int i = 0; i < n; ++i) {
-        float key[head_dim], value[head_dim];
-        const auto at = (static_cast<std::size_t>(i) * heads + h) * head_dim;
-        for (int d = 0; d < head_dim; ++d) {
-          key[d] = to_float(keys[at + static_cast<std::size_t>(d)]);
-          value[d] = to_float(values[at + static_cast<std::size_t>(d)]);
-        }
-        store.push_row(i < sinks, key, value, positions[static_cast<std::size_t>(i)]);
-      }
-    }
     Layer& state = layers_[static_cast<std::size_t>(layer)];
-    state.end = positions.back() + 1;
-    state.appended += n;
-    return success();
-  } catch (const std::bad_alloc&) {
-    return error(Errc::out_of_memory, "out of memory while appending rows");
+    KVT_TRY(detail::check_positions(positions, state.end));
+    if (positions.empty()) return success();
+    const std::size_t heads = static_cast<std::size_t>(geometry_.num_kv_heads), rows = positions.size() * heads;
+    KVT_TRY(detail::check_rows<head_dim>(keys, rows, Near::max_element(), codec_.keys.max_row_norm(),
+                                         {"a key has the element {}; it must be finite and at most {} in size",
+                                          "a key has the norm {}; the codec of keys takes at most {}"}));
+    KVT_TRY(detail::check_rows<head_dim>(values, rows, Near::max_element(), codec_.values.max_row_norm(),
+                                         {"a value has the element {}; it must be finite and at most {} in size",
+                                          "a value has the norm {}; the codec of values takes at most {}"}));
+    return guarded([&] {
+      const int n = static_cast<int>(positions.size());
+      const auto new_sinks = [&](const Head& store) {
+        const bool begun = store.body_rows() > 0 || store.recent().rows() > 0;
+        return begun ? 0 : std::clamp(options_.sink_rows - store.sink().rows(), 0, n);
+      };
+      std::vector<BlockList> fresh;
+      for (std::size_t h = 0; h < heads; ++h) {
+        Head& store = head(layer, static_cast<int>(h));
+        const int over = std::max(0, store.recent().rows() - options_.recent_rows);
+        const int encoded = over / options_.block_rows * options_.block_rows;
+        fresh.emplace_back(options_.memory);
+        std::vector<int> block(static_cast<std::size_t>(options_.block_rows));
+        for (int at = 0; at < encoded; at += options_.block_rows) {
+          std::iota(block.begin(), block.end(), at);
+          store.encode(block, fresh.back());
+        }
+        const int sinks = new_sinks(store);
+        store.reserve(sinks, n - sinks, encoded / options_.block_rows, encoded);
+      }
+      state.reserve_runs(positions);
+      // Nothing fails from here on.
+      for (std::size_t h = 0; h < heads; ++h) {
+        Head& store = head(layer, static_cast<int>(h));
+        const int sinks = new_sinks(store);
+        store.adopt_oldest(fresh[h]);
+        for (int i = 0; i < n; ++i) {
+          float key[head_dim], value[head_dim];
+          const auto at = (static_cast<std::size_t>(i) * heads + h) * head_dim;
+          for (std::size_t d = 0; d < head_dim; ++d) {
+            key[d] = to_float(keys[at + d]);
+            value[d] = to_float(values[at + d]);
+          }
+          store.push_row(i < sinks, key, value, positions[static_cast<std::size_t>(i)]);
+        }
+      }
+      state.add(positions);
+      return success();
+    });
   }
 
   // Shows the cache the queries (post-RoPE) that come with the rows just appended. Costs nothing if no policy needs them.
   Status observe(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend = {}) noexcept {
     KVT_TRY(check_layer(layer));
-    KVT_TRY(check_attend(queries, positions, attend));
+    KVT_TRY(detail::check_attend(geometry_, queries, positions, attend));
     if (!wants_queries() || positions.empty()) return success();
     Layer& state = layers_[static_cast<std::size_t>(layer)];
-    KVT_TRY(check_positions(
-        positions, state.window_positions.size() == 0 ? 0 : state.window_positions[state.window_positions.size() - 1] + 1));
-    const auto width = static_cast<std::size_t>(geometry_.num_q_heads) * head_dim;
-    const auto window = static_cast<std::size_t>(window_size());
-    if (!state.window_queries.reserve(window * width) || !state.window_positions.reserve(window)) {
-      return error(Errc::out_of_memory, "out of memory while keeping {} queries", static_cast<double>(window));
-    }
-    const std::size_t fresh = std::min(window, positions.size());
-    const std::size_t held = state.window_positions.size();
-    const std::size_t drop = held + fresh > window ? held + fresh - window : 0;
-    state.window_queries.drop_front(drop * width);
-    state.window_positions.drop_front(drop);
-    state.window_queries.push(queries + (positions.size() - fresh) * width, fresh * width);
-    state.window_positions.push(positions.data() + positions.size() - fresh, fresh);
-    state.attend = attend;
-    state.attend.sink_logits = {};
-    return success();
+    KVT_TRY(detail::check_positions(positions, state.queries.last_position() + 1));
+    return guarded([&] {
+      state.queries.push(queries, positions, static_cast<std::size_t>(geometry_.num_q_heads) * head_dim, window_size());
+      state.attend = attend;
+      state.attend.sink_logits = {};
+      return success();
+    });
   }
 
   // Prepares attention of n queries over what is stored: each sees the rows whose position is not after its own, and inside the
   // window if there is one. All pointers must live until the tasks have run; the cache must not change. No visible row gives
   // zeros.
   Status plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend, float* out,
-              AttendPlan& plan) const noexcept try {
+              AttendPlan& plan) const noexcept {
+    plan.clear();
+    return add_to_plan(layer, queries, positions, attend, out, plan);
+  }
+  // The same beside what the plan holds already, of this cache or of others; see plan_batch.
+  Status add_to_plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend, float* out,
+                     AttendPlan& plan) const noexcept {
     KVT_TRY(check_layer(layer));
-    KVT_TRY(check_attend(queries, positions, attend));
-    plan.run_ = &KvCache::run_task;
-    plan.cache_ = this;
-    plan.layer_ = layer;
-    plan.queries_ = queries;
-    plan.positions_ = positions;
-    plan.options_ = attend;
-    plan.out_ = out;
-    plan.next_ = 0;
-    plan.tasks_.clear();
-    plan.pending_.clear();
-    int slots = 0;
-    const int vectors = static_cast<int>(positions.size()) * geometry_.group_size();
-    const int tiles = (vectors + tile_vectors - 1) / tile_vectors;
-    for (int h = 0; h < geometry_.num_kv_heads; ++h) {
-      const Head& store = head(layer, h);
-      const int segments = num_segments(store);
-      const int parts = tiles == 1 ? std::max(1, (store.num_rows() + rows_per_split - 1) / rows_per_split) : 1;
-      if (parts == 1) {
-        for (int tile = 0; tile < tiles; ++tile) plan.tasks_.push_back({h, tile, 0, segments, 0, 0, 0, 0});
-        continue;
+    KVT_TRY(detail::check_attend(geometry_, queries, positions, attend));
+    if (out == nullptr && !positions.empty()) return error(Errc::bad_shape, "the pointer to the output is null");
+    const std::size_t tasks = plan.tasks_.size(), pending = plan.pending_.size(), work = plan.work_.size();
+    const std::size_t states = plan.num_states_, partials = plan.num_partials_;
+    const Status status = guarded([&] {
+      plan.work_.push_back({&KvCache::run_task, this, layer, queries, positions, attend, out});
+      const int vectors = static_cast<int>(positions.size()) * geometry_.group_size();
+      for (int h = 0; h < geometry_.num_kv_heads; ++h) {
+        Attention<Codec>::add_tasks(head(layer, h), static_cast<int>(work), h, vectors, plan);
       }
-      // Cut at the segment where each share of the rows is full.
-      const int group = static_cast<int>(plan.pending_.size());
-      const int first_slot = slots;
-      int begin = 0, rows = 0, part = 0;
-      for (int s = 0; s < segments; ++s) {
-        rows += segment(store, s).rows;
-        const bool full = static_cast<long long>(rows) * parts >= static_cast<long long>(store.num_rows()) * (part + 1);
-        if (full || s + 1 == segments) {
-          plan.tasks_.push_back({h, 0, begin, s + 1, first_slot, slots++, 0, group});
-          begin = s + 1;
-          while (static_cast<long long>(rows) * parts >= static_cast<long long>(store.num_rows()) * (part + 1)) ++part;
-        }
-      }
-      for (auto task = plan.tasks_.end() - (slots - first_slot); task != plan.tasks_.end(); ++task) {
-        task->num_slots = slots - first_slot;
-      }
-      plan.pending_.push_back(slots - first_slot);
+      return success();
+    });
+    if (!status.ok()) {
+      plan.tasks_.resize(tasks);
+      plan.pending_.resize(pending);
+      plan.work_.resize(work);
+      plan.num_states_ = states;
+      plan.num_partials_ = partials;
     }
-    const auto total = static_cast<std::size_t>(slots) * tile_vectors;
-    if (plan.states_.size() < total) plan.states_.resize(total);
-    if (plan.partials_.size() < total * head_dim) plan.partials_.resize(total * head_dim);
-    return success();
-  } catch (const std::bad_alloc&) {
-    return error(Errc::out_of_memory, "out of memory while planning attention");
+    return status;
   }
 
-  // The same at once, on this thread.
+  // The same at once, on this thread. The workspace comes from the default memory resource.
   Status attend(int layer, const float* queries, std::span<const int> positions, const AttendOptions& options,
                 float* out) const noexcept {
-    AttendPlan work(memory_ != nullptr ? memory_ : std::pmr::get_default_resource());
+    AttendPlan work;
     KVT_TRY(plan(layer, queries, positions, options, out, work));
     for (int task = 0; task < work.num_tasks(); ++task) work.run(task);
     return success();
@@ -255,118 +233,95 @@ class KvCache {
   // Scores every row, shares out the budget, drops what is over it and encodes all but the newest recent_rows rows.
   // Rows that are encoded already keep their bytes. A budget of rows or a ratio is met exactly; bytes are not exceeded.
   // Observed queries are used up: they take more memory than a tailored cache, and the next cut wants newer ones.
-  Status compress(Retain retain) noexcept try {
+  Status compress(Retain retain) noexcept {
     KVT_TRY(check_layer(0));
-    const std::size_t heads = heads_.size();
-    std::vector<int> seen(heads), floor(heads), keep(heads);
-    std::int64_t rows = 0, floor_rows = 0;
-    for (std::size_t h = 0; h < heads; ++h) {
-      seen[h] = heads_[h].num_rows();
-      floor[h] = heads_[h].sink_rows() + std::min(options_.recent_rows, seen[h] - heads_[h].sink_rows());
-      rows += seen[h];
-      floor_rows += floor[h];
-    }
-    BudgetRequest want{0, geometry_.num_layers, geometry_.num_kv_heads, seen, floor, {}};
-    KVT_TRY(total_rows(retain, rows, floor_rows, want.total));
-
-    std::vector<float> scores;
-    const bool all = retain.unit != Retain::Unit::bytes && want.total == rows;
-    if (!all) {
-      KVT_TRY(score(seen, rows, scores));
-      want.scores = scores;
-      if (retain.unit == Retain::Unit::bytes) KVT_TRY(fit_bytes(retain.amount, rows, floor_rows, want, keep));
-    }
-    if (all) {
-      keep = seen;
-    } else {
-      KVT_TRY(budget_.allocate(want, keep));
-      KVT_TRY(check_allocation(want, keep));
-    }
-    std::vector<std::vector<unsigned char>> marks(heads);
-    std::size_t at = 0;
-    for (std::size_t h = 0; h < heads; ++h) {
-      const auto n = static_cast<std::size_t>(seen[h]);
-      marks[h].assign(n, 1);
-      if (keep[h] < seen[h]) cut({scores.data() + at, n}, keep[h], marks[h]);
-      at += n;
-    }
-    KVT_TRY(rebuild(marks, true));
-    for (Layer& layer : layers_) {
-      layer.window_queries.release();
-      layer.window_positions.release();
-    }
-    return success();
-  } catch (const std::bad_alloc&) {
-    return error(Errc::out_of_memory, "out of memory while compressing");
+    return guarded([&] {
+      const std::size_t heads = heads_.size();
+      std::vector<int> seen(heads), floor(heads), keep(heads);
+      std::int64_t rows = 0, floor_rows = 0;
+      for (std::size_t h = 0; h < heads; ++h) {
+        const int sinks = heads_[h].sink().rows();
+        seen[h] = heads_[h].num_rows();
+        floor[h] = sinks + std::min(options_.recent_rows, seen[h] - sinks);
+        rows += seen[h];
+        floor_rows += floor[h];
+      }
+      BudgetRequest want{0, geometry_.num_layers, geometry_.num_kv_heads, seen, floor, {}};
+      const bool bytes = retain.unit == Retain::Unit::bytes;
+      KVT_TRY(resolve_rows(retain, geometry_.num_heads(), rows, floor_rows, memory().total(), want.total));
+      std::vector<float> scores;
+      if (!bytes && want.total == rows) {
+        keep = seen;
+      } else {
+        KVT_TRY(score(seen, floor, rows, scores));
+        want.scores = scores;
+        if (bytes) KVT_TRY(fit_bytes(retain.amount, rows, floor_rows, want, keep));
+        KVT_TRY(budget_.allocate(want, keep));
+        KVT_TRY(check_allocation(want, keep));
+      }
+      std::vector<std::vector<unsigned char>> marks(heads);
+      std::size_t at = 0;
+      for (std::size_t h = 0; h < heads; ++h) {
+        const auto n = static_cast<std::size_t>(seen[h]);
+        marks[h].assign(n, 1);
+        if (keep[h] < seen[h]) cut({scores.data() + at, n}, keep[h], marks[h]);
+        at += n;
+      }
+      rebuild(marks, true);
+      for (Layer& layer : layers_) layer.queries.release();
+      return success();
+    });
   }
 
   // Encodes all but the newest recent_rows rows now, instead of when a whole block has gathered.
-  Status flush() noexcept try {
-    std::vector<std::vector<unsigned char>> marks(heads_.size());
-    for (std::size_t h = 0; h < heads_.size(); ++h) marks[h].assign(static_cast<std::size_t>(heads_[h].num_rows()), 1);
-    return rebuild(marks, true);
-  } catch (const std::bad_alloc&) {
-    return error(Errc::out_of_memory, "out of memory while encoding");
+  Status flush() noexcept {
+    return guarded([&] {
+      std::vector<std::vector<unsigned char>> marks(heads_.size());
+      for (std::size_t h = 0; h < heads_.size(); ++h) {
+        if (heads_[h].recent().rows() > options_.recent_rows)
+          marks[h].assign(static_cast<std::size_t>(heads_[h].num_rows()), 1);
+      }
+      rebuild(marks, true);
+      return success();
+    });
   }
 
   // Drops all rows at `position` and after it. What is left is bit for bit what it was: append(drafts), truncate and
   // append(x) gives the same cache as append(x). Rows that compress() dropped do not come back.
-  Status truncate(int position) noexcept try {
+  Status truncate(int position) noexcept {
     if (position < 0) return error(Errc::bad_position, "truncate to position {}; it must be zero or more", position);
-    std::vector<std::vector<unsigned char>> marks(heads_.size());
-    for (std::size_t h = 0; h < heads_.size(); ++h) {
-      const auto have = heads_[h].positions();
-      const auto end = std::lower_bound(have.begin(), have.end(), position) - have.begin();
-      marks[h].assign(have.size(), 0);
-      std::fill(marks[h].begin(), marks[h].begin() + end, static_cast<unsigned char>(1));
-      if (static_cast<std::size_t>(end) == have.size()) marks[h].clear();  // nothing to do for this head
-    }
-    KVT_TRY(rebuild(marks, false));
-    for (Layer& layer : layers_) {
-      if (layer.end <= position) continue;
-      layer.appended = std::max<long long>(0, layer.appended - (layer.end - position));
-      layer.end = position;
-      std::size_t queries = layer.window_positions.size();
-      while (queries > 0 && layer.window_positions[queries - 1] >= position) --queries;
-      layer.window_positions.resize(queries);
-      layer.window_queries.resize(queries * static_cast<std::size_t>(geometry_.num_q_heads) * head_dim);
-    }
-    return success();
-  } catch (const std::bad_alloc&) {
-    return error(Errc::out_of_memory, "out of memory while truncating");
+    return guarded([&] {
+      std::vector<std::vector<unsigned char>> marks(heads_.size());
+      for (std::size_t h = 0; h < heads_.size(); ++h) {
+        const auto have = heads_[h].positions();
+        const auto end = std::lower_bound(have.begin(), have.end(), position) - have.begin();
+        if (static_cast<std::size_t>(end) == have.size()) continue;
+        marks[h].assign(have.size(), 0);
+        std::fill(marks[h].begin(), marks[h].begin() + end, static_cast<unsigned char>(1));
+      }
+      rebuild(marks, false);
+      for (Layer& layer : layers_) layer.truncate(position);
+      return success();
+    });
   }
 
   // Makes `child` a copy that lives on its own, in the same memory resource.
-  Status fork(KvCache& child) const noexcept try {
+  Status fork(KvCache& child) const noexcept {
     KVT_TRY(check_layer(0));
-    KvCache twin(budget_, selector_, codec_);
-    KVT_TRY(twin.init(geometry_, options_));
-    for (std::size_t h = 0; h < heads_.size(); ++h) {
-      if (!heads_[h].copy_to(twin.heads_[h])) return error(Errc::out_of_memory, "out of memory while copying a cache");
-    }
-    for (std::size_t l = 0; l < layers_.size(); ++l) {
-      const Layer& from = layers_[l];
-      Layer& to = twin.layers_[l];
-      if (!to.window_queries.reserve(from.window_queries.size()) ||
-          !to.window_positions.reserve(from.window_positions.size())) {
-        return error(Errc::out_of_memory, "out of memory while copying a cache");
-      }
-      to.window_queries.push(from.window_queries.data(), from.window_queries.size());
-      to.window_positions.push(from.window_positions.data(), from.window_positions.size());
-      to.attend = from.attend;
-      to.end = from.end;
-      to.appended = from.appended;
-    }
-    child.take(std::move(twin));
-    return success();
-  } catch (const std::bad_alloc&) {
-    return error(Errc::out_of_memory, "out of memory while copying a cache");
+    return guarded([&] {
+      KvCache twin(budget_, selector_, codec_);
+      KVT_TRY(twin.init(geometry_, options_));
+      for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h].copy_to(twin.heads_[h]);
+      for (std::size_t l = 0; l < layers_.size(); ++l) layers_[l].copy_to(twin.layers_[l]);
+      child = std::move(twin);
+      return success();
+    });
   }
 
   // Empty, as after init(); memory goes back to the resource.
   void clear() noexcept {
-    for (Head& store : heads_) store = Head(&codec_, memory_);
-    for (Layer& layer : layers_) layer = Layer(memory_);
+    for (Head& store : heads_) store = Head(&codec_, options_.memory);
+    for (Layer& layer : layers_) layer = Layer(options_.memory);
   }
 
   Memory memory() const noexcept {
@@ -378,13 +333,13 @@ class KvCache {
       sum.index_bytes += bytes.index;
       allocated += bytes.allocated;
     }
-    const auto tables = static_cast<long long>(heads_.capacity() * sizeof(Head) + layers_.capacity() * sizeof(Layer));
-    sum.index_bytes += tables;
-    allocated += tables;
+    sum.index_bytes += table_bytes();
+    allocated += table_bytes();
     for (const Layer& layer : layers_) {
-      sum.evidence_bytes += layer.window_queries.used_bytes() + layer.window_positions.used_bytes();
-      allocated += layer.window_queries.allocated_bytes() + layer.window_positions.allocated_bytes();
-      sum.dense_fp16_bytes += layer.appended * geometry_.num_kv_heads * head_dim * 4;
+      sum.evidence_bytes += layer.queries.used_bytes();
+      sum.index_bytes += layer.runs.used_bytes();
+      allocated += layer.queries.allocated_bytes() + layer.runs.allocated_bytes();
+      sum.dense_fp16_bytes += layer.appended() * geometry_.num_kv_heads * head_dim * 4;
     }
     sum.slack_bytes = allocated - sum.payload_bytes - sum.index_bytes - sum.evidence_bytes;
     return sum;
@@ -405,422 +360,210 @@ class KvCache {
   using Near = typename Codec::near_type;
 
   struct Layer {
-    explicit Layer(std::pmr::memory_resource* memory) : window_queries(memory), window_positions(memory) {}
-    Buffer<float> window_queries;  // [window, num_q_heads, head_dim]
-    Buffer<int> window_positions;
-    AttendOptions attend;
-    int end = 0;             // one past the last position
-    long long appended = 0;  // rows a head was given
+    // Positions that follow one another; a text has one run.
+    struct Run {
+      int first, count;
+    };
+    QueryWindow queries;
+    AttendOptions attend;  // of the queries
+    Buffer<Run> runs;      // all that was appended and not truncated, dropped rows too
+    int end = 0;           // one past the last position
+
+    explicit Layer(std::pmr::memory_resource* memory) : queries(memory), runs(memory) {}
+    bool continues(int position) const noexcept {
+      return !runs.empty() && position == runs[runs.size() - 1].first + runs[runs.size() - 1].count;
+    }
+    void reserve_runs(std::span<const int> positions) {
+      std::size_t fresh = continues(positions.front()) ? 0 : 1;
+      for (std::size_t i = 1; i < positions.size(); ++i) fresh += positions[i] != positions[i - 1] + 1;
+      runs.reserve(runs.size() + fresh, true);
+    }
+    void add(std::span<const int> positions) noexcept {
+      for (const int position : positions) {
+        if (continues(position)) {
+          ++runs[runs.size() - 1].count;
+        } else {
+          const Run run{position, 1};
+          runs.push(&run, 1);
+        }
+      }
+      end = positions.back() + 1;
+    }
+    void truncate(int position) noexcept {
+      while (!runs.empty() && runs[runs.size() - 1].first >= position) runs.resize(runs.size() - 1);
+      if (!runs.empty()) {
+        Run& last = runs[runs.size() - 1];
+        last.count = std::min(last.count, position - last.first);
+      }
+      end = std::min(end, position);
+      queries.truncate(position);
+    }
+    long long appended() const noexcept {
+      long long rows = 0;
+      for (const Run& run : runs.span()) rows += run.count;
+      return rows;
+    }
+    // Fills a fresh layer.
+    void copy_to(Layer& other) const {
+      queries.copy_to(other.queries);
+      other.runs.reserve(runs.size());
+      other.runs.push(runs.data(), runs.size());
+      other.attend = attend;
+      other.end = end;
+    }
   };
 
-  Head& head(int layer, int kv_head) { return heads_[static_cast<std::size_t>(layer * geometry_.num_kv_heads + kv_head)]; }
-  const Head& head(int layer, int kv_head) const {
-    return heads_[static_cast<std::size_t>(layer * geometry_.num_kv_heads + kv_head)];
+  // A memory resource may throw what it likes; whatever it is, memory could not be had.
+  template <class F>
+  static Status guarded(F&& f) noexcept try {
+    return f();
+  } catch (...) {
+    return error(Errc::out_of_memory, "out of memory; the cache is as it was");
   }
-
-  EvidenceSet needed() const {
-    EvidenceSet set = Budget::needs;
-    if constexpr (requires { selector_.active_needs(); }) {
-      set = set | selector_.active_needs();
-    } else {
-      set = set | Selector::needs;
-    }
-    return set;
+  // A pmr vector does not take over its resource on assignment, so it is built anew in place.
+  template <class T>
+  static void replace(std::pmr::vector<T>& to, std::pmr::vector<T>&& from) noexcept {
+    std::destroy_at(&to);
+    std::construct_at(&to, std::move(from));
   }
-  int window_size() const {
-    if constexpr (requires { selector_.window; }) {
-      return std::max(1, selector_.window);
-    } else {
-      return 64;
-    }
-  }
-  int new_sink_rows(const Head& store, int n) const {
-    if (store.body_rows() > 0 || store.recent_rows() > 0) return 0;
-    return std::clamp(options_.sink_rows - store.sink_rows(), 0, n);
-  }
-
-  void take(KvCache&& other) {
-    budget_ = other.budget_;
-    selector_ = other.selector_;
-    codec_ = other.codec_;
+  void take(KvCache&& other) noexcept {
+    budget_ = std::move(other.budget_);
+    selector_ = std::move(other.selector_);
+    codec_ = std::move(other.codec_);
     geometry_ = other.geometry_;
     options_ = other.options_;
-    memory_ = other.memory_;
-    std::destroy_at(&heads_);
-    std::construct_at(&heads_, std::move(other.heads_));
-    std::destroy_at(&layers_);
-    std::construct_at(&layers_, std::move(other.layers_));
+    replace(heads_, std::move(other.heads_));
+    replace(layers_, std::move(other.layers_));
     for (Head& store : heads_) store.set_codec(&codec_);
   }
 
-  // -- checks -----------------------------------------------------------------------------------------------------------
+  Head& head(int layer, int kv_head) noexcept {
+    return heads_[static_cast<std::size_t>(layer * geometry_.num_kv_heads + kv_head)];
+  }
+  const Head& head(int layer, int kv_head) const noexcept {
+    return heads_[static_cast<std::size_t>(layer * geometry_.num_kv_heads + kv_head)];
+  }
+  long long table_bytes() const noexcept {
+    return static_cast<long long>(heads_.capacity() * sizeof(Head) + layers_.capacity() * sizeof(Layer));
+  }
 
-  Status check_layer(int layer) const {
+  EvidenceSet needed() const noexcept {
+    if constexpr (requires { selector_.active_needs(); }) {
+      return Budget::needs | selector_.active_needs();
+    } else {
+      return Budget::needs | Selector::needs;
+    }
+  }
+  // Queries kept for a selector that names no window of its own.
+  static constexpr int default_window = 64;
+  std::size_t window_size() const noexcept {
+    if constexpr (requires { selector_.window; }) {
+      return static_cast<std::size_t>(std::max(1, selector_.window));
+    } else {
+      return default_window;
+    }
+  }
+
+  Status check_layer(int layer) const noexcept {
     if (heads_.empty()) return error(Errc::bad_shape, "the cache has no shape yet; call init() first");
     if (layer < 0 || layer >= geometry_.num_layers) {
       return error(Errc::bad_shape, "layer is {}; it must be between 0 and {}", layer, geometry_.num_layers - 1);
     }
     return success();
   }
-  static Status check_positions(std::span<const int> positions, int end) {
-    for (const int position : positions) {
-      if (position < end || position == std::numeric_limits<int>::max()) {
-        return error(Errc::bad_position, "position {} goes back; it must be at least {} and below 2147483647", position, end);
-      }
-      end = position + 1;
-    }
-    return success();
-  }
-  template <class T>
-  Status check_rows(const T* rows, std::size_t n, double max_norm, const char* bad_element, const char* bad_norm) const {
-    if (rows == nullptr) return error(Errc::bad_shape, "the pointer to the rows is null");
-    const std::size_t count = n * static_cast<std::size_t>(geometry_.num_kv_heads);
-    constexpr float most = Near::max_element();
-    for (std::size_t row = 0; row < count; ++row, rows += head_dim) {
-      // In double: the square of a large element leaves fp32.
-      double square = 0;
-      for (int d = 0; d < head_dim; ++d) {
-        const float x = to_float(rows[d]);
-        if (!(x <= most && x >= -most))
-          return error(Errc::bad_value, bad_element, static_cast<double>(x), static_cast<double>(most));
-        square += static_cast<double>(x) * static_cast<double>(x);
-      }
-      if (!(square <= max_norm * max_norm)) return error(Errc::bad_value, bad_norm, std::sqrt(square), max_norm);
-    }
-    return success();
-  }
-  Status check_attend(const float* queries, std::span<const int> positions, const AttendOptions& attend) const {
-    if (queries == nullptr && !positions.empty()) return error(Errc::bad_shape, "the pointer to the queries is null");
-    if (!std::isfinite(attend.scale))
-      return error(Errc::bad_value, "scale is {}; it must be finite", static_cast<double>(attend.scale));
-    if (attend.window < 0) return error(Errc::bad_value, "window is {}; it must be zero (none) or more", attend.window);
-    if (!(attend.soft_cap >= 0) || !std::isfinite(attend.soft_cap)) {
-      return error(Errc::bad_value, "soft_cap is {}; it must be zero (none) or more", static_cast<double>(attend.soft_cap));
-    }
-    if (!attend.sink_logits.empty() && static_cast<int>(attend.sink_logits.size()) != geometry_.num_q_heads) {
-      return error(Errc::bad_shape, "there are {} sink logits; num_q_heads is {}",
-                   static_cast<double>(attend.sink_logits.size()), geometry_.num_q_heads);
-    }
-    for (const float logit : attend.sink_logits) {
-      if (!std::isfinite(logit))
-        return error(Errc::bad_value, "a sink logit is {}; it must be finite", static_cast<double>(logit));
-    }
-    const std::size_t count = positions.size() * static_cast<std::size_t>(geometry_.num_q_heads) * head_dim;
-    for (std::size_t i = 0; i < count; ++i) {
-      if (!std::isfinite(queries[i]))
-        return error(Errc::bad_value, "a query has the element {}; it must be finite", static_cast<double>(queries[i]));
-    }
-    for (const int position : positions) {
-      if (position < 0) return error(Errc::bad_position, "a query is at position {}; it must be zero or more", position);
-    }
-    return success();
-  }
-
-  // -- compress ---------------------------------------------------------------------------------------------------------
-
-  Status total_rows(Retain retain, std::int64_t rows, std::int64_t floor_rows, std::int64_t& total) const {
-    const auto heads = static_cast<double>(heads_.size());
-    if (rows == 0) return error(Errc::bad_budget, "there are {} rows; nothing can be compressed", 0);
-    switch (retain.unit) {
-      case Retain::Unit::rows:
-        if (!(retain.amount >= 1))
-          return error(Errc::bad_budget, "a budget of {} rows a head; it must be at least 1", retain.amount);
-        if (retain.amount * heads > static_cast<double>(rows)) {
-          return error(Errc::bad_budget, "a budget of {} rows a head is above the {} there are", retain.amount,
-                       static_cast<double>(rows) / heads);
-        }
-        total = static_cast<std::int64_t>(retain.amount * heads);
-        break;
-      case Retain::Unit::ratio:
-        if (!(retain.amount > 0 && retain.amount <= 1)) {
-          return error(Errc::bad_budget, "a budget of {} of the rows; it must be above 0 and at most 1", retain.amount);
-        }
-        total = std::llround(retain.amount * static_cast<double>(rows));
-        break;
-      case Retain::Unit::bytes:
-        if (!(retain.amount >= 1)) return error(Errc::bad_budget, "a budget of {} bytes; it must be at least 1", retain.amount);
-        if (retain.amount > static_cast<double>(memory().total())) {
-          return error(Errc::bad_budget, "a budget of {} bytes is above the {} there are", retain.amount,
-                       static_cast<double>(memory().total()));
-        }
-        total = rows;
-        return success();
-    }
-    if (total < floor_rows) {
-      return error(Errc::bad_budget, "a budget of {} rows in all is below the {} sink and recent rows that are never dropped",
-                   static_cast<double>(total), static_cast<double>(floor_rows));
-    }
-    return success();
-  }
 
   // Scores of all heads, one after another; protected rows are above all.
-  Status score(std::span<const int> seen, std::int64_t rows, std::vector<float>& scores) const {
+  Status score(std::span<const int> seen, std::span<const int> floor, std::int64_t rows, std::vector<float>& scores) const {
     const EvidenceSet needs = needed();
     scores.assign(static_cast<std::size_t>(rows), 0.f);
-    const int longest = *std::max_element(seen.begin(), seen.end());
-    const auto elements = static_cast<std::size_t>(longest) * head_dim;
-    std::vector<float> keys(needs.has(Evidence::keys) ? elements : 0);
-    std::vector<float> values(needs.has(Evidence::values) ? elements : 0);
-    std::vector<float> scratch(4 * static_cast<std::size_t>(longest + head_dim));
+    const auto longest = static_cast<std::size_t>(*std::max_element(seen.begin(), seen.end()));
+    std::vector<float> keys(needs.has(Evidence::keys) ? longest * head_dim : 0);
+    std::vector<float> values(needs.has(Evidence::values) ? longest * head_dim : 0);
+    std::vector<float> scratch(4 * (longest + head_dim)), queries;
+    std::vector<int> query_positions;
     float* at = scores.data();
-    for (std::size_t h = 0; h < heads_.size(); ++h) {
-      const auto n = static_cast<std::size_t>(seen[h]);
-      const Head& store = heads_[h];
-      const auto l = h / static_cast<std::size_t>(geometry_.num_kv_heads);
-      HeadEvidence evidence;
-      evidence.layer = static_cast<int>(l);
-      evidence.kv_head = static_cast<int>(h % static_cast<std::size_t>(geometry_.num_kv_heads));
-      evidence.head_dim = head_dim;
-      evidence.group_size = geometry_.group_size();
-      evidence.positions = store.positions();
-      store.decode(keys.empty() ? nullptr : keys.data(), values.empty() ? nullptr : values.data());
-      if (!keys.empty()) evidence.keys = {keys.data(), n * head_dim};
-      if (!values.empty()) evidence.values = {values.data(), n * head_dim};
-      const Layer& layer = layers_[l];
-      evidence.window_stride = static_cast<std::int64_t>(geometry_.num_q_heads) * head_dim;
-      evidence.window_queries =
-          layer.window_queries.data() == nullptr
-              ? nullptr
-              : layer.window_queries.data() + static_cast<std::int64_t>(evidence.kv_head) * evidence.group_size * head_dim;
-      evidence.window_positions = {layer.window_positions.data(), layer.window_positions.size()};
-      evidence.attend = layer.attend;
-      evidence.scratch = scratch;
-      KVT_TRY(selector_.score(evidence, std::span<float>(at, n)));
-      const auto sinks = static_cast<std::size_t>(store.sink_rows());
-      const auto recents = static_cast<std::size_t>(std::min(options_.recent_rows, store.num_rows() - store.sink_rows()));
-      for (std::size_t row = 0; row < n; ++row) {
-        if (row < sinks || row >= n - recents) at[row] = std::numeric_limits<float>::infinity();
-        if (std::isnan(at[row]))
-          return error(Errc::bad_policy, "the token selector gave row {} the score NaN", static_cast<double>(row));
+    for (int l = 0; l < geometry_.num_layers; ++l) {
+      const Layer& layer = layers_[static_cast<std::size_t>(l)];
+      layer.queries.unroll(queries, query_positions);
+      for (int kv_head = 0; kv_head < geometry_.num_kv_heads; ++kv_head) {
+        const auto h = static_cast<std::size_t>(l * geometry_.num_kv_heads + kv_head);
+        const auto n = static_cast<std::size_t>(seen[h]);
+        const Head& store = heads_[h];
+        HeadEvidence evidence;
+        evidence.layer = l;
+        evidence.kv_head = kv_head;
+        evidence.head_dim = head_dim;
+        evidence.group_size = geometry_.group_size();
+        evidence.positions = store.positions();
+        store.decode(keys.empty() ? nullptr : keys.data(), values.empty() ? nullptr : values.data());
+        if (!keys.empty()) evidence.keys = {keys.data(), n * head_dim};
+        if (!values.empty()) evidence.values = {values.data(), n * head_dim};
+        evidence.window_stride = static_cast<std::int64_t>(geometry_.num_q_heads) * head_dim;
+        if (!queries.empty()) evidence.window_queries = queries.data() + kv_head * geometry_.group_size() * head_dim;
+        evidence.window_positions = query_positions;
+        evidence.attend = layer.attend;
+        evidence.scratch = scratch;
+        KVT_TRY(selector_.score(evidence, std::span<float>(at, n)));
+        const auto sinks = static_cast<std::size_t>(store.sink().rows());
+        const auto newest = n - (static_cast<std::size_t>(floor[h]) - sinks);
+        for (std::size_t row = 0; row < n; ++row) {
+          if (row < sinks || row >= newest) at[row] = std::numeric_limits<float>::infinity();
+          if (std::isnan(at[row])) {
+            return error(Errc::bad_policy, "the token selector gave row {} the score NaN", static_cast<double>(row));
+          }
+        }
+        at += n;
       }
-      at += n;
     }
     return success();
   }
 
   // The largest number of rows whose allocation takes at most `bytes`.
   Status fit_bytes(double bytes, std::int64_t rows, std::int64_t floor_rows, BudgetRequest& want, std::span<int> keep) const {
-    long long fixed = static_cast<long long>(heads_.capacity() * sizeof(Head) + layers_.capacity() * sizeof(Layer));
-    const auto cost = [&](std::int64_t total, long long& sum) -> Status {
+    long long fixed = table_bytes();
+    for (const Layer& layer : layers_) fixed += layer.runs.allocated_bytes();
+    const auto cost = [&](std::int64_t total, double& sum) -> Status {
       want.total = total;
       KVT_TRY(budget_.allocate(want, keep));
       KVT_TRY(check_allocation(want, keep));
-      sum = fixed;
+      long long all = fixed;
       for (std::size_t h = 0; h < heads_.size(); ++h) {
         // After truncate() some of the newest rows may be encoded already.
-        const int dense = heads_[h].sink_rows() + std::min(options_.recent_rows, heads_[h].recent_rows());
-        sum += Head::bytes_bound(codec_, dense, keep[h] - dense, options_.block_rows);
+        const int dense = heads_[h].sink().rows() + std::min(options_.recent_rows, heads_[h].recent().rows());
+        all += Head::bytes_bound(codec_, dense, keep[h] - dense, options_.block_rows);
       }
+      sum = static_cast<double>(all);
       return success();
     };
-    long long sum = 0;
+    double sum = 0;
     KVT_TRY(cost(floor_rows, sum));
-    if (static_cast<double>(sum) > bytes) {
+    if (sum > bytes) {
       return error(Errc::bad_budget, "a budget of {} bytes is below the {} that sink rows, recent rows and tables take", bytes,
-                   static_cast<double>(sum));
+                   sum);
     }
     std::int64_t fits = floor_rows, over = rows + 1;
     while (over - fits > 1) {
       const std::int64_t middle = fits + (over - fits) / 2;
       KVT_TRY(cost(middle, sum));
-      (static_cast<double>(sum) <= bytes ? fits : over) = middle;
+      (sum <= bytes ? fits : over) = middle;
     }
     want.total = fits;
     return success();
   }
 
-  static Status check_allocation(const BudgetRequest& want, std::span<const int> keep) {
-    std::int64_t sum = 0;
-    for (std::size_t h = 0; h < keep.size(); ++h) {
-      if (keep[h] < want.floor[h] || keep[h] > want.seen[h]) {
-        return error(Errc::bad_policy, "the budget allocator gave a head {} rows; at most {} can be kept", keep[h],
-                     want.seen[h]);
-      }
-      sum += keep[h];
-    }
-    if (sum != want.total) {
-      return error(Errc::bad_policy, "the budget allocator gave {} rows in all; {} were asked for", static_cast<double>(sum),
-                   static_cast<double>(want.total));
-    }
-    return success();
-  }
-
-  // Keeps the marked rows of every head; an empty mark leaves a head alone. All or nothing.
-  Status rebuild(const std::vector<std::vector<unsigned char>>& marks, bool seal) {
-    std::vector<Head> next;
-    next.reserve(heads_.size());
-    for (std::size_t h = 0; h < heads_.size(); ++h) next.emplace_back(&codec_, memory_);
-    bool enough = true;
-    try {
-      for (std::size_t h = 0; h < heads_.size() && enough; ++h) {
-        if (!marks[h].empty()) {
-          enough = heads_[h].rebuild(marks[h], seal, options_.recent_rows, options_.block_rows, next[h]);
-        }
-      }
-    } catch (const std::bad_alloc&) {
-      enough = false;
-    }
+  // Keeps the marked rows of every head; an empty mark leaves a head alone. Throws, and has changed nothing then.
+  void rebuild(const std::vector<std::vector<unsigned char>>& marks, bool seal) {
+    std::vector<std::pair<std::size_t, RebuiltHead<Codec>>> rebuilt;
     for (std::size_t h = 0; h < heads_.size(); ++h) {
       if (marks[h].empty()) continue;
-      if (enough) {
-        heads_[h].commit(std::move(next[h]));
-      } else {
-        heads_[h].discard(std::move(next[h]));
-      }
+      rebuilt.emplace_back(h, RebuiltHead<Codec>(heads_[h], marks[h], seal, options_.recent_rows, options_.block_rows));
     }
-    return enough ? success() : error(Errc::out_of_memory, "out of memory while rebuilding a cache");
+    for (auto& [h, next] : rebuilt) next.commit(heads_[h]);
   }
 
-  // -- attend -----------------------------------------------------------------------------------------------------------
-
-  // A run of rows in one zone.
-  struct Segment {
-    bool near;
-    const std::byte *keys, *values;
-    int rows, first_row;
-  };
-  static int pieces(int rows) { return (rows + max_block_rows_limit - 1) / max_block_rows_limit; }
-  static int num_segments(const Head& store) {
-    return pieces(store.sink_rows()) + static_cast<int>(store.blocks().size()) + pieces(store.recent_rows());
-  }
-  // Segments are asked for in order, so first_row is found by whoever walks them.
-  static Segment segment(const Head& store, int index) {
-    const int sinks = pieces(store.sink_rows());
-    const int blocks = static_cast<int>(store.blocks().size());
-    if (index >= sinks && index < sinks + blocks) {
-      const BlockRef& block = store.blocks()[static_cast<std::size_t>(index - sinks)];
-      return {false, block.keys(), block.values(), block.rows, 0};
-    }
-    const bool sink = index < sinks;
-    const int piece = sink ? index : index - sinks - blocks;
-    const int first = piece * max_block_rows_limit;
-    const int rows = std::min(max_block_rows_limit, (sink ? store.sink_rows() : store.recent_rows()) - first);
-    const std::int64_t at = static_cast<std::int64_t>(first) * Near::row_bytes;
-    return {true, (sink ? store.sink_keys() : store.recent_keys()) + at,
-            (sink ? store.sink_values() : store.recent_values()) + at, rows, 0};
-  }
-
-  // One tile of query vectors over a range of segments. Vector v of a KV head is query head v % group of token v / group.
-  static void run_task(const void* self, AttendPlan& plan, const AttendPlan::Task& task) {
-    const KvCache& cache = *static_cast<const KvCache*>(self);
-    const Head& store = cache.head(plan.layer_, task.kv_head);
-    const Geometry& shape = cache.geometry_;
-    const AttendOptions& options = plan.options_;
-    const int group = shape.group_size();
-    const int first = task.tile * tile_vectors;
-    const int m = std::min(tile_vectors, static_cast<int>(plan.positions_.size()) * group - first);
-    const float scale = options.scale != 0 ? options.scale : 1.f / std::sqrt(static_cast<float>(head_dim));
-    const auto place = [&](int j) {  // of vector j in [n, num_q_heads, head_dim]
-      const int v = first + j;
-      return (static_cast<std::int64_t>(v / group) * shape.num_q_heads + task.kv_head * group + v % group) * head_dim;
-    };
-    alignas(64) float near_query[tile_vectors * head_dim], body_query[tile_vectors * head_dim];
-    alignas(64) float near_sum[tile_vectors * head_dim], body_sum[tile_vectors * head_dim];
-    alignas(64) float logits[tile_vectors * max_block_rows_limit];
-    SoftmaxState state[tile_vectors];
-    int position[tile_vectors];
-    const Serial lanes;
-    const Near near{};
-    const bool body = !store.blocks().empty();
-    for (int j = 0; j < m; ++j) {
-      near.prepare(lanes, plan.queries_ + place(j), scale, near_query + j * head_dim);
-      if (body) cache.codec_.keys.prepare(lanes, plan.queries_ + place(j), scale, body_query + j * head_dim);
-      position[j] = plan.positions_[static_cast<std::size_t>((first + j) / group)];
-    }
-    for (int i = 0; i < m * head_dim; ++i) near_sum[i] = body_sum[i] = 0;
-
-    const auto visit = [&](const Segment& s, const auto& key_codec, const auto& value_codec, const float* query, float* sum) {
-      const int* const where = store.positions().data() + s.first_row;
-      const int n = s.rows;
-      int from[tile_vectors], to[tile_vectors];
-      bool any = false;
-      for (int j = 0; j < m; ++j) {
-        to[j] = where[n - 1] <= position[j] ? n : static_cast<int>(std::upper_bound(where, where + n, position[j]) - where);
-        from[j] = options.window == 0 || where[0] > position[j] - options.window
-                      ? 0
-                      : static_cast<int>(std::upper_bound(where, where + n, position[j] - options.window) - where);
-        any = any || from[j] < to[j];
-      }
-      if (!any) return;
-      key_codec.logits(lanes, s.keys, n, query, m, logits, n);
-      for (int j = 0; j < m; ++j) {
-        float* const x = logits + j * n;
-        if (from[j] >= to[j]) {
-          for (int r = 0; r < n; ++r) x[r] = 0;
-          continue;
-        }
-        if (options.soft_cap > 0) {
-          for (int r = from[j]; r < to[j]; ++r) x[r] = options.soft_cap * std::tanh(x[r] / options.soft_cap);
-        }
-        float largest = x[from[j]];
-        for (int r = from[j] + 1; r < to[j]; ++r) largest = x[r] > largest ? x[r] : largest;
-        const float factor = state[j].raise(largest);
-        if (factor != 1.f) {
-          for (int d = 0; d < head_dim; ++d) near_sum[j * head_dim + d] *= factor;
-          if (body) {
-            for (int d = 0; d < head_dim; ++d) body_sum[j * head_dim + d] *= factor;
-          }
-        }
-        const float top = state[j].max;
-        for (int r = from[j]; r < to[j]; ++r) x[r] = exp_nonpositive(x[r] - top);
-        float total = 0;
-        for (int r = from[j]; r < to[j]; ++r) total += x[r];
-        state[j].sum += total;
-        for (int r = 0; r < from[j]; ++r) x[r] = 0;
-        for (int r = to[j]; r < n; ++r) x[r] = 0;
-      }
-      value_codec.accumulate(lanes, s.values, n, logits, m, n, sum);
-    };
-    int row = 0;
-    for (int i = 0; i < task.last_segment; ++i) {
-      Segment s = segment(store, i);
-      s.first_row = row;
-      row += s.rows;
-      if (i < task.first_segment) continue;
-      if (s.near) {
-        visit(s, near, near, near_query, near_sum);
-      } else {
-        visit(s, cache.codec_.keys, cache.codec_.values, body_query, body_sum);
-      }
-    }
-    if (body) {
-      for (int j = 0; j < m; ++j) cache.codec_.values.finish(lanes, body_sum + j * head_dim, near_sum + j * head_dim);
-    }
-
-    const auto write = [&](int j, SoftmaxState s, const float* sum) {
-      const int q_head = task.kv_head * group + (first + j) % group;
-      float factor = s.empty() ? 0.f : 1.f;
-      if (!options.sink_logits.empty() && !s.empty()) {
-        const float logit = options.sink_logits[static_cast<std::size_t>(q_head)];
-        factor = s.raise(logit);
-        s.sum += exp_nonpositive(logit - s.max);
-      }
-      const float inverse = s.empty() ? 0.f : factor / s.sum;
-      float* const out = plan.out_ + place(j);
-      for (int d = 0; d < head_dim; ++d) out[d] = sum[d] * inverse;
-    };
-    if (task.num_slots == 0) {
-      for (int j = 0; j < m; ++j) write(j, state[j], near_sum + j * head_dim);
-      return;
-    }
-    const auto slot = [](int s) { return static_cast<std::size_t>(s) * tile_vectors; };
-    for (int j = 0; j < m; ++j) plan.states_[slot(task.slot) + static_cast<std::size_t>(j)] = state[j];
-    float* const partial = plan.partials_.data() + slot(task.slot) * head_dim;
-    for (int i = 0; i < m * head_dim; ++i) partial[i] = near_sum[i];
-    std::atomic_ref<int> pending(plan.pending_[static_cast<std::size_t>(task.group)]);
-    if (pending.fetch_sub(1, std::memory_order_acq_rel) != 1) return;
-    // The last part to finish joins them all, always in the order of the slots.
-    for (int j = 0; j < m; ++j) {
-      SoftmaxState joined;
-      float* const sum = near_sum + j * head_dim;
-      for (int d = 0; d < head_dim; ++d) sum[d] = 0;
-      for (int s = task.first_slot; s < task.first_slot + task.num_slots; ++s) {
-        const auto factors = joined.merge(plan.states_[slot(s) + static_cast<std::size_t>(j)]);
-        const float* const part = plan.partials_.data() + (slot(s) + static_cast<std::size_t>(j)) * head_dim;
-        for (int d = 0; d < head_dim; ++d) sum[d] = sum[d] * factors.own + part[d] * factors.other;
-      }
-      write(j, joined, sum);
-    }
+  static void run_task(const AttendPlan::Work& work, AttendPlan& plan, const AttendPlan::Task& task) {
+    const KvCache& cache = *static_cast<const KvCache*>(work.cache);
+    Attention<Codec>::run(cache.codec_, cache.head(work.layer, task.kv_head), cache.geometry_, work, plan, task);
   }
 
   [[no_unique_address]] Budget budget_;
@@ -828,7 +571,6 @@ class KvCache {
   Codec codec_;
   Geometry geometry_;
   CacheOptions options_;
-  std::pmr::memory_resource* memory_ = nullptr;
   std::pmr::vector<Head> heads_;  // [num_layers, num_kv_heads]
   std::pmr::vector<Layer> layers_;
 };

@@ -68,9 +68,9 @@ class Erased final : public AnyCache {
                  const AttendOptions& attend) noexcept override {
     return cache_.observe(layer, queries, positions, attend);
   }
-  Status plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend, float* out,
-              AttendPlan& plan) const noexcept override {
-    return cache_.plan(layer, queries, positions, attend, out, plan);
+  Status add_to_plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend, float* out,
+                     AttendPlan& plan) const noexcept override {
+    return cache_.add_to_plan(layer, queries, positions, attend, out, plan);
   }
   Status compress(Retain retain) noexcept override { return cache_.compress(retain); }
   Status flush() noexcept override { return cache_.flush(); }

@@ -45,13 +45,14 @@ struct SnapKvInput {
   int sliding = 0;
 };
 
-// SnapKV: softmax of each query, pooled for each query head over neighbouring rows, mean of all. Rows that the window itself
-// holds get +inf here. Max pooling is of the mean over queries and heads.
+// SnapKV: softmax of each query, mean over the queries, pooled for each query head over neighbouring rows before the window,
+// mean over the heads. Rows that the window itself holds get +inf here.
 inline std::vector<double> snap_kv(const SnapKvInput& in) {
   const Index n = in.positions.size(), d = static_cast<Index>(in.dim), heads = static_cast<Index>(in.group);
-  std::vector<double> mass(n, 0.0), pooled(n, 0.0);
-  for (Index w = 0; w < in.window_positions.size(); ++w) {
-    for (Index g = 0; g < heads; ++g) {
+  std::vector<double> score(n, 0.0);
+  for (Index g = 0; g < heads; ++g) {
+    std::vector<double> mass(n, 0.0);
+    for (Index w = 0; w < in.window_positions.size(); ++w) {
       std::vector<double> weight(n, 0.0);
       double sum = 0;
       for (Index r = 0; r < n; ++r) {
@@ -63,18 +64,21 @@ inline std::vector<double> snap_kv(const SnapKvInput& in) {
         if (in.soft_cap > 0) x = in.soft_cap * std::tanh(x / in.soft_cap);
         sum += weight[r] = std::exp(x);
       }
-      for (Index r = 0; r < n && sum > 0; ++r) mass[r] += weight[r] / sum / double(in.window_positions.size() * heads);
+      for (Index r = 0; r < n && sum > 0; ++r) mass[r] += weight[r] / sum / double(in.window_positions.size());
+    }
+    for (int r = 0; r < int(n); ++r) {
+      double pooled = 0;
+      for (int i = r - in.kernel / 2; i <= r + in.kernel / 2; ++i) {
+        if (i < 0 || i >= int(n) || in.positions[Index(i)] >= in.window_positions.front()) continue;
+        pooled = in.maximum ? std::max(pooled, mass[Index(i)]) : pooled + mass[Index(i)] / in.kernel;
+      }
+      score[Index(r)] += pooled / double(heads);
     }
   }
-  for (int r = 0; r < int(n); ++r) {
-    for (int i = r - in.kernel / 2; i <= r + in.kernel / 2; ++i) {
-      if (i < 0 || i >= int(n)) continue;
-      double& p = pooled[Index(r)];
-      p = in.maximum ? std::max(p, mass[Index(i)]) : p + mass[Index(i)] / in.kernel;
-    }
-    if (in.positions[Index(r)] >= in.window_positions.front()) pooled[Index(r)] = std::numeric_limits<double>::infinity();
+  for (Index r = 0; r < n; ++r) {
+    if (in.positions[r] >= in.window_positions.front()) score[r] = std::numeric_limits<double>::infinity();
   }
-  return pooled;
+  return score;
 }
 
 // Ada-KV in one layer, by trying every way to share `total` rows out: heads keep at least `least` rows, and the sum of the

@@ -4,6 +4,7 @@
 // Attention of a cache against double precision, over the rows the cache itself gives back.
 #include <doctest/doctest.h>
 
+#include <numeric>
 #include <random>
 
 #include "kvtailor/kvtailor.hpp"
@@ -117,4 +118,82 @@ TEST_CASE("attention equals double precision with every codec") {
 TEST_CASE("long decode is split into parts and joined") {
   check_attend<KvCodec<Dense<Half, 64>>>(2, 3, 5000, 1, {}, false);
   check_attend<KvCodec<TurboQuant<4, 64>>>(2, 3, 5000, 1, {.window = 1500}, true);
+}
+
+TEST_CASE("a batch of sequences of any length, in one plan, gives what each gives alone") {
+  constexpr int dim = 64;
+  using Cache = KvCache<Uniform, KeyDiff, KvCodec<TurboQuant<4, dim>>>;
+  const Geometry shape{1, 2, 6, dim};
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  const auto fill = [&](std::size_t n) {
+    std::vector<float> x(n);
+    for (float& v : x) v = normal(random);
+    return x;
+  };
+  const std::vector<int> lengths{0, 1, 700, 5000, 33};
+  std::vector<Cache> caches;  // a cache can be moved
+  std::vector<std::vector<float>> queries, want, out;
+  std::vector<std::vector<int>> positions;
+  for (const int n : lengths) {
+    caches.emplace_back();
+    Cache cache;
+    REQUIRE(cache.init(shape, {.block_rows = 64}).ok());
+    std::vector<int> at(static_cast<std::size_t>(n));
+    std::iota(at.begin(), at.end(), 0);
+    const auto width = static_cast<std::size_t>(n * 2 * dim);
+    REQUIRE(cache.append(0, fill(width).data(), fill(width).data(), at).ok());
+    if (n > 40) REQUIRE(cache.flush().ok());
+    const int tokens = n == 700 ? 9 : 1;
+    positions.emplace_back(static_cast<std::size_t>(tokens), n);
+    queries.push_back(fill(static_cast<std::size_t>(tokens * 6 * dim)));
+    want.emplace_back(queries.back().size(), std::nanf(""));
+    out.push_back(want.back());
+    REQUIRE(cache.attend(0, queries.back().data(), positions.back(), {}, want.back().data()).ok());
+    caches.back() = std::move(cache);
+  }
+  std::vector<AttendRequest<Cache>> batch;
+  for (std::size_t i = 0; i < caches.size(); ++i) {
+    batch.push_back({&caches[i], queries[i].data(), positions[i], out[i].data()});
+  }
+  AttendPlan plan;
+  for (int round = 0; round < 2; ++round) {
+    REQUIRE(plan_batch<Cache>(batch, 0, {}, plan).ok());
+    run_tasks(plan, 3);
+    CHECK(out == want);
+  }
+  batch[3].queries = nullptr;
+  CHECK(plan_batch<Cache>(batch, 0, {}, plan).code == Errc::bad_shape);
+  CHECK(plan.num_tasks() == 0);
+}
+
+TEST_CASE("the largest rows and queries that are accepted give finite output") {
+  const auto check = [](auto codec) {
+    constexpr int dim = decltype(codec)::head_dim;
+    KvCache<Uniform, SinkRecent, decltype(codec)> cache;
+    REQUIRE(cache.init({1, 1, 1, dim}, {.sink_rows = 1, .recent_rows = 1, .block_rows = 4}).ok());
+    const float most = decltype(codec)::near_type::max_element();
+    // As large as the codecs take: every element, or one of them.
+    const double limit = std::min(cache.codec().keys.max_row_norm(), cache.codec().values.max_row_norm());
+    const float even = std::min(most, static_cast<float>(0.999 * limit / std::sqrt(double(dim))));
+    std::vector<float> rows(10 * dim), query(dim, max_query_element), out(dim);
+    for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = i / dim % 2 == 0 ? even : -even;
+    std::vector<int> at(10);
+    std::iota(at.begin(), at.end(), 0);
+    REQUIRE(cache.append(0, rows.data(), rows.data(), at).ok());
+    REQUIRE(cache.flush().ok());
+    const int last[1] = {9};
+    for (const float scale : {0.f, 1.f, -1.f}) {
+      REQUIRE(cache.attend(0, query.data(), last, {.scale = scale}, out.data()).ok());
+      for (const float x : out) CHECK(std::isfinite(x));
+    }
+    CHECK(cache.attend(0, query.data(), last, {.scale = 2}, out.data()).code == Errc::bad_value);
+    query[3] = std::nextafter(max_query_element, 1e30f);
+    CHECK(cache.attend(0, query.data(), last, {}, out.data()).code == Errc::bad_value);
+  };
+  check(KvCodec<Dense<Half, 256>>{});
+  check(KvCodec<Dense<float, 256>, Dense<float, 256>, float>{});
+  check(KvCodec<Dense<BFloat16, 40>, Dense<BFloat16, 40>, BFloat16>{});
+  check(KvCodec<TurboQuant<2, 256>>{});
+  check(KvCodec<TurboQuant<6, 112>>{});
 }

@@ -9,7 +9,10 @@
 // Source:  none.
 #pragma once
 
+#include <type_traits>
+
 #include "kvtailor/codec/row_wise.hpp"
+#include "kvtailor/core/check.hpp"
 #include "kvtailor/core/concepts.hpp"
 
 namespace kvt::inline v0 {
@@ -22,13 +25,13 @@ struct Dense {
   static constexpr int row_bytes = dim * static_cast<int>(sizeof(T));
 
   KVT_HD constexpr int max_block_bytes(int n) const { return n * row_bytes; }
-  // append() compares each element with the range of the dense zones as well.
-  static constexpr double max_row_norm() { return static_cast<double>(max_element()); }
+  // No limit of its own: each element is compared with max_element().
+  static constexpr double max_row_norm() { return static_cast<double>(max_element()) * dim; }
   static constexpr float max_element() {
-    if constexpr (sizeof(T) == 4) {
-      return 3.4e38f;
+    if constexpr (std::is_same_v<T, Half>) {
+      return Half::max;
     } else {
-      return T::max;
+      return max_row_element;
     }
   }
 

@@ -3,9 +3,10 @@
 //
 // GgmlAttention: a kvtailor cache inside a ggml graph.
 //
-// build() adds two custom nodes for a layer: one stores keys and values (and shows the cache the queries, if a policy wants
-// them), one attends. The engine's own cache is not needed. ggml does not report errors from inside a graph, so the first one
-// is kept: after computing, finish() tells it, and has then rolled the cache back to what it was before the graph ran.
+// build() adds two custom nodes for a layer: one stores keys and values, shows the cache the queries if a policy wants them,
+// and plans; one attends, on all of ggml's threads. The engine's own cache is not needed. ggml does not report errors from
+// inside a graph, so the first one is kept: after computing, finish() tells it, and has then dropped the rows of this graph
+// again.
 //
 //   kvt::GgmlAttention attention(cache);
 //   attention.begin(positions);                                  // before building a graph
@@ -18,7 +19,7 @@
 
 #include <ggml.h>
 
-#include <atomic>
+#include <algorithm>
 #include <deque>
 #include <span>
 
@@ -53,17 +54,16 @@ class GgmlAttention {
     state.owner = this;
     state.layer = layer;
     state.options = options;
-    q = ggml_cont(context, q);
-    ggml_tensor* rows[] = {ggml_cont(context, k), ggml_cont(context, v)};
+    ggml_tensor* inputs[] = {ggml_cont(context, k), ggml_cont(context, v), ggml_cont(context, q)};
     // One element, so that attention depends on it: ggml runs nodes in order with a barrier between them.
-    ggml_tensor* stored = ggml_custom_4d(context, GGML_TYPE_F32, 1, 1, 1, 1, rows, 2, &store, 1, &state);
-    // The plan needs the address of the output, which the attend node itself has: thread 0 plans in a node of its own before.
-    ggml_tensor* parts[] = {q, stored};
-    return ggml_custom_4d(context, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, parts, 2, &attend, GGML_N_TASKS_MAX,
-                          &state);
+    ggml_tensor* const stored = ggml_custom_4d(context, GGML_TYPE_F32, 1, 1, 1, 1, inputs, 3, &store, 1, &state);
+    ggml_tensor* parts[] = {inputs[2], stored};
+    state.output = ggml_custom_4d(context, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, parts, 2, &attend,
+                                  GGML_N_TASKS_MAX, &state);
+    return state.output;
   }
 
-  // The first failure of the graph, if any; the cache is then as it was at begin().
+  // The first failure of the graph, if any; the cache then ends where it ended at begin().
   Status finish() {
     if (failed_) {
       const Status rolled = cache_->truncate(start_);
@@ -78,7 +78,7 @@ class GgmlAttention {
     int layer = 0;
     AttendOptions options;
     AttendPlan plan;
-    std::atomic<bool> ready{false};
+    ggml_tensor* output = nullptr;  // of the attend node; its memory is known once the graph is allocated
   };
 
   void fail(const Status& status) {
@@ -86,43 +86,33 @@ class GgmlAttention {
     failed_ = true;
   }
 
+  // ggml may run it on more threads than it was asked to.
   static void store(ggml_tensor* dst, int ith, int, void* data) {
     if (ith != 0) return;
     Layer& state = *static_cast<Layer*>(data);
     GgmlAttention& self = *state.owner;
     static_cast<float*>(dst->data)[0] = 0;
-    state.ready = false;
     if (self.failed_) return;
-    const Status status = self.cache_->append(state.layer, static_cast<const float*>(dst->src[0]->data),
-                                              static_cast<const float*>(dst->src[1]->data), self.positions_);
-    if (!status.ok()) self.fail(status);
+    const auto input = [&](int i) { return static_cast<const float*>(dst->src[i]->data); };
+    Cache& cache = *self.cache_;
+    Status status = cache.append(state.layer, input(0), input(1), self.positions_);
+    if (status.ok()) status = cache.observe(state.layer, input(2), self.positions_, state.options);
+    if (status.ok()) {
+      status = cache.plan(state.layer, input(2), self.positions_, state.options, static_cast<float*>(state.output->data),
+                          state.plan);
+    }
+    self.failed_ = !status.ok();
+    if (self.failed_) self.status_ = status;
   }
 
   static void attend(ggml_tensor* dst, int ith, int, void* data) {
     Layer& state = *static_cast<Layer*>(data);
-    GgmlAttention& self = *state.owner;
-    if (ith == 0) {
-      self.prepare(state, static_cast<const float*>(dst->src[0]->data), static_cast<float*>(dst->data), ggml_nelements(dst));
-      state.ready.store(true, std::memory_order_release);
-    } else {
-      // Planning takes microseconds; ggml has no barrier inside a node.
-      while (!state.ready.load(std::memory_order_acquire)) std::this_thread::yield();
+    if (state.owner->failed_) {
+      // Nothing after a failure may read what was never written.
+      if (ith == 0) std::fill_n(static_cast<float*>(dst->data), ggml_nelements(dst), 0.f);
+      return;
     }
-    if (self.failed_) return;
     for (int task = state.plan.take(); task >= 0; task = state.plan.take()) state.plan.run(task);
-  }
-
-  void prepare(Layer& state, const float* queries, float* out, std::int64_t elements) {
-    if (!failed_ && cache_->wants_queries()) {
-      const Status status = cache_->observe(state.layer, queries, positions_, state.options);
-      if (!status.ok()) fail(status);
-    }
-    if (!failed_) {
-      const Status status = cache_->plan(state.layer, queries, positions_, state.options, out, state.plan);
-      if (!status.ok()) fail(status);
-    }
-    // Nothing after a failure may read what was never written.
-    if (failed_) std::fill(out, out + elements, 0.f);
   }
 
   Cache* cache_ = nullptr;

@@ -4,7 +4,7 @@
 // SnapKv: rows the last queries looked at are kept.
 //
 // Score:   softmax of each of the last `window` queries over the rows it may see; mean over the queries; pooled over
-//          neighbouring rows; mean over the group's query heads. Rows inside the window score above all.
+//          neighbouring rows before the window; mean over the group's query heads. Rows inside the window score above all.
 // Needs:   keys, positions, window queries.  Cost: O(window * group * rows * head_dim).
 // Source:  SnapKV, Li et al., arXiv 2404.14469; defaults of the authors' code (window 64, average over 5).
 #pragma once
@@ -34,19 +34,23 @@ struct SnapKv {
     const int dim = seen.head_dim;
     const auto num_queries = std::min<std::size_t>(seen.window_positions.size(), static_cast<std::size_t>(window));
     const auto first = seen.window_positions.size() - num_queries;
+    const auto window_start = std::lower_bound(seen.positions.begin(), seen.positions.end(), seen.window_positions[first]);
+    const int before = static_cast<int>(window_start - seen.positions.begin());  // rows
     float* const logit = seen.scratch.data();
     float* const mass = logit + n;
     float* const query = mass + n;
     const float scale = seen.attend.scale != 0 ? seen.attend.scale : 1.f / std::sqrt(static_cast<float>(dim));
-    std::fill(mass, mass + n, 0.f);
-    for (auto w = first; w < seen.window_positions.size(); ++w) {
-      const int position = seen.window_positions[w];
-      const auto end = std::upper_bound(seen.positions.begin(), seen.positions.end(), position);
-      const auto begin = seen.attend.window > 0 ? std::upper_bound(seen.positions.begin(), end, position - seen.attend.window)
-                                                : seen.positions.begin();
-      const int from = static_cast<int>(begin - seen.positions.begin());
-      const int to = static_cast<int>(end - seen.positions.begin());
-      for (int g = 0; g < seen.group_size; ++g) {
+    const float average = 1.f / static_cast<float>(num_queries * static_cast<std::size_t>(seen.group_size));
+    std::fill(score.begin(), score.end(), 0.f);
+    for (int g = 0; g < seen.group_size; ++g) {
+      std::fill(mass, mass + n, 0.f);
+      for (auto w = first; w < seen.window_positions.size(); ++w) {
+        const int position = seen.window_positions[w];
+        const auto end = std::upper_bound(seen.positions.begin(), seen.positions.end(), position);
+        const auto begin = seen.attend.window > 0 ? std::upper_bound(seen.positions.begin(), end, position - seen.attend.window)
+                                                  : seen.positions.begin();
+        const int from = static_cast<int>(begin - seen.positions.begin());
+        const int to = static_cast<int>(end - seen.positions.begin());
         const float* const source = seen.window_queries + static_cast<std::int64_t>(w) * seen.window_stride + g * dim;
         for (int d = 0; d < dim; ++d) query[d] = source[d] * scale;
         float largest = -std::numeric_limits<float>::infinity();
@@ -63,23 +67,18 @@ struct SnapKv {
         const float share = total > 0 ? static_cast<float>(1.0 / total) : 0.f;
         for (int row = from; row < to; ++row) mass[row] += logit[row] * share;
       }
-    }
-    const float average = 1.f / static_cast<float>(num_queries * static_cast<std::size_t>(seen.group_size));
-    const int window_start = seen.window_positions[first];
-    float best = 0;
-    for (int row = 0; row < n; ++row) {
-      // Neighbours past the ends count as nothing; the average divides by the kernel all the same.
-      float pooled = 0;
-      for (int i = std::max(0, row - kernel / 2); i <= std::min(n - 1, row + kernel / 2); ++i) {
-        pooled = pool == Pool::average ? pooled + mass[i] : std::max(pooled, mass[i]);
+      for (int row = 0; row < before; ++row) {
+        // Neighbours past the ends count as nothing; the average divides by the kernel all the same.
+        float pooled = 0;
+        for (int i = std::max(0, row - kernel / 2); i <= std::min(before - 1, row + kernel / 2); ++i) {
+          pooled = pool == Pool::average ? pooled + mass[i] : std::max(pooled, mass[i]);
+        }
+        if (pool == Pool::average) pooled /= static_cast<float>(kernel);
+        score[static_cast<std::size_t>(row)] += pooled * average;
       }
-      if (pool == Pool::average) pooled /= static_cast<float>(kernel);
-      score[static_cast<std::size_t>(row)] = pooled * average;
-      best = std::max(best, pooled * average);
     }
-    for (int row = n - 1; row >= 0 && seen.positions[static_cast<std::size_t>(row)] >= window_start; --row) {
-      score[static_cast<std::size_t>(row)] = best + 1.f;
-    }
+    // No mean of shares is above one.
+    std::fill(score.begin() + before, score.end(), 2.f);
     return success();
   }
 

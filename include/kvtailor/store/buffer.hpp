@@ -1,13 +1,13 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Buffer: a growable array of plain values from a memory resource, which knows what it allocated and never throws.
+// Buffer: a growable array of plain values from a memory resource, which knows what it allocated. Only reserve() allocates.
 #pragma once
 
 #include <cstddef>
 #include <cstring>
 #include <memory_resource>
-#include <new>
+#include <span>
 #include <type_traits>
 #include <utility>
 
@@ -43,28 +43,24 @@ class Buffer {
   T* data() noexcept { return data_; }
   const T* data() const noexcept { return data_; }
   std::size_t size() const noexcept { return size_; }
+  bool empty() const noexcept { return size_ == 0; }
+  std::span<const T> span() const noexcept { return {data_, size_}; }
   T& operator[](std::size_t i) noexcept { return data_[i]; }
   const T& operator[](std::size_t i) const noexcept { return data_[i]; }
   long long used_bytes() const noexcept { return static_cast<long long>(size_ * sizeof(T)); }
   long long allocated_bytes() const noexcept { return static_cast<long long>(capacity_ * sizeof(T)); }
 
-  // False when memory is out; nothing has changed then. Grows to exactly n, or by half when `slack`.
-  [[nodiscard]] bool reserve(std::size_t n, bool slack = false) noexcept {
-    if (n <= capacity_) return true;
+  // Grows to exactly n, or by half when `slack`. Throws what the resource throws, and has not changed then.
+  void reserve(std::size_t n, bool slack = false) {
+    if (n <= capacity_) return;
     const std::size_t wanted = slack && capacity_ + capacity_ / 2 > n ? capacity_ + capacity_ / 2 : n;
-    T* fresh = nullptr;
-    try {
-      fresh = static_cast<T*>(memory_->allocate(wanted * sizeof(T), storage_alignment));
-    } catch (...) {
-      return false;
-    }
+    T* const fresh = static_cast<T*>(memory_->allocate(wanted * sizeof(T), storage_alignment));
     if (size_ != 0) std::memcpy(fresh, data_, size_ * sizeof(T));
     const std::size_t size = size_;
     release();
     data_ = fresh;
     size_ = size;
     capacity_ = wanted;
-    return true;
   }
   // Within the capacity; new elements are not set.
   void resize(std::size_t n) noexcept {

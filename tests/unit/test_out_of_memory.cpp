@@ -1,0 +1,220 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Memory that runs out at any allocation, of the cache's resource or of operator new: nothing changes and nothing is lost.
+// With codecs whose rows are apart, and with one whose blocks are one piece.
+#include <doctest/doctest.h>
+
+#include <cstdlib>
+#include <memory_resource>
+#include <new>
+#include <random>
+#include <string>
+
+#include "kvtailor/kvtailor.hpp"
+
+namespace {
+
+int until_failure = -1;  // allocations that still succeed; -1: all
+
+bool fails() {
+  if (until_failure == 0) return true;
+  if (until_failure > 0) --until_failure;
+  return false;
+}
+
+}  // namespace
+
+void* operator new(std::size_t bytes) {
+  void* const p = fails() ? nullptr : std::malloc(bytes > 0 ? bytes : 1);
+  if (p == nullptr) throw std::bad_alloc();
+  return p;
+}
+void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+  return fails() ? nullptr : std::malloc(bytes > 0 ? bytes : 1);
+}
+void operator delete(void* p) noexcept { std::free(p); }
+void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
+void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+
+using namespace kvt;
+
+namespace {
+
+constexpr int dim = 40;
+const Geometry shape{1, 2, 4, dim};
+
+class Counting : public std::pmr::memory_resource {
+ public:
+  long long outstanding = 0;
+
+ private:
+  void* do_allocate(std::size_t bytes, std::size_t alignment) override {
+    void* const p = fails() ? nullptr : std::aligned_alloc(alignment, (bytes + alignment - 1) / alignment * alignment);
+    if (p == nullptr) throw std::bad_alloc();
+    outstanding += static_cast<long long>(bytes);
+    return p;
+  }
+  void do_deallocate(void* p, std::size_t bytes, std::size_t) override {
+    outstanding -= static_cast<long long>(bytes);
+    std::free(p);
+  }
+  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+};
+
+// A codec whose blocks cannot be taken apart.
+template <int bits>
+struct Whole : TurboQuant<bits, dim> {
+  void copy_row() = delete;
+};
+static_assert(StorageCodec<Whole<3>> && !RowWiseCodec<Whole<3>>);
+
+using Apart = KvCodec<TurboQuant<4, dim>, TurboQuant<3, dim>>;
+using Blocks = KvCodec<Whole<4>, Whole<3>>;
+template <class Codec>
+using Cache = KvCache<Adaptive, SnapKv, Codec>;
+
+struct Rows {
+  std::vector<float> keys, values, queries;
+  std::vector<int> positions;
+
+  Rows(int first, int n) {
+    std::mt19937 random(static_cast<unsigned>(first + n));
+    std::normal_distribution<float> normal;
+    keys.resize(static_cast<std::size_t>(n * shape.num_kv_heads * dim));
+    values.resize(keys.size());
+    queries.resize(static_cast<std::size_t>(n * shape.num_q_heads * dim));
+    for (auto* x : {&keys, &values, &queries}) {
+      for (float& v : *x) v = normal(random);
+    }
+    for (int i = 0; i < n; ++i) positions.push_back(first + i);
+  }
+};
+
+template <class Codec>
+void append(Cache<Codec>& cache, const Rows& rows) {
+  for (int l = 0; l < shape.num_layers; ++l) {
+    REQUIRE(cache.append(l, rows.keys.data(), rows.values.data(), rows.positions).ok());
+    REQUIRE(cache.observe(l, rows.queries.data(), rows.positions).ok());
+  }
+}
+
+template <class Codec>
+std::vector<float> state(const Cache<Codec>& cache) {
+  std::vector<float> all;
+  for (int l = 0; l < shape.num_layers; ++l) {
+    all.push_back(static_cast<float>(cache.end_position(l)));
+    for (int h = 0; h < shape.num_kv_heads; ++h) {
+      std::vector<float> keys(cache.positions(l, h).size() * dim), values(keys.size());
+      cache.decode(l, h, keys.data(), values.data());
+      all.insert(all.end(), keys.begin(), keys.end());
+      all.insert(all.end(), values.begin(), values.end());
+      for (const int p : cache.positions(l, h)) all.push_back(static_cast<float>(p));
+    }
+  }
+  return all;
+}
+
+// What went wrong when `operation` could make only `allowed` allocations; empty if nothing did.
+template <class Codec, class Operation>
+std::string failure(const Operation& operation, int allowed, bool& done) {
+  Counting memory;
+  {
+    Cache<Codec> cache({}, {.window = 4});
+    REQUIRE(cache.init(shape, {.sink_rows = 2, .recent_rows = 5, .block_rows = 8, .memory = &memory}).ok());
+    append(cache, Rows(0, 45));
+    append(cache, Rows(45, 3));
+    REQUIRE(cache.flush().ok());
+    append(cache, Rows(48, 30));
+    const auto before = state(cache);
+    const Rows rows(78, 20);
+    until_failure = allowed;
+    const Status status = operation(cache, rows);
+    until_failure = -1;
+    done = status.ok();
+    if (!done && status.code != Errc::out_of_memory) return "it says: " + status.message();
+    if (!done && state(cache) != before) return "the cache has changed";
+    const long long lost = memory.outstanding - cache.memory().total();
+    if (lost != 0) return std::to_string(lost) + " bytes are not in memory().total()";
+  }
+  return memory.outstanding == 0 ? "" : "bytes are lost";
+}
+
+template <class Codec, class Operation>
+void attempt(const char* name, const Operation& operation) {
+  int allowed = 0;
+  std::string wrong;
+  for (bool done = false; !done && wrong.empty() && allowed < 10000; ++allowed) {
+    wrong = failure<Codec>(operation, allowed, done);
+  }
+  INFO(std::string(name) << " with " << allowed - 1 << " allocations");
+  CHECK(wrong == "");
+  CHECK(allowed > 1);  // something did fail
+  CHECK(allowed < 10000);
+}
+
+template <class Codec>
+void attempt_all() {
+  using C = Cache<Codec>;
+  attempt<Codec>("append", [](C& c, const Rows& r) { return c.append(0, r.keys.data(), r.values.data(), r.positions); });
+  attempt<Codec>("compress to a ratio", [](C& c, const Rows&) { return c.compress(Retain::ratio(0.6)); });
+  attempt<Codec>("compress to bytes", [](C& c, const Rows&) { return c.compress(Retain::bytes(c.memory().total() * 4 / 5)); });
+  attempt<Codec>("flush", [](C& c, const Rows&) { return c.flush(); });
+  attempt<Codec>("truncate", [](C& c, const Rows&) { return c.truncate(21); });
+  attempt<Codec>("fork", [](C& c, const Rows&) {
+    C child;
+    return c.fork(child);
+  });
+  attempt<Codec>("init", [](C& c, const Rows&) {
+    C other;
+    return other.init(c.geometry(), c.options());
+  });
+  attempt<Codec>("plan", [](C& c, const Rows& r) {
+    static float out[20 * 4 * dim];
+    AttendPlan plan(c.options().memory);
+    return c.plan(0, r.queries.data(), r.positions, {}, out, plan);
+  });
+}
+
+}  // namespace
+
+TEST_CASE("memory that runs out anywhere loses nothing when rows are apart") { attempt_all<Apart>(); }
+
+TEST_CASE("memory that runs out anywhere loses nothing when a block is one piece") { attempt_all<Blocks>(); }
+
+TEST_CASE("a codec whose blocks are one piece keeps the same rows as one whose rows are apart") {
+  std::mt19937 random(1);
+  Counting memory;
+  {
+    Cache<Apart> apart({}, {.window = 4});
+    Cache<Blocks> blocks({}, {.window = 4});
+    const CacheOptions options{.sink_rows = 2, .recent_rows = 5, .block_rows = 8, .memory = &memory};
+    REQUIRE(apart.init(shape, options).ok());
+    REQUIRE(blocks.init(shape, options).ok());
+    int next = 0;
+    for (int step = 0; step < 300; ++step) {
+      const auto both = [&](auto&& operation) {
+        const Status a = operation(apart), b = operation(blocks);
+        REQUIRE(a.code == b.code);
+      };
+      const auto what = random() % 10;
+      if (what < 5 || next == 0) {
+        const Rows rows(next, 1 + static_cast<int>(random() % 12));
+        append(apart, rows);
+        append(blocks, rows);
+        next = rows.positions.back() + 1;
+      } else if (what < 8) {
+        const double ratio = 0.4 + 0.6 * static_cast<double>(random() % 100) / 100;
+        both([&](auto& cache) { return cache.compress(Retain::ratio(ratio)); });
+      } else if (what == 8) {
+        both([](auto& cache) { return cache.flush(); });
+      } else {
+        next = std::max(0, next - static_cast<int>(random() % 12));
+        both([&](auto& cache) { return cache.truncate(next); });
+      }
+      REQUIRE(state(apart) == state(blocks));
+      REQUIRE(memory.outstanding == apart.memory().total() + blocks.memory().total());
+    }
+  }
+  CHECK(memory.outstanding == 0);
+}
