@@ -301,6 +301,29 @@ TEST_CASE("a fork lives in the memory resource of its parent, also if that was t
   CHECK(first.outstanding == 0);
 }
 
+TEST_CASE("a cache goes on where it was moved to, with its codec's state") {
+  using Choice = OneOf<Dense<Half, dim>, TurboQuant<4, dim>>;
+  using Cache = KvCache<Uniform, KeyDiff, KvCodec<Choice, Choice>>;
+  const KvCodec<Choice, Choice> codec{{1}, {1}};
+  Cache stays({}, {}, codec), target;
+  REQUIRE(stays.init(shape, small).ok());
+  append(stays, Rows(0, 20));
+  {
+    Cache source({}, {}, codec);
+    REQUIRE(source.init(shape, small).ok());
+    append(source, Rows(0, 20));
+    target = std::move(source);
+    source = Cache();  // another codec in the old place
+    CHECK(source.memory().total() == 0);
+  }
+  for (Cache* cache : {&stays, &target}) {
+    append(*cache, Rows(20, 30));
+    REQUIRE(cache->compress(Retain::ratio(0.6)).ok());
+  }
+  CHECK(state(stays) == state(target));
+  CHECK(target.bits_per_element() < 12);
+}
+
 // Last, since it crashes where it is not refused.
 TEST_CASE("attention without a place for the output is refused") {
   KvCache<Uniform, SinkRecent, Exact> cache;
