@@ -221,10 +221,12 @@ class KvCache {
     return status;
   }
 
-  // The same at once, on this thread. The workspace comes from the default memory resource.
+  // The same at once, on this thread. The workspace is on the stack, or from the default memory resource if it is large.
   Status attend(int layer, const float* queries, std::span<const int> positions, const AttendOptions& options,
                 float* out) const noexcept {
-    AttendPlan work;
+    alignas(storage_alignment) std::byte space[16384];
+    std::pmr::monotonic_buffer_resource arena(space, sizeof space);
+    AttendPlan work(&arena);
     KVT_TRY(plan(layer, queries, positions, options, out, work));
     for (int task = 0; task < work.num_tasks(); ++task) work.run(task);
     return success();

@@ -10,6 +10,7 @@
 #include <cmath>
 
 #include "kvtailor/attend/plan.hpp"
+#include "kvtailor/core/simd.hpp"
 #include "kvtailor/store/head_store.hpp"
 
 namespace kvt::inline v0 {
@@ -46,7 +47,7 @@ class Attention {
   static void add_tasks(const Head& store, int work, int kv_head, int num_vectors, AttendPlan& plan) {
     const int segments = num_segments(store), rows = store.num_rows();
     const int tiles = (num_vectors + tile_vectors - 1) / tile_vectors;
-    const int parts = tiles == 1 ? std::clamp(rows / rows_per_split, 1, max_splits) : 1;
+    const int parts = tiles == 1 ? std::clamp((rows + rows_per_split - 1) / rows_per_split, 1, max_splits) : 1;
     if (parts == 1) {
       for (int tile = 0; tile < tiles; ++tile) plan.tasks_.push_back({work, kv_head, tile, 0, segments, 0, 0, 1, 0, 0, 0});
       return;
@@ -192,18 +193,14 @@ class Attention {
       if (const float cap = options->soft_cap; cap > 0) {
         for (int r = from; r < to; ++r) x[r] = cap * std::tanh(x[r] / cap);
       }
-      float largest = x[from];
-      for (int r = from + 1; r < to; ++r) largest = x[r] > largest ? x[r] : largest;
-      const float factor = state[j].raise(largest);
+      const float factor = state[j].raise(largest_of(x + from, to - from));
       if (factor != 1.f) {
         for (int d = 0; d < head_dim; ++d) near_sum[j * head_dim + d] *= factor;
         for (int d = 0; d < head_dim; ++d) body_sum[j * head_dim + d] *= factor;
       }
       const float top = state[j].max;
-      float total = 0;
       for (int r = from; r < to; ++r) x[r] = exp_nonpositive(x[r] - top);
-      for (int r = from; r < to; ++r) total += x[r];
-      state[j].sum += total;
+      state[j].sum += sum_of(x + from, to - from);
       for (int r = 0; r < from; ++r) x[r] = 0;
       for (int r = to; r < n; ++r) x[r] = 0;
     }

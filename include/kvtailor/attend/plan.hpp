@@ -16,12 +16,13 @@
 
 #include "kvtailor/attend/softmax_state.hpp"
 #include "kvtailor/core/evidence.hpp"
+#include "kvtailor/store/buffer.hpp"
 
 namespace kvt::inline v0 {
 
 inline constexpr int max_block_rows_limit = 512;  // rows attended at once
 inline constexpr int tile_vectors = 16;           // query vectors attended at once
-inline constexpr int rows_per_split = 256;        // rows a decode task takes at least
+inline constexpr int rows_per_split = 512;        // rows a decode task takes, while there are less than max_splits
 inline constexpr int max_splits = 16;             // tasks of a head of one decode step
 
 class AttendPlan {
@@ -51,8 +52,8 @@ class AttendPlan {
   }
   long long workspace_bytes() const noexcept {
     return static_cast<long long>(work_.capacity() * sizeof(Work) + tasks_.capacity() * sizeof(Task) +
-                                  states_.capacity() * sizeof(SoftmaxState) + partials_.capacity() * sizeof(float) +
-                                  pending_.capacity() * sizeof(int));
+                                  pending_.capacity() * sizeof(int)) +
+           states_.allocated_bytes() + partials_.allocated_bytes();
   }
 
  private:
@@ -87,16 +88,16 @@ class AttendPlan {
   void grow(std::size_t states, std::size_t partials) {
     num_states_ += states;
     num_partials_ += partials;
-    if (states_.size() < num_states_) states_.resize(num_states_);
-    if (partials_.size() < num_partials_) partials_.resize(num_partials_);
+    states_.reserve(num_states_);
+    partials_.reserve(num_partials_);
   }
 
   int next_ = 0;
   std::size_t num_states_ = 0, num_partials_ = 0;  // in use
   std::pmr::vector<Work> work_;
   std::pmr::vector<Task> tasks_;
-  std::pmr::vector<SoftmaxState> states_;
-  std::pmr::vector<float> partials_;
+  Buffer<SoftmaxState> states_;
+  Buffer<float> partials_;
   std::pmr::vector<int> pending_;
 };
 

@@ -8,6 +8,7 @@
 
 #include "kvtailor/core/half.hpp"
 #include "kvtailor/core/lanes.hpp"
+#include "kvtailor/core/simd.hpp"
 
 namespace kvt::inline v0 {
 
@@ -19,29 +20,9 @@ struct LaneRow {
 };
 
 template <int head_dim, int lanes>
-KVT_HD KVT_INLINE float dot(const LaneRow<head_dim, lanes>& row, const float* q, int lane) {
-  if constexpr (lanes == 1 && head_dim % 16 == 0) {
-    // Partial sums the compiler can keep in vector registers.
-    float part[16];
-    for (int i = 0; i < 16; ++i) part[i] = row.x[i] * q[i];
-    for (int d = 16; d < head_dim; d += 16) {
-      for (int i = 0; i < 16; ++i) part[i] += row.x[d + i] * q[d + i];
-    }
-    for (int step = 8; step > 0; step /= 2) {
-      for (int i = 0; i < step; ++i) part[i] += part[i + step];
-    }
-    return part[0];
-  } else if constexpr (lanes == 1) {
-    static_assert(head_dim % 8 == 0);
-    float part[8];
-    for (int i = 0; i < 8; ++i) part[i] = row.x[i] * q[i];
-    for (int d = 8; d < head_dim; d += 8) {
-      for (int i = 0; i < 8; ++i) part[i] += row.x[d + i] * q[d + i];
-    }
-    for (int step = 4; step > 0; step /= 2) {
-      for (int i = 0; i < step; ++i) part[i] += part[i + step];
-    }
-    return part[0];
+KVT_HD KVT_INLINE float lane_dot(const LaneRow<head_dim, lanes>& row, const float* q, int lane) {
+  if constexpr (lanes == 1) {
+    return dot<head_dim>(row.x, q);
   } else {
     float total = 0;
     for (int i = 0; i < LaneRow<head_dim, lanes>::length; ++i) {
@@ -63,7 +44,7 @@ KVT_HD KVT_INLINE void logits_by_row(const Codec& codec, const Lanes& lanes, con
     const float scale = codec.row_scale(block, row);
     for (int j = 0; j < m; ++j) {
       typename Lanes::template Reg<float> part;
-      lanes.each([&](int lane) { part[lane] = dot<head_dim, Lanes::size>(x[lane], prepared + j * head_dim, lane); });
+      lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * head_dim, lane); });
       const float logit = lanes.sum(part) * scale;
       lanes.once([&] { out[j * stride + row] = logit; });
     }

@@ -76,9 +76,9 @@ inline Status check_attend(const Geometry& shape, const float* queries, std::spa
   const std::size_t count =
       positions.size() * static_cast<std::size_t>(shape.num_q_heads) * static_cast<std::size_t>(shape.head_dim);
   // Without a branch first, so that the loop is vectorised.
-  bool good = true;
-  for (std::size_t i = 0; i < count; ++i) good &= std::fabs(queries[i]) <= most;
-  for (std::size_t i = 0; i < count && !good; ++i) {
+  int bad = 0;
+  for (std::size_t i = 0; i < count; ++i) bad |= std::fabs(queries[i]) <= most ? 0 : 1;
+  for (std::size_t i = 0; i < count && bad != 0; ++i) {
     if (!(std::fabs(queries[i]) <= most)) {
       return error(Errc::bad_value, "a query has the element {}; it must be finite and at most {} in size",
                    static_cast<double>(queries[i]), static_cast<double>(most));

@@ -1,0 +1,111 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Reductions of fp32 arrays. Compilers must not reorder sums by themselves, so partial results are spelt out: eight of them, in
+// the vector extension of GCC and clang on the host, so that they stay in registers. The order of additions depends on the
+// length alone.
+#pragma once
+
+#include <cstring>
+
+#include "kvtailor/core/config.hpp"
+#if defined(__SSE__) && !defined(__CUDA_ARCH__)
+#include <xmmintrin.h>
+#endif
+
+namespace kvt::inline v0 {
+
+namespace detail {
+
+#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+typedef float Float8 __attribute__((vector_size(32)));
+typedef float Float4 __attribute__((vector_size(16)));
+
+KVT_INLINE void load(const float* from, Float8& to) { std::memcpy(&to, from, sizeof to); }
+KVT_INLINE float sum(const Float8& x) {
+  Float4 low, high;
+  std::memcpy(&low, &x, sizeof low);
+  std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
+  low += high;
+#if defined(__SSE__)
+  low = _mm_add_ps(low, _mm_movehl_ps(low, low));
+  return _mm_cvtss_f32(_mm_add_ss(low, _mm_shuffle_ps(low, low, 1)));
+#else
+  return (low[0] + low[2]) + (low[1] + low[3]);
+#endif
+}
+#endif
+
+}  // namespace detail
+
+// a . b, n a multiple of 8.
+template <int n>
+KVT_HD KVT_INLINE float dot(const float* a, const float* b) {
+  static_assert(n % 8 == 0);
+#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+  detail::Float8 x, y, even, odd = {};
+  detail::load(a, x);
+  detail::load(b, y);
+  even = x * y;
+  if constexpr (n >= 16) {
+    detail::load(a + 8, x);
+    detail::load(b + 8, y);
+    odd = x * y;
+  }
+  for (int i = 16; i < n; i += 16) {
+    detail::load(a + i, x);
+    detail::load(b + i, y);
+    even = x * y + even;
+    if (i + 8 == n) break;
+    detail::load(a + i + 8, x);
+    detail::load(b + i + 8, y);
+    odd = x * y + odd;
+  }
+  even += odd;
+  return detail::sum(even);
+#else
+  float total = 0;
+  for (int i = 0; i < n; ++i) total += a[i] * b[i];
+  return total;
+#endif
+}
+
+// Of n >= 1 numbers, none of them NaN.
+KVT_INLINE float largest_of(const float* x, int n) {
+  float best = x[0];
+  int i = 1;
+#if defined(__GNUC__)
+  if (n >= 8) {
+    detail::Float8 top, next;
+    detail::load(x, top);
+    for (i = 8; i + 8 <= n; i += 8) {
+      detail::load(x + i, next);
+      top = next > top ? next : top;
+    }
+    best = top[0];
+    for (int k = 1; k < 8; ++k) best = top[k] > best ? top[k] : best;
+  }
+#endif
+  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+  return best;
+}
+
+KVT_INLINE float sum_of(const float* x, int n) {
+  float total = 0;
+  int i = 0;
+#if defined(__GNUC__)
+  if (n >= 8) {
+    detail::Float8 part, next;
+    detail::load(x, part);
+    for (i = 8; i + 8 <= n; i += 8) {
+      detail::load(x + i, next);
+      part += next;
+    }
+    total = detail::sum(part);
+  }
+#endif
+  for (; i < n; ++i) total += x[i];
+  return total;
+}
+
+}  // namespace kvt::inline v0
