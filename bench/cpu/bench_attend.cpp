@@ -1,0 +1,102 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Decode attention, one query token on one thread: time for each cached row of a layer (keys and values of all KV heads),
+// and stored bytes a second. Caches take turns until they leave the last-level cache.
+#include <cmath>
+
+#include "common.hpp"
+#include "reference/plain.hpp"
+
+namespace {
+
+template <class Codec>
+struct Caches {
+  std::vector<std::unique_ptr<bench::Cache<Codec>>> turn;
+  std::vector<float> queries, out;
+  const char* broken = nullptr;
+
+  Caches(const kvt::Geometry& shape, int rows) {
+    turn.push_back(std::make_unique<bench::Cache<Codec>>());
+    if (!bench::fill(*turn[0], shape, rows).ok()) {
+      broken = "the cache was not filled";
+      return;
+    }
+    const long long wanted = 2 * bench::last_level_cache_bytes(), one = turn[0]->memory().payload_bytes;
+    for (long long bytes = one; bytes < wanted; bytes += one) {
+      turn.push_back(std::make_unique<bench::Cache<Codec>>());
+      if (!turn[0]->fork(*turn.back()).ok()) broken = "the cache was not copied";
+    }
+    queries = bench::random_floats(static_cast<std::size_t>(shape.num_q_heads * shape.head_dim));
+    out.assign(queries.size(), NAN);
+    check(shape, rows);
+  }
+
+  void attend(std::size_t i, int position) {
+    if (!turn[i]->attend(0, queries.data(), std::span(&position, 1), {}, out.data()).ok()) broken = "attend() failed";
+  }
+
+  void check(const kvt::Geometry& shape, int rows) {
+    attend(turn.size() - 1, rows - 1);
+    const auto dim = static_cast<std::size_t>(shape.head_dim);
+    std::vector<float> keys(static_cast<std::size_t>(rows) * dim), values(keys.size());
+    for (int h = 0; h < shape.num_kv_heads; ++h) {
+      turn[0]->decode(0, h, keys.data(), values.data());
+      const auto where = turn[0]->positions(0, h);
+      const std::vector<int> positions(where.begin(), where.end());
+      for (int g = 0; g < shape.group_size(); ++g) {
+        const auto at = static_cast<std::size_t>(h * shape.group_size() + g) * dim;
+        const auto exact = reference::attend(queries.data() + at, rows - 1, keys, values, positions, shape.head_dim, {});
+        for (std::size_t d = 0; d < dim; ++d) {
+          // Rounding to fp32; one lost row of 32,768 makes 3e-5.
+          if (!(std::fabs(static_cast<double>(out[at + d]) - exact[d]) <= 2e-6)) broken = "the answer is wrong";
+        }
+      }
+    }
+  }
+};
+
+template <class Codec>
+void attend(benchmark::State& state, const kvt::Geometry& shape, int rows) {
+  // Made once for all repetitions.
+  static std::vector<std::pair<int, std::unique_ptr<Caches<Codec>>>> made;
+  auto found = std::find_if(made.begin(), made.end(), [&](const auto& entry) { return entry.first == rows; });
+  if (found == made.end()) found = made.insert(made.end(), {rows, std::make_unique<Caches<Codec>>(shape, rows)});
+  Caches<Codec>& caches = *found->second;
+  if (caches.broken != nullptr) return state.SkipWithError(caches.broken);
+  std::size_t next = 0;
+  for (auto _ : state) {
+    caches.attend(next, rows - 1);
+    benchmark::DoNotOptimize(caches.out.data());
+    benchmark::ClobberMemory();
+    next = (next + 1) % caches.turn.size();
+  }
+  if (caches.broken != nullptr) return state.SkipWithError(caches.broken);
+  using benchmark::Counter;
+  const auto bytes = static_cast<double>(caches.turn[0]->memory().payload_bytes);
+  state.counters["time_per_row"] = Counter(rows, Counter::kIsIterationInvariantRate | Counter::kInvert);
+  state.counters["stored_bytes"] = Counter(bytes, Counter::kIsIterationInvariantRate);
+  state.counters["caches"] = static_cast<double>(caches.turn.size());
+}
+
+template <template <int> class Codec>
+void add(const std::string& name) {
+  for (const int rows : {4096, 32768}) {
+    const auto add_shape = [&](auto dim, const char* letter, const kvt::Geometry& shape) {
+      benchmark::RegisterBenchmark(("attend/" + std::string(letter) + "/" + std::to_string(rows) + "/" + name).c_str(),
+                                   attend<Codec<decltype(dim)::value>>, shape, rows);
+    };
+    add_shape(std::integral_constant<int, 64>{}, "A", bench::shape_a);
+    add_shape(std::integral_constant<int, 128>{}, "B", bench::shape_b);
+  }
+}
+
+const bool added = [] {
+  add<bench::Fp16>("fp16");
+  add<bench::Turbo4>("turbo4");
+  add<bench::Turbo3Turbo2>("turbo3/turbo2");
+  add<bench::Turbo2>("turbo2");
+  return true;
+}();
+
+}  // namespace

@@ -1,0 +1,61 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// append() and flush() of a chunk of prompt on one thread: rows a second, a row being the keys and values of all KV heads.
+#include "common.hpp"
+
+namespace {
+
+constexpr int rows = 1024;
+
+template <class Codec>
+void encode(benchmark::State& state, const kvt::Geometry& shape, double bound) {
+  const auto dim = static_cast<std::size_t>(shape.head_dim), heads = static_cast<std::size_t>(shape.num_kv_heads);
+  const auto keys = bench::random_floats(rows * heads * dim), values = bench::random_floats(keys.size());
+  std::vector<int> positions(rows);
+  for (int i = 0; i < rows; ++i) positions[static_cast<std::size_t>(i)] = i;
+  bench::Cache<Codec> cache;
+  const auto run = [&] { return cache.append(0, keys.data(), values.data(), positions).ok() && cache.flush().ok(); };
+  if (!cache.init(shape).ok() || !run()) return state.SkipWithError("the cache was not filled");
+  std::vector<float> key(rows * dim), value(key.size());
+  for (std::size_t h = 0; h < heads; ++h) {
+    cache.decode(0, static_cast<int>(h), key.data(), value.data());
+    double error = 0, size = 0;
+    for (std::size_t i = 0; i < key.size(); ++i) {
+      const std::size_t at = (i / dim * heads + h) * dim + i % dim;
+      for (const double e : {static_cast<double>(key[i] - keys[at]), static_cast<double>(value[i] - values[at])})
+        error += e * e;
+      for (const double x : {static_cast<double>(keys[at]), static_cast<double>(values[at])}) size += x * x;
+    }
+    if (!(error <= bound * size)) return state.SkipWithError("the rows come back too different");
+  }
+  bool ok = true;
+  for (auto _ : state) {
+    cache.clear();
+    ok = run() && ok;
+    benchmark::ClobberMemory();
+  }
+  if (!ok) return state.SkipWithError("append() or flush() failed");
+  state.counters["rows"] = benchmark::Counter(rows, benchmark::Counter::kIsIterationInvariantRate);
+}
+
+// `bound`: mean squared error relative to the rows, as the codec's header has it and a tenth more.
+template <template <int> class Codec>
+void add(const std::string& name, double bound) {
+  const auto add_shape = [&](auto dim, const char* letter, const kvt::Geometry& shape) {
+    benchmark::RegisterBenchmark(("encode/" + std::string(letter) + "/" + name).c_str(), encode<Codec<decltype(dim)::value>>,
+                                 shape, bound);
+  };
+  add_shape(std::integral_constant<int, 64>{}, "A", bench::shape_a);
+  add_shape(std::integral_constant<int, 128>{}, "B", bench::shape_b);
+}
+
+const bool added = [] {
+  add<bench::Fp16>("fp16", 1e-6);
+  add<bench::Turbo4>("turbo4", 1.1 * .0093);
+  add<bench::Turbo3Turbo2>("turbo3/turbo2", 1.1 * (.034 + .116) / 2);
+  add<bench::Turbo2>("turbo2", 1.1 * .116);
+  return true;
+}();
+
+}  // namespace

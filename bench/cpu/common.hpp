@@ -1,0 +1,67 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the benchmarks share: shapes, codecs by name, random rows, and what built the program.
+#pragma once
+
+#include <benchmark/benchmark.h>
+
+#include <random>
+
+#include "kvtailor/kvtailor.hpp"
+
+namespace bench {
+
+template <class Codec>
+using Cache = kvt::KvCache<kvt::Uniform, kvt::SinkRecent, Codec>;
+
+template <int dim>
+using Fp16 = kvt::KvCodec<kvt::Dense<kvt::Half, dim>>;
+template <int dim>
+using Turbo4 = kvt::KvCodec<kvt::TurboQuant<4, dim>>;
+template <int dim>
+using Turbo3Turbo2 = kvt::KvCodec<kvt::TurboQuant<3, dim>, kvt::TurboQuant<2, dim>>;
+template <int dim>
+using Turbo2 = kvt::KvCodec<kvt::TurboQuant<2, dim>>;
+
+inline constexpr kvt::Geometry shape_a{1, 3, 9, 64};    // SmolLM2-135M
+inline constexpr kvt::Geometry shape_b{1, 8, 32, 128};  // Llama-3.1-8B
+
+inline std::vector<float> random_floats(std::size_t n) {
+  std::mt19937 random(std::random_device{}());
+  std::normal_distribution<float> normal;
+  std::vector<float> x(n);
+  for (float& v : x) v = normal(random);
+  return x;
+}
+
+// A cache with `rows` fresh random rows, encoded.
+template <class Codec>
+kvt::Status fill(Cache<Codec>& cache, const kvt::Geometry& shape, int rows) {
+  KVT_TRY(cache.init(shape));
+  const auto row = static_cast<std::size_t>(shape.num_kv_heads * shape.head_dim);
+  constexpr int step = 1024;
+  for (int first = 0; first < rows; first += step) {
+    const int n = std::min(step, rows - first);
+    const auto keys = random_floats(static_cast<std::size_t>(n) * row), values = random_floats(keys.size());
+    std::vector<int> positions(static_cast<std::size_t>(n));
+    for (int i = 0; i < n; ++i) positions[static_cast<std::size_t>(i)] = first + i;
+    KVT_TRY(cache.append(0, keys.data(), values.data(), positions));
+  }
+  return cache.flush();
+}
+
+// As Google Benchmark sees it: sysconf() gives 256 MiB where there are 32.
+inline long long last_level_cache_bytes() {
+  long long most = 0;
+  for (const auto& cache : benchmark::CPUInfo::Get().caches) most = std::max<long long>(most, cache.size);
+  return most > 0 ? most : 64ll << 20;
+}
+
+inline const bool context_added = [] {
+  benchmark::AddCustomContext("compiler", KVT_BENCH_COMPILER);
+  benchmark::AddCustomContext("flags", KVT_BENCH_FLAGS);
+  return true;
+}();
+
+}  // namespace bench
