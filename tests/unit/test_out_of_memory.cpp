@@ -25,17 +25,18 @@ bool fails() {
 
 }  // namespace
 
-void* operator new(std::size_t bytes) {
+// Not inlined: GCC takes malloc and delete for a mismatch otherwise.
+[[gnu::noinline]] void* operator new(std::size_t bytes) {
   void* const p = fails() ? nullptr : std::malloc(bytes > 0 ? bytes : 1);
   if (p == nullptr) throw std::bad_alloc();
   return p;
 }
-void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
+[[gnu::noinline]] void* operator new(std::size_t bytes, const std::nothrow_t&) noexcept {
   return fails() ? nullptr : std::malloc(bytes > 0 ? bytes : 1);
 }
-void operator delete(void* p) noexcept { std::free(p); }
-void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
-void operator delete(void* p, std::size_t) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, const std::nothrow_t&) noexcept { std::free(p); }
+[[gnu::noinline]] void operator delete(void* p, std::size_t) noexcept { std::free(p); }
 
 using namespace kvt;
 

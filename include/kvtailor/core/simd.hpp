@@ -9,15 +9,18 @@
 #include <cstring>
 
 #include "kvtailor/core/config.hpp"
-#if defined(__SSE__) && !defined(__CUDA_ARCH__)
+#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+#define KVT_HOST_VECTORS
+#if defined(__SSE__)
 #include <xmmintrin.h>
+#endif
 #endif
 
 namespace kvt::inline v0 {
 
 namespace detail {
 
-#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+#if defined(KVT_HOST_VECTORS)
 typedef float Float8 __attribute__((vector_size(32)));
 typedef float Float4 __attribute__((vector_size(16)));
 
@@ -42,7 +45,7 @@ KVT_INLINE float sum(const Float8& x) {
 template <int n>
 KVT_HD KVT_INLINE float dot(const float* a, const float* b) {
   static_assert(n % 8 == 0);
-#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+#if defined(KVT_HOST_VECTORS)
   detail::Float8 x, y, even, odd = {};
   detail::load(a, x);
   detail::load(b, y);
@@ -74,7 +77,7 @@ KVT_HD KVT_INLINE float dot(const float* a, const float* b) {
 KVT_INLINE float largest_of(const float* x, int n) {
   float best = x[0];
   int i = 1;
-#if defined(__GNUC__)
+#if defined(KVT_HOST_VECTORS)
   if (n >= 8) {
     detail::Float8 top, next;
     detail::load(x, top);
@@ -93,7 +96,7 @@ KVT_INLINE float largest_of(const float* x, int n) {
 KVT_INLINE float sum_of(const float* x, int n) {
   float total = 0;
   int i = 0;
-#if defined(__GNUC__)
+#if defined(KVT_HOST_VECTORS)
   if (n >= 8) {
     detail::Float8 part, next;
     detail::load(x, part);
