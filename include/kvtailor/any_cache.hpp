@@ -17,6 +17,7 @@ class AnyCache {
  public:
   virtual ~AnyCache() = default;
   virtual const Geometry& geometry() const noexcept = 0;
+  virtual const CacheOptions& options() const noexcept = 0;
   virtual Status append(int layer, const float* keys, const float* values, std::span<const int> positions) noexcept = 0;
   virtual bool wants_queries() const noexcept = 0;
   virtual Status observe(int layer, const float* queries, std::span<const int> positions,

@@ -33,13 +33,6 @@
 
 namespace kvt::inline v0 {
 
-struct CacheOptions {
-  int sink_rows = 4;     // first rows of the text: dense, never dropped
-  int recent_rows = 32;  // newest rows: dense, never dropped. The dense zone grows by a block before its oldest is encoded
-  int block_rows = 128;  // rows encoded together, 1 .. 512
-  std::pmr::memory_resource* memory = nullptr;  // null: the default resource; must outlive the cache
-};
-
 // Provided: the evidence this engine supplies. Without observe() say cache_evidence: what cannot work then does not compile.
 template <class Budget, class Selector, class Codec, EvidenceSet Provided = full_evidence>
 class KvCache {

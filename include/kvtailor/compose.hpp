@@ -60,6 +60,7 @@ class Erased final : public AnyCache {
   Cache& get() { return cache_; }
 
   const Geometry& geometry() const noexcept override { return cache_.geometry(); }
+  const CacheOptions& options() const noexcept override { return cache_.options(); }
   Status append(int layer, const float* keys, const float* values, std::span<const int> positions) noexcept override {
     return cache_.append(layer, keys, values, positions);
   }

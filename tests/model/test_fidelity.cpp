@@ -22,7 +22,7 @@ std::vector<double> mean_kl(const std::string& text, const std::vector<std::stri
                                           "--tokens", "1024",     "--chunk", "128",      "--sink",
                                           "4",        "--recent", "0",       "--flush",  "--json",
                                           "-"};
-    for (const auto& codec : codecs) arguments.insert(arguments.end(), {"--cache", "uniform,sink_recent," + codec});
+    for (const auto& codec : codecs) arguments.insert(arguments.end(), {"--cache", codec});
     const Outcome outcome = run_program(arguments);
     INFO(outcome.errors);
     REQUIRE(outcome.exit_code == 0);

@@ -29,8 +29,6 @@ std::vector<std::string> ask_for_word(std::vector<std::string> policies) {
   std::vector<std::string> arguments = {"generate",
                                         "--document",
                                         text_path(),
-                                        "--depth",
-                                        "0.5",
                                         "--max-tokens",
                                         "24",
                                         "--plant",
@@ -51,7 +49,7 @@ bool answers(const json& run) {
 }  // namespace
 
 TEST_CASE("the dense fp16 cache computes what llama.cpp computes, on F32 weights") {
-  const json result = run_json({"parity", "--text", text_path(), "--tokens", "1024"});
+  const json result = run_json({"parity", "--text", text_path(), "--tokens", "2200"});
   CHECK(result["mean_kl"].get<double>() < 1e-5);
   CHECK(result["same_top"].get<double>() >= 0.999);
 }
@@ -82,7 +80,7 @@ TEST_CASE("a budget in bytes is an upper limit of what is allocated") {
 
 TEST_CASE("a quarter of the rows, chosen with wider pooling, holds every digit of a number") {
   const json result =
-      run_json({"generate", "--document", text_path(), "--depth", "0.5", "--max-tokens", "24", "--plant",
+      run_json({"generate", "--document", text_path(), "--max-tokens", "24", "--plant",
                 "The special magic word for the harbour is saffron.", "--question",
                 "What is the special magic word for the harbour mentioned in the text?", "--allocator", "adaptive",
                 "--selector", "snap_kv:window=32,kernel=13,pool=max", "--codec", "turbo3/turbo2", "--retain", "0.25"});

@@ -65,9 +65,9 @@ TEST_CASE("a document longer than the model's context") {
 }
 
 TEST_CASE("names that are not known, with those that are") {
-  check_refused(ask({"--allocator", "generous"}), "uniform");
-  check_refused(ask({"--selector", "snap_k"}), "snap_kv");
-  check_refused(ask({"--selector", "snap_kv:windows=3"}), "window");
+  check_refused(ask({"--allocator", "generous", "--retain", "0.5"}), "uniform");
+  check_refused(ask({"--selector", "snap_k", "--retain", "0.5"}), "snap_kv");
+  check_refused(ask({"--selector", "snap_kv:windows=3", "--retain", "0.5"}), "window");
   check_refused(ask({"--codec", "turbo9"}), "turbo4");
   check_refused(ask({"--codec", "turbo4/"}), "turbo4");
 }
@@ -86,4 +86,47 @@ TEST_CASE("options that contradict each other or do nothing") {
   check_refused(ask({"--retain", "0.5", "--rows", "100"}), "--rows");
   check_refused(ask({"--compress", "chunk"}), "--compress");
   check_refused(ask({"--decode-every", "4"}), "--decode-every");
+  check_refused(ask({"--selector", "key_diff"}), "--selector needs");
+  check_refused(ask({"--allocator", "adaptive"}), "--allocator needs");
+  check_refused(ask({"--seed", "3"}), "--seed needs");
+  check_refused(ask({"--depth", "0.2"}), "--depth needs");
+}
+
+TEST_CASE("numbers that are none, or out of range") {
+  check_refused(ask({"--temperature", "nan"}), "nan");
+  check_refused(ask({"--temperature", "-1"}), "-1");
+  check_refused(ask({"--plant", "A fact.", "--depth", "nan"}), "nan");
+  check_refused(ask({"--bytes", "1e30"}), "1e30");
+  check_refused(ask({"--max-tokens", "0"}), "0");
+  check_refused(ask({"--threads", "0"}), "0");
+  check_refused(ask({"--sink", "-1", "--max-tokens", "1"}), "sink_rows is -1");
+  check_refused(ask({"--block", "513", "--max-tokens", "1"}), "block_rows is 513");
+  check_refused({"parity", "--text", text_path(), "--tokens", "99999999"}, "99999999");
+  check_refused({"parity", "--text", text_path(), "--offset", "99999999"}, "99999999");
+}
+
+TEST_CASE("texts that are empty or no UTF-8") {
+  const TemporaryFolder folder;
+  { std::ofstream file(folder.file("empty.txt")); }
+  check_refused({"generate", "--document", folder.file("empty.txt"), "--question", "What?"}, "empty.txt is empty");
+  check_refused({"generate", "--document", text_path(), "--question", ""}, "--question is empty");
+  {
+    std::ofstream file(folder.file("bytes.txt"), std::ios::binary);
+    for (int i = 0; i < 3; ++i) file << "caf\xe9 \xff\xfe \xc3( \xf8\x88\x80\x80 text\n";
+  }
+  const Outcome outcome = run_program(
+      {"generate", "--document", folder.file("bytes.txt"), "--question", "What?", "--max-tokens", "2", "--json", "-"});
+  INFO(outcome.errors);
+  CHECK(outcome.exit_code == 0);  // bytes are tokens too
+}
+
+TEST_CASE("compositions of fidelity that cannot be read") {
+  const auto refused = [](const std::string& cache, const std::string& sentence) {
+    check_refused({"fidelity", "--text", text_path(), "--cache", cache}, sentence);
+  };
+  refused("uniform,sink_recent,turbo4", "ALLOCATOR,SELECTOR,CODEC,RETAIN");
+  for (const char* retain : {"", "0", "nan", "0.5x", "1.5", "-1rows", "2.5rows", "0bytes", "1e30bytes", "rows"}) {
+    refused(std::string("uniform,key_diff,turbo4,") + (*retain != '\0' ? retain : " "), "the retention");
+  }
+  refused("turbo9", "turbo4");
 }

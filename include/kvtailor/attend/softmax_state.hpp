@@ -6,15 +6,20 @@
 #pragma once
 
 #include <cmath>
+#include <cstdint>
 #include <limits>
 
 #include "kvtailor/core/half.hpp"
 
 namespace kvt::inline v0 {
 
-// exp(x) for x <= 0 within 2 units in the last place, and zero below -87: branch-free, so that loops vectorise.
+// exp(x) for x <= 0 within 2 units in the last place, zero below -87; NaN stays. Choices are masks: GCC makes branches of
+// conditions on floats, and leaves the loop scalar.
 KVT_HD KVT_INLINE float exp_nonpositive(float x) {
-  const float y = x < -87.f ? -87.f : x;
+  const auto size = static_cast<std::int32_t>(bits_from_float(x) & 0x7fffffffu);
+  constexpr std::int32_t most = 0x42ae0000, infinite = 0x7f800000;                          // 87
+  const std::int32_t in_range = (size - most - 1) >> 31, is_nan = (infinite - size) >> 31;  // all ones or zero
+  const float y = -float_from_bits(static_cast<std::uint32_t>(most + ((size - most) & in_range)));
   const float shifted = y * 1.44269504f + 12582912.f;  // 1.5 * 2^23 rounds to the nearest integer
   const float n = shifted - 12582912.f;
   const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -25,8 +30,8 @@ KVT_HD KVT_INLINE float exp_nonpositive(float x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.f;
-  const float scaled = float_from_bits(bits_from_float(p) + (bits_from_float(shifted) << 23));
-  return x < -87.f ? 0.f : scaled;
+  const auto scaled = static_cast<std::int32_t>(bits_from_float(p) + (bits_from_float(shifted) << 23));
+  return float_from_bits(static_cast<std::uint32_t>((scaled & in_range) | (size & is_nan)));
 }
 
 struct SoftmaxState {

@@ -83,7 +83,7 @@ struct Rotation {
   template <class Lanes>
   KVT_HD static void forward(const Lanes& lanes, float* x) {
     lanes.each([&](int lane) {
-      for (int d = lane; d < head_dim; d += Lanes::size) x[d] *= signs().value[d];
+      for (int d = lane; d < head_dim; d += Lanes::size) x[d] *= signs(d);
     });
     transform<false>(lanes, x);
   }
@@ -91,7 +91,7 @@ struct Rotation {
   KVT_HD static void inverse(const Lanes& lanes, float* x) {
     transform<true>(lanes, x);
     lanes.each([&](int lane) {
-      for (int d = lane; d < head_dim; d += Lanes::size) x[d] *= signs().value[d];
+      for (int d = lane; d < head_dim; d += Lanes::size) x[d] *= signs(d);
     });
   }
 
@@ -102,7 +102,10 @@ struct Rotation {
       for (int d = 0; d < head_dim; ++d) value[d] = sign(d);
     }
   };
-  KVT_HD KVT_INLINE static constexpr Signs signs() { return Signs(); }
+  KVT_HD KVT_INLINE static float signs(int d) {
+    static constexpr Signs table;  // not static, it would be copied to the local memory of every thread
+    return table.value[d];
+  }
   static constexpr double inverse_root() {
     double root = head_dim;
     for (int i = 0; i < 64; ++i) root = 0.5 * (root + head_dim / root);
@@ -133,7 +136,7 @@ struct Rotation {
     }
     lanes.each([&](int lane) {
       constexpr float scale = static_cast<float>(inverse_root());
-      constexpr detail::Paley<order> paley;
+      static constexpr detail::Paley<order> paley;
       for (int column = lane; column < power; column += Lanes::size) {
         float in[order];
         for (int j = 0; j < order; ++j) in[j] = x[j * power + column] * scale;

@@ -91,7 +91,7 @@ struct TurboQuant {
     const float unit = norm > 0 ? root / norm : 0.f;
     typename Lanes::template Reg<float> cross, square;
     lanes.each([&](int lane) {
-      constexpr Levels levels;
+      static constexpr Levels levels;
       cross[lane] = 0;
       square[lane] = 0;
       for (int d = lane; d < dim; d += Lanes::size) {
@@ -172,7 +172,7 @@ struct TurboQuant {
 
   template <int lanes>
   KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<dim, lanes>& to) const {
-    constexpr Levels levels;
+    static constexpr Levels levels;
     const unsigned char* codes =
         reinterpret_cast<const unsigned char*>(block) + 2 * n + static_cast<long long>(row) * code_bytes;
     if constexpr (lanes == 1) {
@@ -234,7 +234,7 @@ struct TurboQuant {
   }
   // The level nearest to u; a tie goes to the lower one.
   KVT_HD KVT_INLINE static int nearest(float u) {
-    constexpr Levels levels;
+    static constexpr Levels levels;
     int code = 0;
     for (int step = num_levels / 2; step > 0; step /= 2) {
       const int next = code + step;

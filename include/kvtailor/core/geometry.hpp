@@ -1,9 +1,10 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The shape of a model's attention, and what attention may be told about a layer.
+// The shape of a model's attention, and what a cache may be told: how a layer attends, how much to keep, in which zones.
 #pragma once
 
+#include <memory_resource>
 #include <span>
 
 #include "kvtailor/core/status.hpp"
@@ -68,6 +69,13 @@ struct Retain {
   static constexpr Retain ratio(double r) { return {Unit::ratio, r}; }
   // at most n bytes for the whole cache as memory().total() measures them afterwards.
   static constexpr Retain bytes(long long n) { return {Unit::bytes, static_cast<double>(n)}; }
+};
+
+struct CacheOptions {
+  int sink_rows = 4;     // first rows of the text: dense, never dropped
+  int recent_rows = 32;  // newest rows: dense, never dropped. The dense zone grows by a block before its oldest is encoded
+  int block_rows = 128;  // rows encoded together, 1 .. 512
+  std::pmr::memory_resource* memory = nullptr;  // null: the default resource; must outlive the cache
 };
 
 // Bytes a cache holds from its memory resource right now; total() is exactly what it asked for and has not given back.

@@ -11,8 +11,8 @@
 #include "kvtailor/core/config.hpp"
 #if defined(__GNUC__) && !defined(__CUDA_ARCH__)
 #define KVT_HOST_VECTORS
-#if defined(__SSE__)
-#include <xmmintrin.h>
+#if defined(__AVX__)
+#include <immintrin.h>
 #endif
 #endif
 
@@ -22,21 +22,17 @@ namespace detail {
 
 #if defined(KVT_HOST_VECTORS)
 typedef float Float8 __attribute__((vector_size(32)));
-typedef float Float4 __attribute__((vector_size(16)));
 
 KVT_INLINE void load(const float* from, Float8& to) { std::memcpy(&to, from, sizeof to); }
-KVT_INLINE float sum(const Float8& x) {
-  Float4 low, high;
-  std::memcpy(&low, &x, sizeof low);
-  std::memcpy(&high, reinterpret_cast<const char*>(&x) + sizeof low, sizeof high);
-  low += high;
-#if defined(__SSE__)
-  low = _mm_add_ps(low, _mm_movehl_ps(low, low));
-  return _mm_cvtss_f32(_mm_add_ss(low, _mm_shuffle_ps(low, low, 1)));
-#else
-  return (low[0] + low[2]) + (low[1] + low[3]);
-#endif
+#if defined(__AVX__)
+KVT_INLINE float sum(__m256 x) {
+  __m128 four = _mm_add_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  four = _mm_add_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_add_ss(four, _mm_movehdup_ps(four)));
 }
+#else
+KVT_INLINE float sum(const Float8& x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
+#endif
 #endif
 
 }  // namespace detail

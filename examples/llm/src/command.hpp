@@ -1,0 +1,84 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the commands of kvt-llm share: common options, budgets, texts, results.
+#pragma once
+
+#include <CLI/CLI.hpp>
+#include <nlohmann/json.hpp>
+#include <optional>
+#include <string>
+#include <vector>
+
+#include "caches.hpp"
+#include "measure.hpp"
+#include "tokenizer.hpp"
+
+namespace kvt_llm {
+
+inline constexpr double mebibyte = 1024.0 * 1024.0;
+
+// Each adds a subcommand that runs while the command line is parsed. Failures are std::runtime_error with one sentence.
+void add_generate(CLI::App& app);
+void add_fidelity(CLI::App& app);
+void add_parity(CLI::App& app);
+void add_bench(CLI::App& app);
+
+struct Common {
+  std::string model;
+  int threads = 2, chunk = 256;
+  kvt::CacheOptions zones;
+  std::string json_path;
+
+  void add(CLI::App& app, int default_chunk);
+  const std::string& model_path() const;
+  void write(const nlohmann::json& result) const;
+  // Human text goes to standard error when JSON has standard output.
+  FILE* text() const { return json_path == "-" ? stderr : stdout; }
+};
+
+// What a cache may keep: everything, or a share of the rows, rows a KV head on average, or bytes.
+class Budget {
+ public:
+  Budget() = default;
+  explicit Budget(kvt::Retain retain) : retain_(retain) {}
+  // "0.25", "200rows" or "3000000bytes".
+  static Budget parse(const std::string& text);
+
+  bool limits() const { return retain_.has_value(); }
+  // Cuts the cache to the budget; without one everything is encoded.
+  void apply(kvt::AnyCache& cache) const;
+  // Cuts the cache if it is above the budget, a share being one of all tokens so far; false if it was not.
+  bool hold(kvt::AnyCache& cache) const;
+
+ private:
+  std::optional<kvt::Retain> retain_;
+};
+
+// Makes a cache whose allocations `memory` counts.
+std::unique_ptr<kvt::AnyCache> make_counted_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
+                                                  kvt::CacheOptions options, CountingResource& memory);
+// What `memory` has given out and not got back, which must be what the cache says of itself.
+long long measured_bytes(const kvt::AnyCache& cache, const CountingResource& memory);
+
+nlohmann::json to_json(const kvt::Memory& memory);
+// The whole file; an error if it is empty.
+std::string read_file(const std::string& path);
+// `count` tokens from the byte `offset` of a file on.
+std::vector<int> tokens_of(const Tokenizer& tokenizer, const std::string& path, long long offset, int count);
+
+// Calls step(first, n) over a text; the first chunk is longer by `extra`.
+template <class Step>
+void in_chunks(int total, int chunk, int extra, const Step& step) {
+  for (int at = 0; at < total;) {
+    const int n = std::min(at == 0 ? chunk + extra : chunk, total - at);
+    step(at, n);
+    at += n;
+  }
+}
+
+// CLI11's own checks let NaN pass, and name ranges of 300 digits.
+CLI::Validator number_between(double low, double high);
+CLI::Validator number_above(double low);
+
+}  // namespace kvt_llm
