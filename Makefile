@@ -4,6 +4,7 @@
 #   make demo        a real model with a tailored cache
 #   make test        the tests; PRESETS="release clang asan tsan" for all of them
 #   make bench       the benchmarks
+#   make mutate      deliberate bugs, each of which a test has to catch
 #   make ci          all that has to pass
 
 PRESETS ?= release
@@ -11,7 +12,7 @@ JOBS ?= $(shell nproc)
 
 sources = git ls-files -z --cached --others --exclude-standard -- '*.hpp' '*.cpp' '*.cu' '*.cuh'
 
-.PHONY: bootstrap demo test bench format check-format tidy ci clean
+.PHONY: bootstrap demo test bench format check-format tidy mutate ci clean
 
 bootstrap:
 	@tools/bootstrap
@@ -45,9 +46,13 @@ tidy: bootstrap
 	cmake --preset clang --log-level=WARNING
 	clang-tidy-14 --quiet --warnings-as-errors='*' -p build/clang tests/tidy.cpp
 
+mutate: bootstrap
+	tools/mutate
+
 ci:
 	$(MAKE) bootstrap
 	$(MAKE) check-format
+	$(MAKE) tidy
 	$(MAKE) test PRESETS="release clang asan tsan"
 
 clean:

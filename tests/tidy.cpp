@@ -2,5 +2,6 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // What clang-tidy reads: every header once.
+#include <kvtailor/compose.hpp>
 #include <kvtailor/kvtailor.hpp>
 #include <kvtailor/version.hpp>

@@ -25,11 +25,20 @@ namespace kvt::inline v0 {
 
 namespace detail {
 
+// std::visit for a variant that is never without a value, and so does not throw.
+template <std::size_t i = 0, class Variant, class F>
+auto chosen(const Variant& policy, F&& f) noexcept {
+  if constexpr (i + 1 < std::variant_size_v<Variant>) {
+    if (policy.index() != i) return chosen<i + 1>(policy, std::forward<F>(f));
+  }
+  return f(*std::get_if<i>(&policy));
+}
+
 struct AnyAllocator {
   static constexpr EvidenceSet needs = Uniform::needs | Adaptive::needs;
   std::variant<Uniform, Adaptive> policy;
   Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept {
-    return std::visit([&](const auto& p) { return p.allocate(want, keep); }, policy);
+    return chosen(policy, [&](const auto& p) { return p.allocate(want, keep); });
   }
 };
 
@@ -38,11 +47,11 @@ struct AnySelector {
   std::variant<SinkRecent, KeyDiff, SnapKv> policy;
   int window = 1;  // queries the cache keeps for it
 
-  EvidenceSet active_needs() const {
-    return std::visit([](const auto& p) { return EvidenceSet(p.needs); }, policy);
+  EvidenceSet active_needs() const noexcept {
+    return chosen(policy, [](const auto& p) { return EvidenceSet(p.needs); });
   }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
-    return std::visit([&](const auto& p) { return p.score(seen, score); }, policy);
+    return chosen(policy, [&](const auto& p) { return p.score(seen, score); });
   }
 };
 

@@ -48,8 +48,9 @@ bool answers(const json& run) {
 
 }  // namespace
 
+// 17 whole chunks: below 64 queries llama.cpp attends by another path, which rounds more; see docs/decisions.md.
 TEST_CASE("the dense fp16 cache computes what llama.cpp computes, on F32 weights") {
-  const json result = run_json({"parity", "--text", text_path(), "--tokens", "2200"});
+  const json result = run_json({"parity", "--text", text_path(), "--tokens", "2176"});
   CHECK(result["mean_kl"].get<double>() < 1e-5);
   CHECK(result["same_top"].get<double>() >= 0.999);
 }

@@ -12,14 +12,15 @@
 namespace kvt_llm {
 
 namespace {
-constexpr std::size_t max_nodes = 8192;
-}
+// A layer takes about 30 nodes.
+std::size_t max_nodes(const Model& model) { return 64 + 48 * static_cast<std::size_t>(model.parameters().num_layers); }
+}  // namespace
 
 Engine::Engine(const Model& model, int num_threads)
     : model_(model),
       backend_(ggml_backend_cpu_init()),
       allocator_(ggml_gallocr_new(ggml_backend_get_default_buffer_type(backend_))),
-      graph_memory_(ggml_tensor_overhead() * max_nodes + ggml_graph_overhead_custom(max_nodes, false)) {
+      graph_memory_(ggml_tensor_overhead() * max_nodes(model) + ggml_graph_overhead_custom(max_nodes(model), false)) {
   ggml_backend_cpu_set_n_threads(backend_, num_threads);
 }
 
@@ -35,6 +36,12 @@ std::span<const float> Engine::eval(kvt::AnyCache& cache, std::span<const int> t
     throw std::runtime_error("position " + std::to_string(first + n) + " is outside the model's context of " +
                              std::to_string(p.context) + " tokens");
   }
+  for (const int token : tokens) {
+    if (token < 0 || token >= p.vocabulary) {
+      throw std::runtime_error("the token " + std::to_string(token) + " is not among the model's " +
+                               std::to_string(p.vocabulary));
+    }
+  }
   // A graph that fails is undone by dropping the rows from `first` on: they must all be its own.
   if (first < cache.end_position(0)) {
     throw std::runtime_error("position " + std::to_string(first) + " was computed before; the cache accepts " +
@@ -43,7 +50,7 @@ std::span<const float> Engine::eval(kvt::AnyCache& cache, std::span<const int> t
   const ggml_init_params init{graph_memory_.size(), graph_memory_.data(), true};
   const std::unique_ptr<ggml_context, void (*)(ggml_context*)> owner(ggml_init(init), ggml_free);
   ggml_context* const c = owner.get();
-  ggml_cgraph* const graph = ggml_new_graph_custom(c, max_nodes, false);
+  ggml_cgraph* const graph = ggml_new_graph_custom(c, max_nodes(model_), false);
   ggml_tensor* const ids = ggml_new_tensor_1d(c, GGML_TYPE_I32, n);
   ggml_tensor* const places = ggml_new_tensor_1d(c, GGML_TYPE_I32, n);
   ggml_set_input(ids);
@@ -54,7 +61,7 @@ std::span<const float> Engine::eval(kvt::AnyCache& cache, std::span<const int> t
     return ggml_mul(c, ggml_rms_norm(c, x, p.norm_epsilon), weight);
   };
   const auto rope = [&](ggml_tensor* x) {
-    return ggml_rope_ext(c, x, places, factors, p.rotary_dim, p.rope_type, 0, p.rope_base, 1.f, 0.f, 1.f, 32.f, 1.f);
+    return ggml_rope_ext(c, x, places, factors, p.rotary_dim, p.rope_type, 0, p.rope_base, p.rope_scale, 0.f, 1.f, 32.f, 1.f);
   };
   const auto project = [&](int layer, const char* name, ggml_tensor* x, int heads) {
     ggml_tensor* y = ggml_mul_mat(c, model_.layer(layer, (std::string(name) + ".weight").c_str()), x);

@@ -8,11 +8,15 @@
 #include <gguf.h>
 #include <llama.h>
 
+#include <algorithm>
+#include <cmath>
 #include <cstdlib>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
 #include <vector>
+
+#include "kvtailor/core/rope.hpp"
 
 namespace kvt_llm {
 
@@ -26,24 +30,48 @@ namespace fs = std::filesystem;
 class Metadata {
  public:
   Metadata(const gguf_context* file, std::string path) : file_(file), path_(std::move(path)) {}
-  std::string text(const std::string& key) const {
+  std::string text(const std::string& key, const char* otherwise = nullptr) const {
     const auto id = gguf_find_key(file_, key.c_str());
+    if (id < 0 && otherwise != nullptr) return otherwise;
     if (id < 0 || gguf_get_kv_type(file_, id) != GGUF_TYPE_STRING) fail(path_ + " has no text field " + key);
     return gguf_get_val_str(file_, id);
   }
-  int integer(const std::string& key, int otherwise = -1) const {
+  int integer(const std::string& key, int low, int high, int otherwise = -1) const {
     const auto id = gguf_find_key(file_, key.c_str());
-    if (id >= 0 && gguf_get_kv_type(file_, id) == GGUF_TYPE_UINT32) {
-      const auto value = gguf_get_val_u32(file_, id);
-      if (value > 1u << 30) fail(path_ + " has the field " + key + " = " + std::to_string(value) + ", which is too large");
-      return static_cast<int>(value);
+    if (id < 0 && otherwise >= 0) return otherwise;
+    if (id < 0 || gguf_get_kv_type(file_, id) != GGUF_TYPE_UINT32) fail(path_ + " has no number " + key);
+    const std::int64_t value = gguf_get_val_u32(file_, id);
+    if (value < low || value > high) {
+      fail(path_ + " has " + key + " = " + std::to_string(value) + "; it must be between " + std::to_string(low) + " and " +
+           std::to_string(high));
     }
-    if (otherwise < 0) fail(path_ + " has no number " + key);
-    return otherwise;
+    return static_cast<int>(value);
   }
-  float number(const std::string& key, float otherwise) const {
+  float positive(const std::string& key, float otherwise) const {
     const auto id = gguf_find_key(file_, key.c_str());
-    return id >= 0 && gguf_get_kv_type(file_, id) == GGUF_TYPE_FLOAT32 ? gguf_get_val_f32(file_, id) : otherwise;
+    if (id < 0) return otherwise;
+    if (gguf_get_kv_type(file_, id) != GGUF_TYPE_FLOAT32) fail(path_ + " has the field " + key + ", which is no fp32 number");
+    const float value = gguf_get_val_f32(file_, id);
+    if (!(value > 0) || !std::isfinite(value)) {
+      fail(path_ + " has " + key + " = " + std::to_string(value) + "; it must be finite and above zero");
+    }
+    return value;
+  }
+  // Of whatever type; 1 if it is no number.
+  double any_number(const std::string& key) const {
+    const auto id = gguf_find_key(file_, key.c_str());
+    switch (gguf_get_kv_type(file_, id)) {
+      case GGUF_TYPE_UINT32:
+        return gguf_get_val_u32(file_, id);
+      case GGUF_TYPE_INT32:
+        return gguf_get_val_i32(file_, id);
+      case GGUF_TYPE_FLOAT32:
+        return static_cast<double>(gguf_get_val_f32(file_, id));
+      case GGUF_TYPE_BOOL:
+        return gguf_get_val_bool(file_, id) ? 1 : 0;
+      default:
+        return 1;
+    }
   }
 
  private:
@@ -51,66 +79,146 @@ class Metadata {
   std::string path_;
 };
 
+// What the graph does not compute must not be asked for by the file: the answer would be silently another one.
+void refuse_unsupported(const gguf_context* file, const Metadata& meta, const std::string& path, const std::string& kind) {
+  for (const char* key : {"expert_count", "attention.sliding_window", "attn_logit_softcapping", "final_logit_softcapping",
+                          "logit_scale", "embedding_scale", "residual_scale", "attention.scale", "attention.clamp_kqv",
+                          "attention.max_alibi_bias", "rope.scaling.yarn_log_multiplier"}) {
+    const std::string name = kind + "." + key;
+    if (gguf_find_key(file, name.c_str()) >= 0 && meta.any_number(name) != 0) {
+      fail(path + " sets " + name + ", which this engine does not compute");
+    }
+  }
+}
+
+std::string shape_of(const std::int64_t* extents, int count) {
+  std::string text = "[";
+  for (int i = 0; i < count; ++i) text += (i > 0 ? ", " : "") + std::to_string(extents[i]);
+  return text + "]";
+}
+
 }  // namespace
+
+void Model::expect(const std::string& name, Kind kind, std::initializer_list<std::int64_t> shape, bool optional) const {
+  const ggml_tensor* const t = tensor(name, optional);
+  if (t == nullptr) return;
+  const int given = ggml_n_dims(t), wanted = static_cast<int>(shape.size());
+  if (given > wanted || !std::equal(shape.begin(), shape.end(), t->ne)) {
+    fail(path_ + ": the tensor " + name + " has the shape " + shape_of(t->ne, std::max(given, wanted)) + "; it must have " +
+         shape_of(shape.begin(), wanted));
+  }
+  const bool product =
+      t->type == GGML_TYPE_F32 || t->type == GGML_TYPE_F16 || t->type == GGML_TYPE_BF16 || ggml_is_quantized(t->type);
+  if (kind == Kind::matrix ? !product : t->type != GGML_TYPE_F32) {
+    fail(path_ + ": the tensor " + name + " is of the type " + ggml_type_name(t->type) + "; it must be " +
+         (kind == Kind::matrix ? "a float or a quantised type" : "f32"));
+  }
+}
+
+void Model::check_tensors() {
+  auto& p = parameters_;
+  const std::int64_t embedding = p.embedding, q = std::int64_t{p.num_q_heads} * p.head_dim,
+                     kv = std::int64_t{p.num_kv_heads} * p.head_dim;
+  const ggml_tensor* const tokens = tensor("token_embd.weight");
+  if (tokens->ne[1] < 1 || tokens->ne[1] > 1 << 24) fail(path_ + " has " + std::to_string(tokens->ne[1]) + " tokens");
+  p.vocabulary = static_cast<int>(tokens->ne[1]);
+  expect("token_embd.weight", Kind::matrix, {embedding, p.vocabulary});
+  expect("output.weight", Kind::matrix, {embedding, p.vocabulary}, true);
+  expect("output_norm.weight", Kind::vector, {embedding});
+  expect("rope_freqs.weight", Kind::vector, {p.rotary_dim / 2}, true);
+  for (int l = 0; l < p.num_layers; ++l) {
+    const std::string block = "blk." + std::to_string(l) + ".";
+    const std::int64_t inner = tensor(block + "ffn_gate.weight")->ne[1];
+    expect(block + "attn_norm.weight", Kind::vector, {embedding});
+    expect(block + "attn_q.weight", Kind::matrix, {embedding, q});
+    expect(block + "attn_k.weight", Kind::matrix, {embedding, kv});
+    expect(block + "attn_v.weight", Kind::matrix, {embedding, kv});
+    expect(block + "attn_q.bias", Kind::vector, {q}, true);
+    expect(block + "attn_k.bias", Kind::vector, {kv}, true);
+    expect(block + "attn_v.bias", Kind::vector, {kv}, true);
+    expect(block + "attn_output.weight", Kind::matrix, {q, embedding});
+    expect(block + "ffn_norm.weight", Kind::vector, {embedding});
+    expect(block + "ffn_gate.weight", Kind::matrix, {embedding, inner});
+    expect(block + "ffn_up.weight", Kind::matrix, {embedding, inner});
+    expect(block + "ffn_down.weight", Kind::matrix, {inner, embedding});
+    for (const char* unknown : {"attn_output.bias", "ffn_gate.bias", "ffn_up.bias", "ffn_down.bias", "attn_q_norm.weight",
+                                "attn_k_norm.weight", "ffn_gate_inp.weight"}) {
+      if (tensor(block + unknown, true) != nullptr) {
+        fail(path_ + " has the tensor " + block + unknown + ", which this engine does not compute");
+      }
+    }
+  }
+}
 
 Model::Model(const std::string& path) : path_(path) {
   std::error_code code;
   const auto size = fs::file_size(path, code);
   if (code) fail("cannot read the model " + path + ": " + code.message());
-  const gguf_init_params init{true, &context_};
+  ggml_context* context = nullptr;
+  const gguf_init_params init{true, &context};
   const std::unique_ptr<gguf_context, void (*)(gguf_context*)> file(gguf_init_from_file(path.c_str(), init), gguf_free);
+  context_.reset(context);
   if (!file) fail(path + " is not a readable GGUF file: it is damaged, truncated or of another kind");
   const Metadata meta(file.get(), path);
   const std::string kind = meta.text("general.architecture");
   if (kind != "llama" && kind != "qwen2") {
     fail("the architecture " + kind + " is not supported; it must be llama or qwen2");
   }
+  refuse_unsupported(file.get(), meta, path, kind);
   auto& p = parameters_;
-  p.num_layers = meta.integer(kind + ".block_count");
-  p.embedding = meta.integer(kind + ".embedding_length");
-  p.num_q_heads = meta.integer(kind + ".attention.head_count");
-  p.num_kv_heads = meta.integer(kind + ".attention.head_count_kv", p.num_q_heads);
-  if (p.num_q_heads < 1) fail(path + " has " + std::to_string(p.num_q_heads) + " attention heads");
-  p.head_dim = meta.integer(kind + ".attention.key_length", p.embedding / p.num_q_heads);
-  p.rotary_dim = meta.integer(kind + ".rope.dimension_count", p.head_dim);
-  p.context = meta.integer(kind + ".context_length");
-  p.norm_epsilon = meta.number(kind + ".attention.layer_norm_rms_epsilon", 1e-5f);
-  p.rope_base = meta.number(kind + ".rope.freq_base", 10000.f);
+  p.num_layers = meta.integer(kind + ".block_count", 1, 4096);
+  p.embedding = meta.integer(kind + ".embedding_length", 1, 1 << 20);
+  p.num_q_heads = meta.integer(kind + ".attention.head_count", 1, 65536);
+  p.num_kv_heads = meta.integer(kind + ".attention.head_count_kv", 1, 65536, p.num_q_heads);
+  p.head_dim = meta.integer(kind + ".attention.key_length", 1, 1 << 16, p.embedding / p.num_q_heads);
+  p.rotary_dim = meta.integer(kind + ".rope.dimension_count", 2, 1 << 16, p.head_dim);
+  p.context = meta.integer(kind + ".context_length", 1, 1 << 30);
+  p.norm_epsilon = meta.positive(kind + ".attention.layer_norm_rms_epsilon", 1e-5f);
+  p.rope_base = meta.positive(kind + ".rope.freq_base", 10000.f);
   p.rope_type = kind == "llama" ? GGML_ROPE_TYPE_NORMAL : GGML_ROPE_TYPE_NEOX;
   if (const auto status = p.geometry().validate(); !status.ok()) fail(path + ": " + status.message());
+  if (const auto status = kvt::Rope{.rotary_dim = p.rotary_dim, .base = p.rope_base}.validate(p.head_dim); !status.ok()) {
+    fail(path + ": " + status.message());
+  }
+  if (const int value_dim = meta.integer(kind + ".attention.value_length", 1, 1 << 16, p.head_dim); value_dim != p.head_dim) {
+    fail(path + " has values of " + std::to_string(value_dim) + " elements and keys of " + std::to_string(p.head_dim) +
+         "; they must be equal");
+  }
+  // Names are those of llama.cpp: a factor counts unless the type says none, and without a type it is linear.
+  const std::string scaling = meta.text(kind + ".rope.scaling.type", "linear");
+  if (scaling != "none" && scaling != "linear") {
+    fail(path + " scales RoPE by " + scaling + ", which this engine does not compute; it must be none or linear");
+  }
+  if (scaling == "linear") {
+    p.rope_scale = 1.f / meta.positive(kind + ".rope.scaling.factor", meta.positive(kind + ".rope.scale_linear", 1.f));
+  }
+  check_tensors();
 
   const auto count = gguf_get_n_tensors(file.get());
+  const std::uint64_t start = gguf_get_data_offset(file.get());
   for (std::int64_t i = 0; i < count; ++i) {
-    const ggml_tensor* const t = ggml_get_tensor(context_, gguf_get_tensor_name(file.get(), i));
-    const auto end = gguf_get_data_offset(file.get()) + gguf_get_tensor_offset(file.get(), i) + ggml_nbytes(t);
-    if (end > size) {
-      fail(path + " is truncated: it has " + std::to_string(size) + " bytes and the tensor " + ggml_get_name(t) + " ends at " +
-           std::to_string(end));
+    const std::uint64_t offset = gguf_get_tensor_offset(file.get(), i), bytes = gguf_get_tensor_size(file.get(), i);
+    if (start > size || offset > size - start || bytes > size - start - offset) {
+      fail(path + " is truncated: it has " + std::to_string(size) + " bytes, less than its tensor " +
+           gguf_get_tensor_name(file.get(), i) + " needs");
     }
   }
-  backend_ = ggml_backend_cpu_init();
-  buffer_ = ggml_backend_alloc_ctx_tensors(context_, backend_);
-  if (backend_ == nullptr || buffer_ == nullptr) fail("out of memory while loading " + path);
+  backend_.reset(ggml_backend_cpu_init());
+  buffer_.reset(backend_ ? ggml_backend_alloc_ctx_tensors(context_.get(), backend_.get()) : nullptr);
+  if (!buffer_) fail("out of memory while loading " + path);
   std::ifstream stream(path, std::ios::binary);
   std::vector<char> bytes;
   for (std::int64_t i = 0; i < count; ++i) {
-    ggml_tensor* const t = ggml_get_tensor(context_, gguf_get_tensor_name(file.get(), i));
+    ggml_tensor* const t = ggml_get_tensor(context_.get(), gguf_get_tensor_name(file.get(), i));
     bytes.resize(ggml_nbytes(t));
-    stream.seekg(static_cast<std::streamoff>(gguf_get_data_offset(file.get()) + gguf_get_tensor_offset(file.get(), i)));
+    stream.seekg(static_cast<std::streamoff>(start + gguf_get_tensor_offset(file.get(), i)));
     if (!stream.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) fail("cannot read " + path + " to its end");
     ggml_backend_tensor_set(t, bytes.data(), 0, bytes.size());
   }
-  p.vocabulary = static_cast<int>(tensor("token_embd.weight")->ne[1]);
-}
-
-Model::~Model() {
-  if (buffer_ != nullptr) ggml_backend_buffer_free(buffer_);
-  if (backend_ != nullptr) ggml_backend_free(backend_);
-  if (context_ != nullptr) ggml_free(context_);
 }
 
 ggml_tensor* Model::tensor(const std::string& name, bool optional) const {
-  ggml_tensor* const t = ggml_get_tensor(context_, name.c_str());
+  ggml_tensor* const t = ggml_get_tensor(context_.get(), name.c_str());
   if (t == nullptr && !optional) fail(path_ + " has no tensor " + name);
   return t;
 }

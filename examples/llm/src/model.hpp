@@ -8,6 +8,7 @@
 #include <ggml-backend.h>
 #include <ggml.h>
 
+#include <initializer_list>
 #include <memory>
 #include <string>
 
@@ -19,7 +20,8 @@ struct HyperParameters {
   int num_layers = 0, embedding = 0, num_q_heads = 0, num_kv_heads = 0, head_dim = 0, rotary_dim = 0, context = 0,
       vocabulary = 0;
   float norm_epsilon = 0, rope_base = 10000;
-  int rope_type = 0;  // ggml's GGML_ROPE_TYPE_*
+  float rope_scale = 1;  // positions are multiplied by it
+  int rope_type = 0;     // ggml's GGML_ROPE_TYPE_*
 
   kvt::Geometry geometry() const { return {num_layers, num_kv_heads, num_q_heads, head_dim}; }
 };
@@ -27,7 +29,6 @@ struct HyperParameters {
 class Model {
  public:
   explicit Model(const std::string& path);
-  ~Model();
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
@@ -37,11 +38,24 @@ class Model {
   ggml_tensor* layer(int layer, const char* name, bool optional = false) const;
 
  private:
+  // Vectors are fp32; matrices may be quantised.
+  enum class Kind { vector, matrix };
+  void expect(const std::string& name, Kind kind, std::initializer_list<std::int64_t> shape, bool optional = false) const;
+  // Whatever a graph takes for granted, so that nothing fails in the middle of one.
+  void check_tensors();
+
+  template <auto free>
+  struct Free {
+    template <class T>
+    void operator()(T* p) const {
+      free(p);
+    }
+  };
   std::string path_;
   HyperParameters parameters_;
-  ggml_context* context_ = nullptr;
-  ggml_backend_t backend_ = nullptr;
-  ggml_backend_buffer_t buffer_ = nullptr;
+  std::unique_ptr<ggml_context, Free<ggml_free>> context_;
+  std::unique_ptr<ggml_backend, Free<ggml_backend_free>> backend_;
+  std::unique_ptr<ggml_backend_buffer, Free<ggml_backend_buffer_free>> buffer_;
 };
 
 // Keeps ggml and llama.cpp quiet but for errors. Call once, first.

@@ -21,7 +21,7 @@ namespace kvt::inline v0 {
 namespace detail {
 
 #if defined(KVT_HOST_VECTORS)
-typedef float Float8 __attribute__((vector_size(32)));
+using Float8 __attribute__((vector_size(32))) = float;
 
 KVT_INLINE void load(const float* from, Float8& to) { std::memcpy(&to, from, sizeof to); }
 #if defined(__AVX__)
