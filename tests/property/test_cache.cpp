@@ -10,6 +10,7 @@
 #include <thread>
 
 #include "kvtailor/kvtailor.hpp"
+#include "reference/counting.hpp"
 
 using namespace kvt;
 
@@ -19,24 +20,7 @@ constexpr int dim = 40;
 const Geometry shape{2, 2, 6, dim};
 const CacheOptions small{.sink_rows = 2, .recent_rows = 5, .block_rows = 8};
 
-class Counting : public std::pmr::memory_resource {
- public:
-  long long outstanding = 0;
-  int until_failure = -1;  // allocations that still succeed; -1: all
-
- private:
-  void* do_allocate(std::size_t bytes, std::size_t alignment) override {
-    if (until_failure == 0) throw std::bad_alloc();
-    if (until_failure > 0) --until_failure;
-    outstanding += static_cast<long long>(bytes);
-    return std::pmr::new_delete_resource()->allocate(bytes, alignment);
-  }
-  void do_deallocate(void* p, std::size_t bytes, std::size_t alignment) override {
-    outstanding -= static_cast<long long>(bytes);
-    std::pmr::new_delete_resource()->deallocate(p, bytes, alignment);
-  }
-  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
-};
+using reference::Counting;
 
 struct Rows {
   std::vector<float> keys, values, queries;

@@ -4,10 +4,10 @@
 // What a cache says of itself and of input it cannot take.
 #include <doctest/doctest.h>
 
-#include <memory_resource>
 #include <random>
 
 #include "kvtailor/kvtailor.hpp"
+#include "reference/counting.hpp"
 
 using namespace kvt;
 
@@ -19,21 +19,7 @@ const CacheOptions small{.sink_rows = 2, .recent_rows = 5, .block_rows = 8};
 using Exact = KvCodec<Dense<float, dim>, Dense<float, dim>, float>;
 using Turbo = KvCodec<TurboQuant<4, dim>, TurboQuant<3, dim>>;
 
-class Counting : public std::pmr::memory_resource {
- public:
-  long long outstanding = 0;
-
- private:
-  void* do_allocate(std::size_t bytes, std::size_t alignment) override {
-    outstanding += static_cast<long long>(bytes);
-    return std::pmr::new_delete_resource()->allocate(bytes, alignment);
-  }
-  void do_deallocate(void* p, std::size_t bytes, std::size_t alignment) override {
-    outstanding -= static_cast<long long>(bytes);
-    std::pmr::new_delete_resource()->deallocate(p, bytes, alignment);
-  }
-  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
-};
+using reference::Counting;
 
 struct Rows {
   std::vector<float> keys, values, queries;
