@@ -131,13 +131,14 @@ class KvCache {
         return begun ? 0 : std::clamp(options_.sink_rows - store.sink().rows(), 0, n);
       };
       std::vector<BlockList> fresh;
+      std::vector<int> block;
       for (std::size_t h = 0; h < heads; ++h) {
         Head& store = head(layer, static_cast<int>(h));
         const int over = std::max(0, store.recent().rows() - options_.recent_rows);
         const int encoded = over / options_.block_rows * options_.block_rows;
         fresh.emplace_back(options_.memory);
-        std::vector<int> block(static_cast<std::size_t>(options_.block_rows));
         for (int at = 0; at < encoded; at += options_.block_rows) {
+          block.resize(static_cast<std::size_t>(options_.block_rows));
           std::iota(block.begin(), block.end(), at);
           store.encode(block, fresh.back());
         }

@@ -13,7 +13,8 @@
 
 namespace kvt::inline v0 {
 
-// How much each row of one head matters. It never cuts. Larger = keep first; never NaN.
+// How much each row of one head matters. It never cuts. Larger = keep first; never NaN. One that needs window_queries says by
+// an int member `window` how many the cache keeps for it (64 if it has none).
 template <class S>
 concept TokenSelector = requires(const S s, const HeadEvidence& seen, std::span<float> score) {
   { S::needs } -> std::convertible_to<EvidenceSet>;
