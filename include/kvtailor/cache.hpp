@@ -63,8 +63,9 @@ class KvCache {
     return *this;
   }
 
-  // Gives the cache its shape, or a new one; it is empty afterwards.
-  Status init(const Geometry& geometry, const CacheOptions& options = {}) noexcept {
+  // Gives the cache its shape, or a new one; it is empty afterwards. Heads may have codecs of their own, which differ in their
+  // fields (see OneOf): head_codecs [num_layers, num_kv_heads], or empty for the one codec of the cache.
+  Status init(const Geometry& geometry, const CacheOptions& options = {}, std::span<const Codec> head_codecs = {}) noexcept {
     KVT_TRY(geometry.validate());
     if (geometry.head_dim != head_dim) {
       return error(Errc::bad_shape, "head_dim is {}; this cache was composed for {}", geometry.head_dim, head_dim);
@@ -79,11 +80,17 @@ class KvCache {
     if (options.block_rows < 1 || options.block_rows > most) {
       return error(Errc::bad_shape, "block_rows is {}; it must be between 1 and {}", options.block_rows, most);
     }
+    if (!head_codecs.empty() && head_codecs.size() != static_cast<std::size_t>(geometry.num_heads())) {
+      return error(Errc::bad_shape, "there are codecs for {} heads; the cache has {}", static_cast<double>(head_codecs.size()),
+                   geometry.num_heads());
+    }
     return guarded([&] {
       auto* const memory = options.memory != nullptr ? options.memory : std::pmr::get_default_resource();
       std::pmr::vector<Head> heads(memory);
       heads.reserve(static_cast<std::size_t>(geometry.num_heads()));
-      for (int h = 0; h < geometry.num_heads(); ++h) heads.emplace_back(&codec_, memory);
+      for (int h = 0; h < geometry.num_heads(); ++h) {
+        heads.emplace_back(head_codecs.empty() ? codec_ : head_codecs[static_cast<std::size_t>(h)], memory);
+      }
       std::pmr::vector<Layer> layers(memory);
       layers.reserve(static_cast<std::size_t>(geometry.num_layers));
       for (int l = 0; l < geometry.num_layers; ++l) layers.emplace_back(memory);
@@ -98,7 +105,7 @@ class KvCache {
 
   const Geometry& geometry() const noexcept { return geometry_; }
   const CacheOptions& options() const noexcept { return options_; }  // the memory resource as it was resolved
-  const Codec& codec() const noexcept { return codec_; }
+  const Codec& codec(int layer, int kv_head) const noexcept { return head(layer, kv_head).codec(); }
   int num_rows(int layer, int kv_head) const noexcept { return head(layer, kv_head).num_rows(); }
   // Positions of the rows a head holds, increasing.
   std::span<const int> positions(int layer, int kv_head) const noexcept { return head(layer, kv_head).positions(); }
@@ -118,10 +125,15 @@ class KvCache {
     KVT_TRY(detail::check_positions(positions, state.end));
     if (positions.empty()) return success();
     const std::size_t heads = static_cast<std::size_t>(geometry_.num_kv_heads), rows = positions.size() * heads;
-    KVT_TRY(detail::check_rows<head_dim>(keys, rows, Near::max_element(), codec_.keys.max_row_norm(),
+    double key_norm = std::numeric_limits<double>::infinity(), value_norm = key_norm;
+    for (int h = 0; h < geometry_.num_kv_heads; ++h) {
+      key_norm = std::min<double>(key_norm, codec(layer, h).keys.max_row_norm());
+      value_norm = std::min<double>(value_norm, codec(layer, h).values.max_row_norm());
+    }
+    KVT_TRY(detail::check_rows<head_dim>(keys, rows, Near::max_element(), key_norm,
                                          {"a key has the element {}; it must be finite and at most {} in size",
                                           "a key has the norm {}; the codec of keys takes at most {}"}));
-    KVT_TRY(detail::check_rows<head_dim>(values, rows, Near::max_element(), codec_.values.max_row_norm(),
+    KVT_TRY(detail::check_rows<head_dim>(values, rows, Near::max_element(), value_norm,
                                          {"a value has the element {}; it must be finite and at most {} in size",
                                           "a value has the norm {}; the codec of values takes at most {}"}));
     return guarded([&] {
@@ -306,7 +318,9 @@ class KvCache {
     KVT_TRY(check_layer(0));
     return guarded([&] {
       KvCache twin(budget_, selector_, codec_);
-      KVT_TRY(twin.init(geometry_, options_));
+      std::vector<Codec> codecs;
+      for (const Head& store : heads_) codecs.push_back(store.codec());
+      KVT_TRY(twin.init(geometry_, options_, codecs));
       for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h].copy_to(twin.heads_[h]);
       for (std::size_t l = 0; l < layers_.size(); ++l) layers_[l].copy_to(twin.layers_[l]);
       child = std::move(twin);
@@ -316,7 +330,7 @@ class KvCache {
 
   // Empty, as after init(); memory goes back to the resource.
   void clear() noexcept {
-    for (Head& store : heads_) store = Head(&codec_, options_.memory);
+    for (Head& store : heads_) store = Head(store.codec(), options_.memory);
     for (Layer& layer : layers_) layer = Layer(options_.memory);
   }
 
@@ -430,7 +444,6 @@ class KvCache {
     options_ = other.options_;
     replace(heads_, std::move(other.heads_));
     replace(layers_, std::move(other.layers_));
-    for (Head& store : heads_) store.set_codec(&codec_);
   }
 
   Head& head(int layer, int kv_head) noexcept {
@@ -526,7 +539,7 @@ class KvCache {
       for (std::size_t h = 0; h < heads_.size(); ++h) {
         // After truncate() some of the newest rows may be encoded already.
         const int dense = heads_[h].sink().rows() + std::min(options_.recent_rows, heads_[h].recent().rows());
-        all += Head::bytes_bound(codec_, dense, keep[h] - dense, options_.block_rows);
+        all += heads_[h].bytes_bound(dense, keep[h] - dense, options_.block_rows);
       }
       sum = static_cast<double>(all);
       return success();
@@ -559,7 +572,7 @@ class KvCache {
 
   static void run_task(const AttendPlan::Work& work, AttendPlan& plan, const AttendPlan::Task& task) {
     const KvCache& cache = *static_cast<const KvCache*>(work.cache);
-    Attention<Codec>::run(cache.codec_, cache.head(work.layer, task.kv_head), cache.geometry_, work, plan, task);
+    Attention<Codec>::run(cache.head(work.layer, task.kv_head), cache.geometry_, work, plan, task);
   }
 
   [[no_unique_address]] Budget budget_;

@@ -175,7 +175,7 @@ TEST_CASE("the largest rows and queries that are accepted give finite output") {
     REQUIRE(cache.init({1, 1, 1, dim}, {.sink_rows = 1, .recent_rows = 1, .block_rows = 4}).ok());
     const float most = decltype(codec)::near_type::max_element();
     // As large as the codecs take: every element, or one of them.
-    const double limit = std::min(cache.codec().keys.max_row_norm(), cache.codec().values.max_row_norm());
+    const double limit = std::min(cache.codec(0, 0).keys.max_row_norm(), cache.codec(0, 0).values.max_row_norm());
     const float even = std::min(most, static_cast<float>(0.999 * limit / std::sqrt(double(dim))));
     std::vector<float> rows(10 * dim), query(dim, max_query_element), out(dim);
     for (std::size_t i = 0; i < rows.size(); ++i) rows[i] = i / dim % 2 == 0 ? even : -even;

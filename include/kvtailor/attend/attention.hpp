@@ -77,8 +77,9 @@ class Attention {
   }
 
   // Runs one task. Vector v of a KV head is query head v % group of token v / group.
-  static void run(const Codec& codec, const Head& store, const Geometry& shape, const AttendPlan::Work& work, AttendPlan& plan,
+  static void run(const Head& store, const Geometry& shape, const AttendPlan::Work& work, AttendPlan& plan,
                   const AttendPlan::Task& task) {
+    const Codec& codec = store.codec();
     const AttendOptions& options = work.options;
     const int group = shape.group_size();
     const int first = task.tile * tile_vectors;

@@ -2,9 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // KvCodec: the codec of keys, the codec of values, and the type of the dense rows (sinks and recent).
-// OneOf:   one of several codecs, chosen at run time for a whole cache; costs one branch a block.
+// OneOf:   one of several codecs, chosen at run time, for a whole cache or for a head; costs one branch a block.
 #pragma once
 
+#include <algorithm>
 #include <tuple>
 #include <type_traits>
 #include <utility>
@@ -13,6 +14,16 @@
 
 namespace kvt::inline v0 {
 
+// Whether rows of several blocks can be packed into one; OneOf knows it at run time.
+template <StorageCodec Codec>
+constexpr bool is_row_wise(const Codec& codec) {
+  if constexpr (requires { codec.row_wise(); }) {
+    return codec.row_wise();
+  } else {
+    return RowWiseCodec<Codec>;
+  }
+}
+
 template <StorageCodec Key, StorageCodec Value = Key, class DenseType = Half>
 struct KvCodec {
   static_assert(Key::head_dim == Value::head_dim, "keys and values have one head_dim");
@@ -20,31 +31,36 @@ struct KvCodec {
   using value_type = Value;
   using near_type = Dense<DenseType, Key::head_dim>;
   static constexpr int head_dim = Key::head_dim;
-  static constexpr int max_block_rows =
-      Key::max_block_rows < Value::max_block_rows ? Key::max_block_rows : Value::max_block_rows;
-  static constexpr bool row_wise = RowWiseCodec<Key> && RowWiseCodec<Value>;
+  static constexpr int max_block_rows = std::min(Key::max_block_rows, Value::max_block_rows);
+  static constexpr bool can_be_row_wise = RowWiseCodec<Key> && RowWiseCodec<Value>;
 
   [[no_unique_address]] Key keys = {};
   [[no_unique_address]] Value values = {};
+
+  bool row_wise() const noexcept { return is_row_wise(keys) && is_row_wise(values); }
 };
 
-template <StorageCodec First, StorageCodec... Rest>
+template <StorageCodec... Codecs>
 struct OneOf {
-  static_assert(((Rest::head_dim == First::head_dim) && ...), "all codecs of a OneOf have one head_dim");
-  static constexpr int head_dim = First::head_dim;
-  static constexpr int max_block_rows = First::max_block_rows;
-  static constexpr int size = 1 + static_cast<int>(sizeof...(Rest));
-  static_assert(((Rest::max_block_rows == First::max_block_rows) && ...) && RowWiseCodec<First> && (RowWiseCodec<Rest> && ...));
+  using codec_types = std::tuple<Codecs...>;
+  static constexpr int size = static_cast<int>(sizeof...(Codecs));
+  static constexpr int head_dim = std::tuple_element_t<0, codec_types>::head_dim;
+  static_assert(((Codecs::head_dim == head_dim) && ...), "all codecs of a OneOf have one head_dim");
+  static constexpr int max_block_rows = std::min({Codecs::max_block_rows...});
 
   int index = 0;  // 0 .. size - 1
+  [[no_unique_address]] codec_types codecs = {};
 
+  bool row_wise() const noexcept {
+    return visit([](const auto& c) { return is_row_wise(c); });
+  }
   int max_block_bytes(int n) const {
     return visit([&](const auto& c) { return c.max_block_bytes(n); });
   }
   double max_row_norm() const {
     return visit([&](const auto& c) { return static_cast<double>(c.max_row_norm()); });
   }
-  int encode(const float* rows, int n, std::byte* block) const noexcept {
+  int encode(const float* rows, int n, std::byte* block) const {
     return visit([&](const auto& c) { return c.encode(rows, n, block); });
   }
   void decode(const std::byte* block, int n, int row, float* out) const noexcept {
@@ -53,8 +69,12 @@ struct OneOf {
   int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
     return visit([&](const auto& c) { return c.erase(block, n, keep, to); });
   }
-  void copy_row(const std::byte* from, int n, int row, std::byte* to, int to_n, int to_row) const noexcept {
-    visit([&](const auto& c) { c.copy_row(from, n, row, to, to_n, to_row); });
+  // Only while row_wise().
+  void copy_row(const std::byte* from, int n, int row, std::byte* to, int to_n, int to_row) const noexcept
+      requires(RowWiseCodec<Codecs> || ...) {
+    visit([&](const auto& c) {
+      if constexpr (RowWiseCodec<std::remove_cvref_t<decltype(c)>>) c.copy_row(from, n, row, to, to_n, to_row);
+    });
   }
   template <class Lanes>
   void prepare(const Lanes& lanes, const float* q, float scale, float* prepared) const noexcept {
@@ -78,11 +98,10 @@ struct OneOf {
  private:
   template <int i = 0, class F>
   decltype(auto) visit(F&& f) const {
-    using Codec = std::tuple_element_t<i, std::tuple<First, Rest...>>;
     if constexpr (i + 1 < size) {
       if (index != i) return visit<i + 1>(std::forward<F>(f));
     }
-    return f(Codec{});
+    return f(std::get<i>(codecs));
   }
 };
 

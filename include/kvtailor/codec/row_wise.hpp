@@ -1,11 +1,16 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Attention over a block whose rows decode one by one: shared by every row-wise codec, on every lane group.
+// What codecs share.
+//   PlainBasis  of those that store rows in the basis they come in
+//   RowCodec    of those whose rows decode one by one: the layout of a block, and attention on it, on every lane group
 #pragma once
 
 #include <cstddef>
+#include <cstring>
 
+#include "kvtailor/core/concepts.hpp"
+#include "kvtailor/core/geometry.hpp"
 #include "kvtailor/core/half.hpp"
 #include "kvtailor/core/lanes.hpp"
 #include "kvtailor/core/simd.hpp"
@@ -33,55 +38,116 @@ KVT_HD KVT_INLINE float lane_dot(const LaneRow<head_dim, lanes>& row, const floa
   }
 }
 
-// Codec supplies load<lanes>(block, n, row, lane, LaneRow&) and row_scale(block, row).
-template <class Codec, class Lanes>
-KVT_HD KVT_INLINE void logits_by_row(const Codec& codec, const Lanes& lanes, const std::byte* block, int n,
-                                     const float* prepared, int m, float* out, int stride) {
-  constexpr int head_dim = Codec::head_dim;
-  for (int row = 0; row < n; ++row) {
-    typename Lanes::template Reg<LaneRow<head_dim, Lanes::size>> x;
-    lanes.each([&](int lane) { codec.template load<Lanes::size>(block, n, row, lane, x[lane]); });
-    const float scale = codec.row_scale(block, row);
-    for (int j = 0; j < m; ++j) {
-      typename Lanes::template Reg<float> part;
-      lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * head_dim, lane); });
-      const float logit = lanes.sum(part) * scale;
-      lanes.once([&] { out[j * stride + row] = logit; });
+template <int dim>
+struct PlainBasis {
+  static_assert(is_supported_head_dim(dim), "head_dim must be 40, 64, 80, 96, 112, 128, 192 or 256");
+  static constexpr bool plain = true;
+  static constexpr int head_dim = dim;
+  static constexpr int max_block_rows = 1 << 16;
+
+  template <class Lanes>
+  KVT_HD void prepare(const Lanes& lanes, const float* q, float scale, float* prepared) const noexcept {
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) prepared[d] = q[d] * scale;
+    });
+  }
+  template <class Lanes>
+  KVT_HD void finish(const Lanes& lanes, float* acc, float* out) const noexcept {
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) out[d] += acc[d];
+    });
+  }
+};
+
+// A codec that can store what a rotation gives it.
+template <class C>
+concept PlainCodec = StorageCodec<C> && C::plain;
+
+// A block of n rows is scale_bytes of each row, then code_bytes of each row. Self supplies
+//   load<lanes>(block, n, row, lane, LaneRow&)         a row without its scale
+//   row_scale(block, row)
+//   encode_row(lanes, x, block, n, row, scratch)       row x [dim] by all lanes; scratch [dim] is memory all lanes see, or x
+template <class Self, int dim, int scale_size, int code_size>
+struct RowCodec : PlainBasis<dim> {
+  static constexpr int scale_bytes = scale_size, code_bytes = code_size, row_bytes = scale_bytes + code_bytes;
+
+  KVT_HD constexpr int max_block_bytes(int n) const { return n * row_bytes; }
+  int encode(const float* rows, int n, std::byte* block) const {
+    float scratch[dim];
+    for (int row = 0; row < n; ++row) {
+      self().encode_row(Serial{}, rows + static_cast<long long>(row) * dim, block, n, row, scratch);
+    }
+    return n * row_bytes;
+  }
+  KVT_HD void decode(const std::byte* block, int n, int row, float* out) const noexcept {
+    LaneRow<dim, 1> x;
+    self().template load<1>(block, n, row, 0, x);
+    const float scale = self().row_scale(block, row);
+    for (int d = 0; d < dim; ++d) out[d] = x.x[d] * scale;
+  }
+  KVT_HD void copy_row(const std::byte* from, int n, int row, std::byte* to, int to_n, int to_row) const noexcept {
+    std::memcpy(to + scale_bytes * to_row, from + scale_bytes * row, scale_bytes);
+    std::memcpy(codes(to, to_n, to_row), codes(from, n, row), code_bytes);
+  }
+  // Packs the marked rows of a block into `to`; returns the bytes they take.
+  int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
+    int kept = 0, next = 0;
+    for (int row = 0; row < n; ++row) kept += keep[row] != 0;
+    for (int row = 0; row < n; ++row) {
+      if (keep[row] != 0) copy_row(block, n, row, to, kept, next++);
+    }
+    return kept * row_bytes;
+  }
+
+  template <class Lanes>
+  KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
+                     int stride) const noexcept {
+    for (int row = 0; row < n; ++row) {
+      typename Lanes::template Reg<LaneRow<dim, Lanes::size>> x;
+      lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
+      const float scale = self().row_scale(block, row);
+      for (int j = 0; j < m; ++j) {
+        typename Lanes::template Reg<float> part;
+        lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * dim, lane); });
+        const float logit = lanes.sum(part) * scale;
+        lanes.once([&] { out[j * stride + row] = logit; });
+      }
     }
   }
-}
-
-template <class Codec, class Lanes>
-KVT_HD KVT_INLINE void accumulate_by_row(const Codec& codec, const Lanes& lanes, const std::byte* block, int n,
-                                         const float* weights, int m, int stride, float* acc) {
-  constexpr int head_dim = Codec::head_dim;
-  for (int row = 0; row < n; ++row) {
-    typename Lanes::template Reg<LaneRow<head_dim, Lanes::size>> x;
-    lanes.each([&](int lane) { codec.template load<Lanes::size>(block, n, row, lane, x[lane]); });
-    const float scale = codec.row_scale(block, row);
-    for (int j = 0; j < m; ++j) {
-      const float weight = weights[j * stride + row] * scale;
-      float* const to = acc + j * head_dim;
-      lanes.each([&](int lane) {
-        for (int i = 0; i < LaneRow<head_dim, Lanes::size>::length; ++i) {
-          const int d = i * Lanes::size + lane;
-          if (head_dim % Lanes::size == 0 || d < head_dim) to[d] += weight * x[lane].x[i];
-        }
-      });
+  template <class Lanes>
+  KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
+                         float* acc) const noexcept {
+    for (int row = 0; row < n; ++row) {
+      typename Lanes::template Reg<LaneRow<dim, Lanes::size>> x;
+      lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
+      const float scale = self().row_scale(block, row);
+      for (int j = 0; j < m; ++j) {
+        const float weight = weights[j * stride + row] * scale;
+        float* const to = acc + j * dim;
+        lanes.each([&](int lane) {
+          for (int i = 0; i < LaneRow<dim, Lanes::size>::length; ++i) {
+            const int d = i * Lanes::size + lane;
+            if (dim % Lanes::size == 0 || d < dim) to[d] += weight * x[lane].x[i];
+          }
+        });
+      }
     }
   }
-}
 
-// Packs the marked rows of one block into `to`; returns how many there are.
-template <class Codec>
-int erase_by_row(const Codec& codec, const std::byte* block, int n, const unsigned char* keep, std::byte* to) {
-  int kept = 0;
-  for (int row = 0; row < n; ++row) kept += keep[row] != 0;
-  int next = 0;
-  for (int row = 0; row < n; ++row) {
-    if (keep[row] != 0) codec.copy_row(block, n, row, to, kept, next++);
+ protected:
+  template <class Byte>
+  KVT_HD KVT_INLINE static auto codes(Byte* block, int n, int row) {
+    return block + scale_bytes * n + static_cast<long long>(row) * code_bytes;
   }
-  return kept;
-}
+  KVT_HD KVT_INLINE static const unsigned char* code_bytes_of(const std::byte* block, int n, int row) {
+    return reinterpret_cast<const unsigned char*>(codes(block, n, row));
+  }
+  KVT_HD KVT_INLINE static unsigned char* code_bytes_of(std::byte* block, int n, int row) {
+    return reinterpret_cast<unsigned char*>(codes(block, n, row));
+  }
+
+ private:
+  KVT_HD KVT_INLINE const Self& self() const { return static_cast<const Self&>(*this); }
+};
 
 }  // namespace kvt::inline v0

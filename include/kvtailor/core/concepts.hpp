@@ -41,9 +41,8 @@ concept StorageCodec = requires(const C c, const float* in, float* out, std::byt
   { c.max_block_bytes(n) } -> std::same_as<int>;
   // largest Euclidean norm of a row that encode() takes; append() refuses more
   { c.max_row_norm() } -> std::convertible_to<double>;
-  // encode rows [n, head_dim]; returns the bytes written
-  { c.encode(in, n, bytes) }
-  noexcept->std::same_as<int>;
+  // encode rows [n, head_dim]; returns the bytes written; may throw std::bad_alloc
+  { c.encode(in, n, bytes) } -> std::same_as<int>;
   // row `n` of a block of `n` rows, out [head_dim]
   { c.decode(block, n, n, out) }
   noexcept;

@@ -66,7 +66,7 @@ class HeadStore {
   using Zone = DenseZone<Near>;
   static constexpr int head_dim = Codec::head_dim;
 
-  HeadStore(const Codec* codec, std::pmr::memory_resource* memory) noexcept
+  HeadStore(const Codec& codec, std::pmr::memory_resource* memory) noexcept
       : codec_(codec), memory_(memory), sink_(memory), recent_(memory), blocks_(memory), positions_(memory) {}
   HeadStore(HeadStore&&) noexcept = default;
   HeadStore& operator=(HeadStore&& other) noexcept {
@@ -88,7 +88,7 @@ class HeadStore {
   const Zone& recent() const noexcept { return recent_; }
   std::span<const BlockRef> blocks() const noexcept { return blocks_.span(); }
   std::span<const int> positions() const noexcept { return positions_.span(); }
-  void set_codec(const Codec* codec) noexcept { codec_ = codec; }
+  const Codec& codec() const noexcept { return codec_; }
 
   // What rows and blocks hold, and what was allocated for them.
   struct Bytes {
@@ -109,10 +109,10 @@ class HeadStore {
     return sum;
   }
   // What a rebuilt store of this shape takes at most.
-  static long long bytes_bound(const Codec& codec, int dense_rows, int body_rows, int block_rows) {
+  long long bytes_bound(int dense_rows, int body_rows, int block_rows) const noexcept {
     const auto block = [&](int n) {
       if (n == 0) return 0ll;
-      const auto bytes = BlockRef::allocated_bytes(codec.keys.max_block_bytes(n), codec.values.max_block_bytes(n));
+      const auto bytes = BlockRef::allocated_bytes(codec_.keys.max_block_bytes(n), codec_.values.max_block_bytes(n));
       return static_cast<long long>(bytes + sizeof(BlockRef));
     };
     const long long dense = 2ll * dense_rows * Near::row_bytes, index = 4ll * (dense_rows + body_rows);
@@ -128,8 +128,8 @@ class HeadStore {
     for (int row = 0; row < sink_.rows(); ++row, next()) sink_.decode(row, keys, values);
     for (const BlockRef& block : blocks()) {
       for (int row = 0; row < block.rows; ++row, next()) {
-        if (keys != nullptr) codec_->keys.decode(block.keys(), block.rows, row, keys);
-        if (values != nullptr) codec_->values.decode(block.values(), block.rows, row, values);
+        if (keys != nullptr) codec_.keys.decode(block.keys(), block.rows, row, keys);
+        if (values != nullptr) codec_.values.decode(block.values(), block.rows, row, values);
       }
     }
     for (int row = 0; row < recent_.rows(); ++row, next()) recent_.decode(row, keys, values);
@@ -142,16 +142,16 @@ class HeadStore {
     for (std::size_t i = 0; i < rows.size(); ++i) {
       recent_.decode(rows[i], keys.data() + i * head_dim, values.data() + i * head_dim);
     }
-    AlignedBytes key_block(codec_->keys.max_block_bytes(n)), value_block(codec_->values.max_block_bytes(n));
-    const int key_bytes = codec_->keys.encode(keys.data(), n, key_block.data());
-    const int value_bytes = codec_->values.encode(values.data(), n, value_block.data());
+    AlignedBytes key_block(codec_.keys.max_block_bytes(n)), value_block(codec_.values.max_block_bytes(n));
+    const int key_bytes = codec_.keys.encode(keys.data(), n, key_block.data());
+    const int value_bytes = codec_.values.encode(values.data(), n, value_block.data());
     fill(out.add(n, key_bytes, value_bytes), key_block, value_block);
   }
   // Drops the rows of `block` that are not marked, without encoding the others anew, into one new block of `out`.
   void erase(const BlockRef& block, const unsigned char* mark, int survivors, BlockList& out) const {
-    AlignedBytes key_block(codec_->keys.max_block_bytes(block.rows)), value_block(codec_->values.max_block_bytes(block.rows));
-    const int key_bytes = codec_->keys.erase(block.keys(), block.rows, mark, key_block.data());
-    const int value_bytes = codec_->values.erase(block.values(), block.rows, mark, value_block.data());
+    AlignedBytes key_block(codec_.keys.max_block_bytes(block.rows)), value_block(codec_.values.max_block_bytes(block.rows));
+    const int key_bytes = codec_.keys.erase(block.keys(), block.rows, mark, key_block.data());
+    const int value_bytes = codec_.values.erase(block.values(), block.rows, mark, value_block.data());
     fill(out.add(survivors, key_bytes, value_bytes), key_block, value_block);
   }
 
@@ -218,7 +218,7 @@ class HeadStore {
     blocks_.resize(0);
   }
 
-  const Codec* codec_;
+  [[no_unique_address]] Codec codec_;
   std::pmr::memory_resource* memory_;
   Zone sink_, recent_;
   Buffer<BlockRef> blocks_;

@@ -41,9 +41,12 @@ class RebuiltHead {
     for (int row = 0; row < first_dense; ++row) {
       if (recent_mark[row] != 0) sealed.push_back(row);
     }
-    if constexpr (Codec::row_wise) {
-      pack(old, body_mark, sealed, block_rows);
-    } else {
+    bool packed = false;
+    if constexpr (Codec::can_be_row_wise) {
+      packed = old.codec().row_wise();
+      if (packed) pack(old, body_mark, sealed, block_rows);
+    }
+    if (!packed) {
       erase(old, body_mark);
       encode(old, sealed, block_rows, fresh_);
       append_fresh();
@@ -121,7 +124,7 @@ class RebuiltHead {
     for (const BlockRef& block : encoded.blocks()) {
       for (int row = 0; row < block.rows; ++row) rows.push_back({&block, row});
     }
-    const auto& [keys, values] = *old.codec_;
+    const auto& [keys, values] = old.codec_;
     for (std::size_t at = 0; at < rows.size();) {
       const int n = static_cast<int>(std::min(rows.size() - at, static_cast<std::size_t>(block_rows)));
       BlockRef& block = fresh_.add(n, keys.max_block_bytes(n), values.max_block_bytes(n));
