@@ -16,10 +16,16 @@
 #include "kvtailor/budget/adaptive.hpp"
 #include "kvtailor/budget/uniform.hpp"
 #include "kvtailor/cache.hpp"
+#include "kvtailor/codec/low_rank.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/select/key_diff.hpp"
 #include "kvtailor/select/sink_recent.hpp"
 #include "kvtailor/select/snap_kv.hpp"
+
+// An engine that knows its models may name fewer.
+#if !defined(KVT_HEAD_DIMS)
+#define KVT_HEAD_DIMS 40, 64, 80, 96, 112, 128, 192, 256
+#endif
 
 namespace kvt::inline v0 {
 
@@ -55,11 +61,46 @@ struct AnySelector {
   }
 };
 
-inline constexpr const char* known_codecs = "fp16, bf16, fp32, turbo1, turbo2, turbo3, turbo4, turbo5, turbo6";
+// Codecs by name, in one order for all head dims.
+inline constexpr std::array<std::string_view, 13> codec_names = {
+    "fp16",           "bf16",   "fp32",   "turbo1",          "turbo2",          "turbo3",
+    "turbo4",         "turbo5", "turbo6", "low_rank_turbo1", "low_rank_turbo2", "low_rank_turbo3",
+    "low_rank_turbo4"};
+
+// As the residual of a low rank.
+template <int bits, int dim>
+using ShortLloydMax = LloydMax<bits, dim, NormCorrection::least_squares, LogScale>;
 
 template <int dim>
-using AnyCodec = OneOf<Dense<Half, dim>, Dense<BFloat16, dim>, Dense<float, dim>, TurboQuant<1, dim>, TurboQuant<2, dim>,
-                       TurboQuant<3, dim>, TurboQuant<4, dim>, TurboQuant<5, dim>, TurboQuant<6, dim>>;
+using AnyCodec = OneOf<Dense<Half, dim>, Dense<BFloat16, dim>, Dense<float, dim>,                         //
+                       TurboQuant<1, dim>, TurboQuant<2, dim>, TurboQuant<3, dim>, TurboQuant<4, dim>,    //
+                       TurboQuant<5, dim>, TurboQuant<6, dim>,                                            //
+                       Rotated<LowRank<ShortLloydMax<1, dim>>>, Rotated<LowRank<ShortLloydMax<2, dim>>>,  //
+                       Rotated<LowRank<ShortLloydMax<3, dim>>>, Rotated<LowRank<ShortLloydMax<4, dim>>>>;
+
+// What a name says, before the head dim is known.
+struct CodecChoice {
+  int index = 0;
+  LowRankOptions low_rank;
+  bool wide() const {
+    return codec_names[static_cast<std::size_t>(index)] == "bf16" || codec_names[static_cast<std::size_t>(index)] == "fp32";
+  }
+
+  template <class... Codecs>
+  void apply(OneOf<Codecs...>& codec) const {
+    codec.index = index;
+    std::apply([&](auto&... each) { (set(each), ...); }, codec.codecs);
+  }
+
+ private:
+  template <class Codec>
+  void set(Codec& codec) const {
+    if constexpr (std::derived_from<Codec, LowRankOptions>) static_cast<LowRankOptions&>(codec) = low_rank;
+  }
+};
+struct KvChoice {
+  CodecChoice keys, values;
+};
 
 template <class Cache>
 class Erased final : public AnyCache {
@@ -193,74 +234,135 @@ inline std::string parse_selector(std::string_view text, AnySelector& out) {
   return {};
 }
 
-inline std::string parse_codec(std::string_view name, int& index) {
-  constexpr std::array<std::string_view, 9> names = {"fp16",   "bf16",   "fp32",   "turbo1", "turbo2",
-                                                     "turbo3", "turbo4", "turbo5", "turbo6"};
-  for (std::size_t i = 0; i < names.size(); ++i) {
-    if (names[i] == name) {
-      index = static_cast<int>(i);
-      return {};
-    }
-  }
-  return "unknown storage codec \"" + std::string(name) + "\"; known are " + known_codecs + ", or two as keys/values";
+inline std::string known_codecs() {
+  std::string all;
+  for (const auto name : codec_names) all += (all.empty() ? "" : ", ") + std::string(name);
+  return all;
 }
 
-// Dense rows (sinks, recent) are fp32 beside an fp32 codec and fp16 otherwise.
+inline std::string parse_codec(std::string_view text, CodecChoice& out) {
+  Spec spec(text);
+  const auto found = std::find(codec_names.begin(), codec_names.end(), spec.name);
+  if (found == codec_names.end()) {
+    return "unknown storage codec \"" + std::string(spec.name) + "\"; known are " + known_codecs() + ", or two as keys/values";
+  }
+  out.index = static_cast<int>(found - codec_names.begin());
+  const bool low_rank = spec.name.starts_with("low_rank");
+  LowRankOptions& o = out.low_rank;
+  std::string_view key, value;
+  while (spec.next(key, value)) {
+    const auto is = [&, key = key, value = value](std::string_view name, std::string_view word) {
+      return key == name && value == word;
+    };
+    bool known = true;
+    if (!low_rank) {
+      known = false;
+    } else if (is("shrink", "none")) {
+      o.shrinkage = Shrinkage::none;
+    } else if (is("shrink", "frobenius")) {
+      o.shrinkage = Shrinkage::frobenius;
+    } else if (is("shrink", "operator")) {
+      o.shrinkage = Shrinkage::operator_norm;
+    } else if (is("shrink", "nuclear")) {
+      o.shrinkage = Shrinkage::nuclear;
+    } else if (is("loop", "open") || is("loop", "closed")) {
+      o.loop = value == "open" ? Loop::open : Loop::closed;
+    } else if (is("rule", "bbp") || is("rule", "rate")) {
+      o.rule = value == "bbp" ? RankRule::bbp : RankRule::rate_distortion;
+    } else if (key == "bits") {
+      known = read_number(value, 1, 16, o.factor_bits) && (o.factor_bits <= 6 || o.factor_bits == 16);
+    } else {
+      known = key == "rank" && read_number(value, 0, 32, o.max_rank);
+    }
+    if (!known) {
+      return bad_parameter(spec.name, key, value,
+                           low_rank ? "rank=0..32, bits=1..6 or 16, loop=closed or open, rule=bbp or rate, "
+                                      "shrink=frobenius, none, operator or nuclear"
+                                    : "none");
+    }
+  }
+  return {};
+}
+// One for both, or "keys/values".
+inline std::string parse_codecs(std::string_view text, KvChoice& out) {
+  const auto slash = text.find('/');
+  std::string wrong = parse_codec(text.substr(0, slash), out.keys);
+  if (wrong.empty()) wrong = parse_codec(slash == text.npos ? text : text.substr(slash + 1), out.values);
+  return wrong;
+}
+
+struct ParsedComposition {
+  AnyAllocator allocator;
+  AnySelector selector;
+  KvChoice codec;
+  std::vector<KvChoice> head_codecs;
+
+  bool wide() const {
+    bool any = codec.keys.wide() || codec.values.wide();
+    for (const KvChoice& one : head_codecs) any = any || one.keys.wide() || one.values.wide();
+    return any;
+  }
+};
+
 template <int dim, class DenseType>
-MadeCache make_erased(const AnyAllocator& allocator, const AnySelector& selector, int keys, int values,
-                      const Geometry& geometry, const CacheOptions& options) {
+MadeCache make_erased(const ParsedComposition& parsed, const Geometry& geometry, const CacheOptions& options) {
   using Codec = KvCodec<AnyCodec<dim>, AnyCodec<dim>, DenseType>;
-  Codec codec;
-  codec.keys.index = keys;
-  codec.values.index = values;
-  auto erased = std::make_unique<Erased<KvCache<AnyAllocator, AnySelector, Codec>>>(allocator, selector, codec);
+  const auto codec_of = [](const KvChoice& choice) {
+    Codec codec;
+    choice.keys.apply(codec.keys);
+    choice.values.apply(codec.values);
+    return codec;
+  };
+  std::vector<Codec> head_codecs;
+  for (const KvChoice& choice : parsed.head_codecs) head_codecs.push_back(codec_of(choice));
+  auto erased = std::make_unique<Erased<KvCache<AnyAllocator, AnySelector, Codec>>>(parsed.allocator, parsed.selector,
+                                                                                    codec_of(parsed.codec));
   MadeCache made;
-  made.status = erased->get().init(geometry, options);
+  made.status = erased->get().init(geometry, options, head_codecs);
   made.message = made.status.message();
   if (made.status.ok()) made.cache = std::move(erased);
   return made;
 }
 
 template <int... dims>
-MadeCache make_for(const AnyAllocator& allocator, const AnySelector& selector, int keys, int values, const Geometry& geometry,
-                   const CacheOptions& options) {
+MadeCache make_for(const ParsedComposition& parsed, const Geometry& geometry, const CacheOptions& options) {
   MadeCache made;
   made.status = geometry.validate();
   made.message = made.status.message();
   const auto make = [&]<int dim>() {
-    // 0, 1, 2 are fp16, bf16, fp32; the dense zones must hold whatever the codec can.
-    if (keys == 2 || values == 2 || keys == 1 || values == 1) {
-      made = make_erased<dim, float>(allocator, selector, keys, values, geometry, options);
-    } else {
-      made = make_erased<dim, Half>(allocator, selector, keys, values, geometry, options);
-    }
+    // The dense zones must hold whatever the codec can.
+    made =
+        parsed.wide() ? make_erased<dim, float>(parsed, geometry, options) : make_erased<dim, Half>(parsed, geometry, options);
     return true;
   };
-  (void)((geometry.head_dim == dims && made.status.ok() && make.template operator()<dims>()) || ...);
+  if (made.status.ok() && !((geometry.head_dim == dims && make.template operator()<dims>()) || ...)) {
+    made.status = error(Errc::bad_shape, "head_dim {} was left out when this program was compiled", geometry.head_dim);
+    made.message = made.status.message();
+  }
   return made;
 }
 
 }  // namespace detail
 
-inline MadeCache make_cache(const Composition& names, const Geometry& geometry, const CacheOptions& options = {}) {
-  detail::AnyAllocator allocator;
-  detail::AnySelector selector;
-  int keys = 0, values = 0;
-  std::string wrong = detail::parse_allocator(names.allocator, allocator);
-  if (wrong.empty()) wrong = detail::parse_selector(names.selector, selector);
-  const std::string_view codec = names.codec;
-  const auto slash = codec.find('/');
-  if (wrong.empty()) wrong = detail::parse_codec(codec.substr(0, slash), keys);
-  if (wrong.empty()) wrong = detail::parse_codec(slash == codec.npos ? codec : codec.substr(slash + 1), values);
+// head_codecs [num_layers * num_kv_heads], or empty: the codec of each head, in the form of names.codec.
+inline MadeCache make_cache(const Composition& names, const Geometry& geometry, const CacheOptions& options = {},
+                            std::span<const std::string> head_codecs = {}) {
+  detail::ParsedComposition parsed;
+  std::string wrong = detail::parse_allocator(names.allocator, parsed.allocator);
+  if (wrong.empty()) wrong = detail::parse_selector(names.selector, parsed.selector);
+  if (wrong.empty()) wrong = detail::parse_codecs(names.codec, parsed.codec);
+  for (const std::string& codec : head_codecs) {
+    if (wrong.empty()) wrong = detail::parse_codecs(codec, parsed.head_codecs.emplace_back());
+  }
   if (!wrong.empty()) return {nullptr, error(Errc::bad_name, "unknown name or parameter of a policy"), wrong};
-  return detail::make_for<40, 64, 80, 96, 112, 128, 192, 256>(allocator, selector, keys, values, geometry, options);
+  return detail::make_for<KVT_HEAD_DIMS>(parsed, geometry, options);
 }
 
 // For a program's help.
 inline std::string known_policies() {
   return std::string("budget allocators: uniform, adaptive[:safeguard=0.2]\n") +
          "token selectors:   sink_recent[:num_sinks=4], key_diff, snap_kv[:window=64,kernel=5,pool=avg]\n" +
-         "storage codecs:    " + detail::known_codecs + "; keys/values apart: turbo3/turbo2\n";
+         "storage codecs:    " + detail::known_codecs() + "; keys/values apart: turbo3/turbo2\n";
 }
 
 }  // namespace kvt::inline v0

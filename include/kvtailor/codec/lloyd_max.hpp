@@ -53,8 +53,9 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
       part[lane] = 0;
       for (int d = lane; d < dim; d += Lanes::size) part[lane] += x[d] * x[d];
     });
-    // Squares of the smallest rows are lost; they are zero for any scale.
-    const float norm = std::sqrt(lanes.sum(part));
+    // Squares of the smallest rows are lost; they are zero for any scale. So is what no cache lets in: NaN and infinity.
+    const float square = lanes.sum(part);
+    const float norm = square <= 3e38f ? std::sqrt(square) : 0.f;
     constexpr float root = static_cast<float>(1.0 / inverse_root());
     float scale = norm / root;
     if (correction != NormCorrection::none && norm > 0) {
@@ -82,7 +83,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
       unit = best.bits != 0 ? 1 / to_float(best) : 0.f;
     }
     lanes.each([&](int lane) {
-      for (int d = lane; d < dim; d += Lanes::size) scratch[d] = static_cast<float>(nearest(x[d] * unit));
+      for (int d = lane; d < dim; d += Lanes::size) scratch[d] = static_cast<float>(nearest(unit > 0 ? x[d] * unit : 0.f));
     });
     lanes.once([&] { std::memcpy(block + static_cast<int>(sizeof(Scale)) * row, &stored, sizeof stored); });
     unsigned char* codes = LloydMax::code_bytes_of(block, n, row);

@@ -1,0 +1,176 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What the tests of codecs share: rows, and checks that hold for every codec.
+#pragma once
+
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <random>
+#include <vector>
+
+#include "kvtailor/core/lanes.hpp"
+
+namespace codecs {
+
+inline std::vector<float> normal_rows(std::mt19937& random, int n, int dim) {
+  std::normal_distribution<float> normal;
+  std::vector<float> rows(static_cast<std::size_t>(n * dim));
+  for (float& x : rows) x = normal(random);
+  return rows;
+}
+
+// Rows that share `rank` directions of falling strength, with noise of size 1 an element.
+inline std::vector<float> low_rank_rows(std::mt19937& random, int n, int dim, int rank, float strength) {
+  std::normal_distribution<float> normal;
+  std::vector<float> rows = normal_rows(random, n, dim);
+  for (int i = 0; i < rank; ++i) {
+    const auto left = normal_rows(random, n, 1), right = normal_rows(random, 1, dim);
+    for (int row = 0; row < n; ++row) {
+      for (int d = 0; d < dim; ++d) {
+        rows[static_cast<std::size_t>(row * dim + d)] +=
+            strength / static_cast<float>(i + 1) * left[static_cast<std::size_t>(row)] * right[static_cast<std::size_t>(d)];
+      }
+    }
+  }
+  return rows;
+}
+
+template <class Codec>
+std::vector<std::byte> encode(const Codec& codec, const std::vector<float>& rows) {
+  const int n = static_cast<int>(rows.size()) / Codec::head_dim;
+  std::vector<std::byte> block(static_cast<std::size_t>(codec.max_block_bytes(n)));
+  block.resize(static_cast<std::size_t>(codec.encode(rows.data(), n, block.data())));
+  return block;
+}
+
+template <class Codec>
+std::vector<float> decode(const Codec& codec, const std::vector<std::byte>& block, int n) {
+  std::vector<float> rows(static_cast<std::size_t>(n * Codec::head_dim));
+  for (int row = 0; row < n; ++row) codec.decode(block.data(), n, row, rows.data() + row * Codec::head_dim);
+  return rows;
+}
+
+inline double squared_distance(const std::vector<float>& a, const std::vector<float>& b) {
+  double sum = 0;
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    const double e = static_cast<double>(a[i]) - static_cast<double>(b[i]);
+    sum += e * e;
+  }
+  return sum;
+}
+
+// Logits and sums over a block are those of the rows it decodes to, in double precision, on both lane groups.
+template <class Codec>
+void check_attention(const Codec& codec, const std::vector<std::byte>& block, int n) {
+  constexpr int dim = Codec::head_dim, m = 3;
+  const int stride = n + 2;
+  std::mt19937 random(11);
+  const auto rows = decode(codec, block, n);
+  const auto queries = normal_rows(random, m, dim), weights = normal_rows(random, m, stride);
+  double energy = 0;
+  for (const float x : rows) energy += static_cast<double>(x) * static_cast<double>(x);
+  // Sums of at most n * dim products, a rotation and a few more roundings: in units of 2^-24 of what is summed.
+  const double unit = std::ldexp(4.0 * (dim + n), -24);
+  const auto run = [&](auto lanes) {
+    std::vector<float> prepared(static_cast<std::size_t>(m * dim)), logits(static_cast<std::size_t>(m * stride), 7.f);
+    std::vector<float> sums(prepared.size(), 0.f), out(prepared.size(), 1.f);
+    for (int j = 0; j < m; ++j) codec.prepare(lanes, queries.data() + j * dim, 0.5f, prepared.data() + j * dim);
+    codec.logits(lanes, block.data(), n, prepared.data(), m, logits.data(), stride);
+    codec.accumulate(lanes, block.data(), n, weights.data(), m, stride, sums.data());
+    for (int j = 0; j < m; ++j) codec.finish(lanes, sums.data() + j * dim, out.data() + j * dim);
+    for (int j = 0; j < m; ++j) {
+      for (int row = 0; row < n; ++row) {
+        double want = 0, size = 0;
+        for (int d = 0; d < dim; ++d) {
+          const double q = 0.5 * static_cast<double>(queries[static_cast<std::size_t>(j * dim + d)]);
+          want += q * static_cast<double>(rows[static_cast<std::size_t>(row * dim + d)]);
+          size += q * q;
+        }
+        const double have = static_cast<double>(logits[static_cast<std::size_t>(j * stride + row)]);
+        if (!(std::fabs(have - want) <= unit * std::sqrt(size * energy) + 1e-30)) FAIL("logit " << have << ", not " << want);
+      }
+      for (int row = n; row < stride; ++row) REQUIRE(logits[static_cast<std::size_t>(j * stride + row)] == 7.f);
+      for (int d = 0; d < dim; ++d) {
+        double want = 1, size = 0;
+        for (int row = 0; row < n; ++row) {
+          const double w = static_cast<double>(weights[static_cast<std::size_t>(j * stride + row)]);
+          want += w * static_cast<double>(rows[static_cast<std::size_t>(row * dim + d)]);
+          size += w * w;
+        }
+        const double have = static_cast<double>(out[static_cast<std::size_t>(j * dim + d)]);
+        if (!(std::fabs(have - want) <= unit * (1 + std::sqrt(size * energy)))) FAIL("output " << have << ", not " << want);
+      }
+    }
+  };
+  run(kvt::Serial{});
+  run(kvt::SimulatedWarp{});
+}
+
+// Rows that stay are bit for bit what they were, however often others go.
+template <class Codec>
+void check_erase(const Codec& codec, std::vector<std::byte> block, int n) {
+  std::mt19937 random(12);
+  auto rows = decode(codec, block, n);
+  constexpr auto dim = static_cast<std::size_t>(Codec::head_dim);
+  while (n > 1) {
+    std::vector<unsigned char> keep(static_cast<std::size_t>(n), 1);
+    for (auto& k : keep) k = static_cast<unsigned char>(random() % 3 != 0);
+    keep[random() % keep.size()] = 1;
+    std::vector<float> left;
+    for (std::size_t row = 0; row < keep.size(); ++row) {
+      if (keep[row] == 0) continue;
+      left.insert(left.end(), rows.begin() + static_cast<std::ptrdiff_t>(row * dim),
+                  rows.begin() + static_cast<std::ptrdiff_t>((row + 1) * dim));
+    }
+    std::vector<std::byte> erased(static_cast<std::size_t>(codec.max_block_bytes(n)));
+    const int bytes = codec.erase(block.data(), n, keep.data(), erased.data());
+    REQUIRE(bytes <= static_cast<int>(block.size()));
+    erased.resize(static_cast<std::size_t>(bytes));
+    block = erased;
+    n = static_cast<int>(left.size() / dim);
+    rows = decode(codec, block, n);
+    REQUIRE(rows == left);
+    check_attention(codec, block, n);
+    if (n == static_cast<int>(keep.size()) && n < 3) return;
+  }
+}
+
+// Rows a cache lets in, and some it does not: nothing that is stored or comes back is NaN or infinite.
+template <class Codec>
+void check_hostile(const Codec& codec) {
+  constexpr int dim = Codec::head_dim;
+  std::mt19937 random(13);
+  const float nan = std::nanf(""), inf = INFINITY;
+  const auto check = [&](const std::vector<float>& rows, double most) {
+    const int n = static_cast<int>(rows.size()) / dim;
+    const auto back = decode(codec, encode(codec, rows), n);
+    double sum = 0;
+    for (const float x : back) sum += static_cast<double>(x) * static_cast<double>(x);
+    REQUIRE(std::sqrt(sum) <= most);  // and not NaN
+  };
+  for (const int n : {1, 2, 3, 5, 33, 128}) {
+    const auto size = static_cast<std::size_t>(n * dim);
+    check(std::vector<float>(size, 0.f), 1e-6);
+    check(std::vector<float>(size, 1e-42f), 1e-3);
+    check(std::vector<float>(size, 3.f), 2 * 3.0 * std::sqrt(static_cast<double>(size)));
+    auto rows = normal_rows(random, n, dim);
+    for (int row = 0; row < n; ++row) {  // from 1e-9 to 1e3
+      for (int d = 0; d < dim; ++d)
+        rows[static_cast<std::size_t>(row * dim + d)] *= std::pow(10.f, static_cast<float>(row % 13 - 9));
+    }
+    check(rows, 2e3 * std::sqrt(static_cast<double>(size)));
+    std::vector<float> single(size, 0.f);  // as long as a row may be
+    const double most = std::min(static_cast<double>(codec.max_row_norm()), 65504.0);
+    single[size - 1] = static_cast<float>(0.9999 * most);
+    check(single, 2 * most);
+    for (const float bad : {nan, inf, -inf, 3e38f}) {
+      auto wrong = normal_rows(random, n, dim);
+      wrong[size / 2] = bad;
+      check(wrong, 1e6 * std::sqrt(static_cast<double>(size)));
+    }
+  }
+}
+
+}  // namespace codecs

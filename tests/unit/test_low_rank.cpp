@@ -1,0 +1,232 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The low rank of a block: the noise fit against its oracles, and blocks of LowRank and Shifted.
+#include <doctest/doctest.h>
+
+#include <Eigen/SVD>
+#include <random>
+
+#include "kvtailor/codec/dense.hpp"
+#include "kvtailor/codec/low_rank.hpp"
+#include "kvtailor/codec/shifted.hpp"
+#include "kvtailor/codec/turbo_quant.hpp"
+#include "unit/codecs.hpp"
+
+using namespace kvt;
+
+namespace {
+
+template <int bits, int dim>
+using Short = LloydMax<bits, dim, NormCorrection::least_squares, LogScale>;
+
+Eigen::MatrixXd gaussian(std::mt19937& random, int n, int d) {
+  std::normal_distribution<double> normal;
+  return Eigen::MatrixXd::NullaryExpr(n, d, [&] { return normal(random); });
+}
+Eigen::MatrixXd orthonormal(std::mt19937& random, int n, int d) {
+  const Eigen::HouseholderQR<Eigen::MatrixXd> qr(gaussian(random, n, d));
+  return qr.householderQ() * Eigen::MatrixXd::Identity(n, d);
+}
+std::vector<double> squared_values(const Eigen::MatrixXd& x) {
+  const Eigen::BDCSVD<Eigen::MatrixXd> svd(x);
+  std::vector<double> lambda;
+  for (const double s : svd.singularValues()) lambda.push_back(s * s);
+  return lambda;
+}
+
+template <class Codec>
+LowRankOptions& options(Codec& codec) {
+  return codec;
+}
+
+template <class Codec>
+double relative_error(const Codec& codec, const std::vector<float>& rows) {
+  const int n = static_cast<int>(rows.size()) / Codec::head_dim;
+  const std::vector<float> zero(rows.size(), 0.f);
+  return codecs::squared_distance(rows, codecs::decode(codec, codecs::encode(codec, rows), n)) /
+         codecs::squared_distance(rows, zero);
+}
+
+}  // namespace
+
+TEST_CASE("noise has rank 0, three spikes are found and shrunk as on white noise") {
+  struct Case {
+    int n, d, window;
+    double mean, spread;  // of shrunk values over those of Gavish and Donoho, IEEE Trans. Inf. Theory 63, 2017
+  };
+  std::mt19937 random(1);
+  for (const auto& [n, d, window, mean, spread] :
+       {Case{128, 128, 11, 1.0097, .009}, {128, 64, 7, 1.0067, .006}, {512, 128, 11, 1.0016, .002}}) {
+    CAPTURE(n);
+    CAPTURE(d);
+    const double size = std::max(n, d), beta = std::min(n, d) / size;
+    double sum = 0;
+    const int draws = 50;
+    for (int draw = 0; draw < draws; ++draw) {
+      const Eigen::MatrixXd noise = gaussian(random, n, d);
+      const auto flat = squared_values(noise);
+      REQUIRE(NoiseFit(flat, n, d).rank() == 0);
+      const Eigen::Vector3d spikes = Eigen::Vector3d(6, 4, 2.5) * std::sqrt(size);
+      const auto lambda =
+          squared_values(noise + orthonormal(random, n, 3) * spikes.asDiagonal() * orthonormal(random, d, 3).transpose());
+      const NoiseFit fit(lambda, n, d);
+      REQUIRE(fit.window() == window);
+      REQUIRE(fit.rank() == 3);
+      const auto shrunk = fit.shrink(3, Shrinkage::frobenius);
+      const auto operator_norm = fit.shrink(3, Shrinkage::operator_norm);
+      const auto nuclear = fit.shrink(3, Shrinkage::nuclear);
+      for (std::size_t i = 0; i < 3; ++i) {
+        const double y = std::sqrt(lambda[i] / size), shift = y * y - beta - 1;
+        const double optimum = std::sqrt(shift * shift - 4 * beta) / y * std::sqrt(size);
+        sum += shrunk[i] / optimum / (3 * draws);
+        // The operator norm shrinks least and the nuclear norm most; nothing grows.
+        REQUIRE(nuclear[i] <= shrunk[i]);
+        REQUIRE(shrunk[i] <= operator_norm[i]);
+        REQUIRE(operator_norm[i] <= std::sqrt(lambda[i]));
+        REQUIRE(fit.shrink(3, Shrinkage::none)[i] == std::sqrt(lambda[i]));
+      }
+    }
+    CAPTURE(sum);
+    CHECK(std::fabs(sum - 1) <= 0.015);
+    // Means of 150 values on both sides.
+    CHECK(std::fabs(sum - mean) <= 4 * spread * std::sqrt(2.0 / draws));
+  }
+}
+
+TEST_CASE("a spectrum that is too short, empty of energy or flat has rank 0") {
+  for (const int p : {1, 2, 3, 4, 7, 64}) {
+    const std::vector<double> zeros(static_cast<std::size_t>(p), 0.0), flat(static_cast<std::size_t>(p), 3.0);
+    CHECK(NoiseFit(zeros, p, 64).rank() == 0);
+    CHECK(NoiseFit(flat, p, 64).rank() == 0);
+  }
+}
+
+TEST_CASE("a block of noise is stored by the residual codec alone, and says so") {
+  std::mt19937 random(2);
+  const auto rows = codecs::normal_rows(random, 128, 64);
+  const LowRank<Short<2, 64>> codec;
+  const auto block = codecs::encode(codec, rows);
+  CHECK(codec.rank(block.data()) == 0);
+  const auto plain = codecs::encode(Short<2, 64>{}, rows);
+  CHECK(block.size() == plain.size() + 4);
+  CHECK(std::equal(plain.begin(), plain.end(), block.begin() + 4));
+}
+
+TEST_CASE("the closed loop leaves the error of the residual codec, the open loop adds that of the factors") {
+  std::mt19937 random(3);
+  const int n = 128, dim = 64;
+  const auto rows = codecs::low_rank_rows(random, n, dim, 3, 6.f);
+  Rotated<LowRank<Short<2, dim>>> closed, open, truncated;
+  options(open).loop = Loop::open;
+  options(truncated).shrinkage = Shrinkage::none;
+  CHECK(closed.rank(codecs::encode(closed, rows).data()) == 3);
+  const double turbo = relative_error(TurboQuant<2, dim>{}, rows);
+  const double a = relative_error(closed, rows), b = relative_error(open, rows), c = relative_error(truncated, rows);
+  MESSAGE("TurboQuant " << turbo << ", closed " << a << ", open " << b << ", truncated " << c);
+  // Of 50 parts 1 is noise; each of two factors at 4 bits leaves .0095 of the other 49. The residual codec gets both.
+  CHECK(a <= 1.05 * .1145 * (1.0 / 50 + 2 * .0095));
+  CHECK(a < b);
+  CHECK(a < turbo / 10);
+  // Truncation leaves the least residual.
+  CHECK(c <= a);
+  options(closed).max_rank = 1;
+  CHECK(closed.rank(codecs::encode(closed, rows).data()) == 1);
+  options(closed).max_rank = 0;
+  CHECK(closed.rank(codecs::encode(closed, rows).data()) == 0);
+}
+
+TEST_CASE("bits by rate and distortion buy less error than the same bytes spent on the residual") {
+  std::mt19937 random(4);
+  const int n = 128, dim = 64;
+  // Directions whose strength falls slowly: no rank is the right one.
+  const auto rows = codecs::low_rank_rows(random, n, dim, 12, 8.f);
+  Rotated<LowRank<Short<2, dim>>> fixed, rate;
+  options(fixed).max_rank = options(rate).max_rank = 16;
+  options(rate).rule = RankRule::rate_distortion;
+  const auto bits = [&](const auto& codec) {
+    return 8.0 * static_cast<double>(codecs::encode(codec, rows).size()) / (n * dim);
+  };
+  // In units of error at equal bytes: an additional bit of the residual divides the error by 3.5.
+  const double by_margin = relative_error(fixed, rows) * std::pow(3.5, bits(fixed));
+  const double by_rate = relative_error(rate, rows) * std::pow(3.5, bits(rate));
+  MESSAGE("margin " << by_margin << " at " << bits(fixed) << " bits, rate " << by_rate << " at " << bits(rate));
+  CHECK(by_rate <= by_margin);
+  CHECK(by_rate < 0.5 * relative_error(TurboQuant<2, dim>{}, rows) * std::pow(3.5, 2.25));
+  std::vector<float> noise = codecs::normal_rows(random, n, dim);
+  CHECK(rate.rank(codecs::encode(rate, noise).data()) == 0);
+}
+
+TEST_CASE("attention on low-rank and shifted blocks is that of the rows they decode to; erased rows leave no trace") {
+  std::mt19937 random(5);
+  const auto check = [&](auto codec) {
+    constexpr int dim = decltype(codec)::head_dim;
+    for (const int n : {1, 2, 7, 40, 128, 131}) {
+      const auto block = codecs::encode(codec, codecs::low_rank_rows(random, n, dim, 4, 5.f));
+      codecs::check_attention(codec, block, n);
+      codecs::check_erase(codec, block, n);
+    }
+  };
+  for (const int bits : {1, 2, 3, 4, 5, 6, 16}) {
+    Rotated<LowRank<Short<2, 64>>> codec;
+    options(codec).factor_bits = bits;
+    check(codec);
+  }
+  Rotated<LowRank<Short<3, 40>>> rate;
+  options(rate).rule = RankRule::rate_distortion;
+  check(rate);
+  check(Rotated<LowRank<Short<1, 256>>>{});
+  check(LowRank<Dense<Half, 96>>{});
+  check(Rotated<Shifted<Short<2, 64>>>{});
+  check(Shifted<Dense<Half, 40>>{});
+}
+
+TEST_CASE("a shifted block costs nothing for the mean of its rows") {
+  std::mt19937 random(6);
+  auto rows = codecs::normal_rows(random, 128, 64);
+  const double alone = relative_error(TurboQuant<2, 64>{}, rows) * 128 * 64;
+  for (std::size_t i = 0; i < rows.size(); ++i) rows[i] += 5.f;
+  const double shifted = relative_error(Rotated<Shifted<LloydMax<2, 64>>>{}, rows) * 128 * 64 * 26;
+  MESSAGE("error without a mean " << alone << ", with " << shifted);
+  CHECK(shifted <= 1.05 * alone);
+}
+
+TEST_CASE("whatever the rows are, what comes back is finite") {
+  codecs::check_hostile(Rotated<LowRank<Short<2, 64>>>{});
+  Rotated<LowRank<Short<3, 80>>> rate;
+  options(rate).rule = RankRule::rate_distortion;
+  codecs::check_hostile(rate);
+  options(rate).rule = RankRule::bbp;
+  options(rate).factor_bits = 16;
+  codecs::check_hostile(rate);
+  codecs::check_hostile(Rotated<Shifted<Short<2, 128>>>{});
+  codecs::check_hostile(TurboQuant<2, 64>{});
+  codecs::check_hostile(Rotated<Short<4, 96>>{});
+}
+
+TEST_CASE("a block written by an earlier version decodes to the rows it always did") {
+  // Rank 1 at 4 bits, 2 rows of 40: right factor all of code 8 and 9 in turn, left factor codes 15 and 0, residual zero.
+  constexpr int dim = 40;
+  std::vector<unsigned char> bytes = {1, 0, 4};
+  const auto half = [&](float x) {
+    const Half h = from_float<Half>(x);
+    bytes.push_back(static_cast<unsigned char>(h.bits & 255));
+    bytes.push_back(static_cast<unsigned char>(h.bits >> 8));
+  };
+  half(2.f);
+  half(1.f);
+  bytes.insert(bytes.end(), dim / 2, 0x98);
+  bytes.push_back(0x0f);
+  bytes.resize(28);
+  bytes.resize(28 + 2 * (1 + dim * 2 / 8), 0);  // LogScale 0
+  std::vector<float> rows(2 * dim);
+  const LowRank<Short<2, dim>> codec;
+  for (int row = 0; row < 2; ++row)
+    codec.decode(reinterpret_cast<const std::byte*>(bytes.data()), 2, row, rows.data() + row * dim);
+  // Levels of the 128-sphere at 4 bits.
+  for (int d = 0; d < dim; ++d) {
+    const float right = 2 * HalfLevels<128, 4>::level[d % 2], left = HalfLevels<128, 4>::level[7];
+    CHECK(rows[static_cast<std::size_t>(d)] == doctest::Approx(right * left));
+    CHECK(rows[static_cast<std::size_t>(dim + d)] == doctest::Approx(-right * left));
+  }
+}
