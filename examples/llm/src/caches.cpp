@@ -4,20 +4,47 @@
 // See caches.hpp.
 #include "caches.hpp"
 
+#include <cstdlib>
 #include <stdexcept>
 
 #include "kvtailor/compose.hpp"
+#include "sensitivity.hpp"
 
 namespace kvt_llm {
 
+namespace {
+
+// "mixed:FILE@BITS": the codecs of the heads by their sensitivities. Empty for any other name.
+std::vector<std::string> mixed_codecs(const std::string& codec, const kvt::Geometry& geometry) {
+  const std::string prefix = "mixed:";
+  if (!codec.starts_with(prefix)) return {};
+  const auto at = codec.rfind('@');
+  char* end = nullptr;
+  const double bits = at == codec.npos ? 0 : std::strtod(codec.c_str() + at + 1, &end);
+  if (end == nullptr || *end != '\0' || !(bits > 0 && bits <= 32)) {
+    throw std::runtime_error("the codec \"" + codec + "\" must be mixed:FILE@BITS, with 0 to 32 bits an element on average");
+  }
+  return Sensitivities::read(codec.substr(prefix.size(), at - prefix.size())).choose(bits, geometry);
+}
+
+}  // namespace
+
 std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
-                                          const kvt::CacheOptions& options) {
-  auto made = kvt::make_cache(names, geometry, options);
+                                          const kvt::CacheOptions& options, std::vector<std::string> head_codecs) {
+  kvt::Composition resolved = names;
+  if (head_codecs.empty()) {
+    head_codecs = mixed_codecs(names.codec, geometry);
+    if (!head_codecs.empty()) resolved.codec = head_codecs.front();
+  }
+  auto made = kvt::make_cache(resolved, geometry, options, head_codecs);
   if (!made.status.ok()) throw std::runtime_error(made.message);
   return std::move(made.cache);
 }
 
-std::string known_policies() { return kvt::known_policies(); }
+std::string known_policies() {
+  return kvt::known_policies() +
+         "                   mixed:FILE@BITS for a codec for each head, FILE from the command sensitivity\n";
+}
 
 void check(const kvt::Status& status) {
   if (!status.ok()) throw std::runtime_error(status.message());

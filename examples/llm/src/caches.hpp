@@ -5,15 +5,17 @@
 #pragma once
 
 #include <string>
+#include <vector>
 
 #include "kvtailor/any_cache.hpp"
 #include "kvtailor/cache.hpp"
 
 namespace kvt_llm {
 
-// Throws std::runtime_error with the library's sentence.
+// Throws std::runtime_error with the library's sentence. Codecs may be given for each head, [num_layers, num_kv_heads], or
+// chosen by the composition's codec "mixed:FILE@BITS" (see sensitivity.hpp).
 std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
-                                          const kvt::CacheOptions& options);
+                                          const kvt::CacheOptions& options, std::vector<std::string> head_codecs = {});
 std::string known_policies();
 
 // Throws unless success.

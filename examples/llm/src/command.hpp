@@ -23,6 +23,7 @@ void add_generate(CLI::App& app);
 void add_fidelity(CLI::App& app);
 void add_parity(CLI::App& app);
 void add_bench(CLI::App& app);
+void add_sensitivity(CLI::App& app);
 
 struct Common {
   std::string model;

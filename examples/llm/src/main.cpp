@@ -33,6 +33,7 @@ int main(int argc, char** argv) try {
   kvt_llm::add_fidelity(app);
   kvt_llm::add_parity(app);
   kvt_llm::add_bench(app);
+  kvt_llm::add_sensitivity(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

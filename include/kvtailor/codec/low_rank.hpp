@@ -54,6 +54,7 @@ struct FactorRun {
 
   static constexpr int max_bits = 6;
   static constexpr int bytes(int count, int bits) { return (count * bits + 7) / 8; }
+  KVT_HD static constexpr int padded(int bytes) { return (bytes + 3) / 4 * 4; }
   // Lloyd-Max levels of 1 .. 6 bits, one after another.
   struct Levels {
     float value[126] = {};
@@ -130,13 +131,154 @@ struct FactorRun {
   }
 };
 
+// The factors of a block as they are stored, and what they leave. Not a template: one block is like another.
+class LowRankFit {
+ public:
+  LowRankFit(const LowRankOptions& options, const float* rows, int n, int dim) : n_(n), dim_(dim), options_(options) {
+    const Eigen::Map<const Floats> given(rows, n, dim);
+    const Doubles x = given.cast<double>();
+    factor(x);
+    choose();
+    const int rank = static_cast<int>(bits_.size());
+    int size = 2;
+    for (const int b : bits_) size += 5 + FactorRun::bytes(dim, b) + FactorRun::bytes(n, b);
+    head_.assign(static_cast<std::size_t>(FactorRun::padded(size)), 0);
+    head_[0] = static_cast<unsigned char>(rank);
+    if (rank == 0) {
+      rest_ = given;
+      return;
+    }
+    unsigned char* to = head_.data() + 2 + 5 * rank;
+    Eigen::MatrixXd right(dim, rank);
+    for (int i = 0; i < rank; ++i) {
+      const int b = bits_[static_cast<std::size_t>(i)];
+      // Of size 1 an element, so that left factors have the size of rows.
+      Eigen::VectorXd column = vectors_.col(i) * std::sqrt(static_cast<double>(dim));
+      const Half scale = FactorRun::encode(column, b, to);
+      right.col(i) = column;
+      head_[static_cast<std::size_t>(2 + 5 * i)] = static_cast<unsigned char>(b);
+      std::memcpy(head_.data() + 3 + 5 * i, &scale, 2);
+      to += FactorRun::bytes(dim, b);
+    }
+    const auto share = Eigen::Map<const Eigen::VectorXd>(share_.data(), rank).asDiagonal();
+    Eigen::MatrixXd left = (right.transpose() * right).ldlt().solve(right.transpose() * x.transpose()).transpose() * share;
+    for (int i = 0; i < rank; ++i) {
+      const int b = bits_[static_cast<std::size_t>(i)];
+      Eigen::VectorXd column = left.col(i);
+      const Half scale = FactorRun::encode(column, b, to);
+      left.col(i) = column;
+      std::memcpy(head_.data() + 5 + 5 * i, &scale, 2);
+      to += FactorRun::bytes(n, b);
+    }
+    finite_ = left.allFinite() && right.allFinite();
+    if (options.loop == Loop::closed) {
+      rest_ = (x - left * right.transpose()).cast<float>();
+    } else {
+      const auto exact = vectors_.leftCols(rank);
+      rest_ = (x - x * exact * share * exact.transpose()).cast<float>();
+    }
+  }
+
+  bool finite() const { return finite_; }
+  const std::vector<unsigned char>& head() const { return head_; }
+  const float* rest() const { return rest_.data(); }  // [n, dim]
+  double rest_norm(int row) const { return static_cast<double>(rest_.row(row).norm()); }
+
+ private:
+  using Floats = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+  using Doubles = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+
+  // Squared singular values, descending, and right singular vectors, from the smaller Gram matrix.
+  void factor(const Doubles& x) {
+    const bool tall = x.rows() >= x.cols();
+    const Eigen::MatrixXd gram = tall ? Eigen::MatrixXd(x.transpose() * x) : Eigen::MatrixXd(x * x.transpose());
+    const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(gram);
+    const auto p = gram.rows();
+    if (solver.info() != Eigen::Success) return;
+    for (Eigen::Index i = 0; i < p; ++i) lambda_.push_back(std::max(0.0, solver.eigenvalues()[p - 1 - i]));
+    vectors_ = solver.eigenvectors().rowwise().reverse();
+    if (!tall) {
+      vectors_ = (x.transpose() * vectors_).eval();
+      for (Eigen::Index i = 0; i < p; ++i) {
+        const double size = vectors_.col(i).norm();
+        if (size > 0) vectors_.col(i) /= size;
+      }
+    }
+  }
+
+  void choose() {
+    if (lambda_.empty() || !std::isfinite(lambda_[0])) return;
+    const NoiseFit fit(lambda_, n_, dim_);
+    if (options_.rule == RankRule::bbp) {
+      bits_.assign(static_cast<std::size_t>(std::min(fit.rank(), options_.max_rank)), options_.factor_bits);
+    } else {
+      spend();
+    }
+    const int spikes = std::min(fit.rank(), static_cast<int>(bits_.size()));
+    const std::vector<double> shrunk = fit.shrink(spikes, options_.shrinkage);
+    share_.assign(bits_.size(), 1.0);
+    for (std::size_t i = 0; i < shrunk.size(); ++i) share_[i] = shrunk[i] / std::sqrt(lambda_[i]);
+  }
+
+  // Adds bits to pairs of factors, best first, while the error they save is worth more than their bits on the residual.
+  void spend() {
+    // What is left of a pair coded at 0 .. 6 bits: two factors with the distortion of Lloyd-Max each.
+    constexpr double left[7] = {1,
+                                2 * HalfLevels<128, 1>::distortion,
+                                2 * HalfLevels<128, 2>::distortion,
+                                2 * HalfLevels<128, 3>::distortion,
+                                2 * HalfLevels<128, 4>::distortion,
+                                2 * HalfLevels<128, 5>::distortion,
+                                2 * HalfLevels<128, 6>::distortion};
+    const double log_per_bit = std::log(3.5);  // an additional bit divides the error of a residual by about this
+    const int most = std::min(options_.max_rank, static_cast<int>(lambda_.size()));
+    std::vector<int> spent(static_cast<std::size_t>(most), 0);
+    double energy = 0;
+    for (const double value : lambda_) energy += value;
+    const double floor = energy * 1e-9;
+    for (;;) {
+      double best = 0;
+      std::size_t where = 0;
+      int to = 0;
+      for (std::size_t i = 0; i < spent.size(); ++i) {
+        for (int b = std::max(2, spent[i] + 1); b <= FactorRun::max_bits; ++b) {
+          const double cost = (b - spent[i]) * (n_ + dim_) + (spent[i] == 0 ? 40 : 0);
+          const double less = lambda_[i] * (left[spent[i]] - left[b]);
+          const double gain = std::log(energy / std::max(energy - less, floor)) / log_per_bit * n_ * dim_;
+          if (gain - cost > 0 && (gain - cost) / cost > best) {
+            best = (gain - cost) / cost;
+            where = i;
+            to = b;
+          }
+        }
+        if (spent[i] == 0) break;  // the next pair is smaller
+      }
+      if (to == 0) break;
+      energy -= lambda_[where] * (left[spent[where]] - left[to]);
+      spent[where] = to;
+    }
+    for (const int b : spent) {
+      if (b > 0) bits_.push_back(b);
+    }
+  }
+
+  int n_, dim_;
+  LowRankOptions options_;
+  std::vector<double> lambda_;  // squared singular values, descending
+  Eigen::MatrixXd vectors_;     // right singular vectors, [dim, p]
+  std::vector<int> bits_;       // of each pair of factors
+  std::vector<double> share_;   // of each singular value that is kept
+  std::vector<unsigned char> head_;
+  Floats rest_;
+  bool finite_ = true;
+};
+
 }  // namespace detail
 
 template <PlainCodec Residual>
 struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   static constexpr int dim = Residual::head_dim;
   static constexpr int max_block_rows = std::min(512, Residual::max_block_rows);
-  static constexpr int max_rank_limit = 32;
 
   [[no_unique_address]] Residual residual = {};
 
@@ -149,56 +291,16 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   double max_row_norm() const { return std::min(static_cast<double>(residual.max_row_norm()), 65504.0 * std::sqrt(dim * 1.0)); }
 
   int encode(const float* rows, int n, std::byte* block) const {
-    using Matrix = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
-    const Eigen::Map<const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>> given(rows, n, dim);
-    const Matrix x = given.cast<double>();
-    std::vector<double> lambda;
-    Eigen::MatrixXd right;  // [dim, p], unit columns
-    factor(x, lambda, right);
-    std::vector<int> bits;
-    std::vector<double> keep;  // of the observed singular value
-    choose(lambda, n, bits, keep);
-    const int rank = static_cast<int>(bits.size());
-    const int head = header_bytes(bits, n);
-
-    auto* const bytes = reinterpret_cast<unsigned char*>(block);
-    std::memset(bytes, 0, static_cast<std::size_t>(head));
-    bytes[0] = static_cast<unsigned char>(rank);
-    Eigen::MatrixXd exact(n, rank), left(n, rank), stored(dim, rank);
-    unsigned char* to = bytes + 2 + 5 * rank;
-    for (int i = 0; i < rank; ++i) {
-      const int b = bits[static_cast<std::size_t>(i)];
-      // Of size 1 an element, so that left factors have the size of rows.
-      Eigen::VectorXd column = right.col(i) * std::sqrt(static_cast<double>(dim));
-      const Half scale = detail::FactorRun::encode(column, b, to);
-      stored.col(i) = column;
-      bytes[2 + 5 * i] = static_cast<unsigned char>(b);
-      std::memcpy(bytes + 3 + 5 * i, &scale, 2);
-      to += detail::FactorRun::bytes(dim, b);
-    }
-    if (rank > 0) {
-      const Eigen::VectorXd share = Eigen::Map<const Eigen::VectorXd>(keep.data(), rank);
-      exact = x * right.leftCols(rank) * share.asDiagonal();
-      left = (stored.transpose() * stored).ldlt().solve(stored.transpose() * x.transpose()).transpose() * share.asDiagonal();
-    }
-    for (int i = 0; i < rank; ++i) {
-      const int b = bits[static_cast<std::size_t>(i)];
-      Eigen::VectorXd column = left.col(i);
-      const Half scale = detail::FactorRun::encode(column, b, to);
-      left.col(i) = column;
-      std::memcpy(bytes + 5 + 5 * i, &scale, 2);
-      to += detail::FactorRun::bytes(n, b);
-    }
-    const Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor> rest =
-        (loop == Loop::closed ? Matrix(x - left * stored.transpose()) : Matrix(x - exact * right.leftCols(rank).transpose()))
-            .template cast<float>();
-    bool fits = left.allFinite() && stored.allFinite();
-    for (int row = 0; row < n && fits; ++row) fits = static_cast<double>(rest.row(row).norm()) <= residual.max_row_norm();
-    if (rank > 0 && !fits) {
-      std::memset(bytes, 0, 4);
+    const detail::LowRankFit fit(*this, rows, n, dim);
+    bool fits = fit.finite();
+    for (int row = 0; row < n && fits; ++row) fits = fit.rest_norm(row) <= static_cast<double>(residual.max_row_norm());
+    if (!fits) {
+      std::memset(block, 0, static_cast<std::size_t>(padded(2)));
       return padded(2) + residual.encode(rows, n, block + padded(2));
     }
-    return head + residual.encode(rest.data(), n, block + head);
+    const int head = static_cast<int>(fit.head().size());
+    std::memcpy(block, fit.head().data(), fit.head().size());
+    return head + residual.encode(fit.rest(), n, block + head);
   }
 
   KVT_HD void decode(const std::byte* block, int n, int row, float* out) const noexcept {
@@ -284,12 +386,7 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   static int rank(const std::byte* block) { return static_cast<int>(block[0]); }
 
  private:
-  KVT_HD static constexpr int padded(int bytes) { return (bytes + 3) / 4 * 4; }
-  static int header_bytes(const std::vector<int>& bits, int n) {
-    int bytes = 2;
-    for (const int b : bits) bytes += 5 + detail::FactorRun::bytes(dim, b) + detail::FactorRun::bytes(n, b);
-    return padded(bytes);
-  }
+  KVT_HD static constexpr int padded(int bytes) { return detail::FactorRun::padded(bytes); }
 
   // Where things are in a block.
   struct Parts {
@@ -340,84 +437,6 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     }
     KVT_HD KVT_INLINE float operator[](int i) const { return value[i]; }
   };
-
-  // Squared singular values, descending, and right singular vectors, from the smaller Gram matrix.
-  template <class Matrix>
-  static void factor(const Matrix& x, std::vector<double>& lambda, Eigen::MatrixXd& right) {
-    const bool tall = x.rows() >= x.cols();
-    const Eigen::MatrixXd gram = tall ? Eigen::MatrixXd(x.transpose() * x) : Eigen::MatrixXd(x * x.transpose());
-    const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(gram);
-    const auto p = gram.rows();
-    if (solver.info() != Eigen::Success) return;
-    for (Eigen::Index i = 0; i < p; ++i) lambda.push_back(std::max(0.0, solver.eigenvalues()[p - 1 - i]));
-    right = solver.eigenvectors().rowwise().reverse();
-    if (!tall) {
-      right = (x.transpose() * right).eval();
-      for (Eigen::Index i = 0; i < p; ++i) {
-        const double size = right.col(i).norm();
-        if (size > 0) right.col(i) /= size;
-      }
-    }
-  }
-
-  void choose(const std::vector<double>& lambda, int n, std::vector<int>& bits, std::vector<double>& keep) const {
-    if (lambda.empty() || !std::isfinite(lambda[0])) return;
-    const NoiseFit fit(lambda, n, dim);
-    if (rule == RankRule::bbp) {
-      bits.assign(static_cast<std::size_t>(std::min(fit.rank(), max_rank)), factor_bits);
-    } else {
-      spend(lambda, n, bits);
-    }
-    const int spikes = std::min(fit.rank(), static_cast<int>(bits.size()));
-    const std::vector<double> shrunk = fit.shrink(spikes, shrinkage);
-    keep.assign(bits.size(), 1.0);
-    for (int i = 0; i < spikes; ++i) {
-      const auto at = static_cast<std::size_t>(i);
-      keep[at] = lambda[at] > 0 ? shrunk[at] / std::sqrt(lambda[at]) : 1.0;
-    }
-  }
-
-  // Adds bits to pairs of factors, best first, while the error they save is worth more than their bits on the residual.
-  void spend(const std::vector<double>& lambda, int n, std::vector<int>& bits) const {
-    // What is left of a pair coded at 0 .. 6 bits: two factors with the distortion of Lloyd-Max each.
-    constexpr double left[7] = {1,
-                                2 * HalfLevels<128, 1>::distortion,
-                                2 * HalfLevels<128, 2>::distortion,
-                                2 * HalfLevels<128, 3>::distortion,
-                                2 * HalfLevels<128, 4>::distortion,
-                                2 * HalfLevels<128, 5>::distortion,
-                                2 * HalfLevels<128, 6>::distortion};
-    const double log_per_bit = std::log(3.5);  // an additional bit divides the error of a residual by about this
-    const int most = std::min({max_rank, static_cast<int>(lambda.size()), max_rank_limit});
-    std::vector<int> spent(static_cast<std::size_t>(most), 0);
-    double energy = 0;
-    for (const double value : lambda) energy += value;
-    const double floor = energy * 1e-9;
-    for (;;) {
-      double best = 0;
-      std::size_t where = 0;
-      int to = 0;
-      for (std::size_t i = 0; i < spent.size(); ++i) {
-        for (int b = std::max(2, spent[i] + 1); b <= detail::FactorRun::max_bits; ++b) {
-          const double cost = (b - spent[i]) * (n + dim) + (spent[i] == 0 ? 40 : 0);
-          const double less = lambda[i] * (left[spent[i]] - left[b]);
-          const double gain = std::log(energy / std::max(energy - less, floor)) / log_per_bit * n * dim;
-          if (gain - cost > 0 && (gain - cost) / cost > best) {
-            best = (gain - cost) / cost;
-            where = i;
-            to = b;
-          }
-        }
-        if (spent[i] == 0) break;  // the next pair is smaller
-      }
-      if (to == 0) break;
-      energy -= lambda[where] * (left[spent[where]] - left[to]);
-      spent[where] = to;
-    }
-    for (const int b : spent) {
-      if (b > 0) bits.push_back(b);
-    }
-  }
 };
 
 }  // namespace kvt::inline v0
