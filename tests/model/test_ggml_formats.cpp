@@ -5,8 +5,10 @@
 #include <doctest/doctest.h>
 #include <ggml.h>
 
+#include <cmath>
 #include <cstring>
 #include <random>
+#include <string>
 #include <vector>
 
 #include "kvtailor/codec/group_int.hpp"
@@ -25,16 +27,36 @@ std::vector<float> make_row(int r, std::mt19937& random) {
   for (float& v : x) {
     const float sign = random() % 2 == 0 ? 1.f : -1.f;
     switch (r % 10) {
-      case 0: v = normal(random); break;
-      case 1: v = normal(random) * size; break;
-      case 2: v = sign * 0.f; break;                                                     // zeros of both signs
-      case 3: v = sign * std::pow(10.f, exponent(random)); break;                        // huge range within a group
-      case 4: v = static_cast<float>(static_cast<int>(random() % 33) - 16) / 2; break;   // halves: ties everywhere
-      case 5: v = sign * size; break;                                                    // two extremes of one size
-      case 6: v = float_from_bits(static_cast<std::uint32_t>(random()) & 0x807fffffu); break;  // subnormal
-      case 7: v = std::fabs(normal(random)) * static_cast<float>(random() % 2) * sign; break;  // many zeros
-      case 8: v = size; break;
-      default: v = static_cast<float>(static_cast<int>(random() % 255) - 127) / 2; break;
+      case 0:
+        v = normal(random);
+        break;
+      case 1:
+        v = normal(random) * size;
+        break;
+      case 2:
+        v = sign * 0.f;
+        break;  // zeros of both signs
+      case 3:
+        v = sign * std::pow(10.f, exponent(random));
+        break;  // huge range within a group
+      case 4:
+        v = static_cast<float>(static_cast<int>(random() % 33) - 16) / 2;
+        break;  // halves: ties everywhere
+      case 5:
+        v = sign * size;
+        break;  // two extremes of one size
+      case 6:
+        v = float_from_bits(static_cast<std::uint32_t>(random()) & 0x807fffffu);
+        break;  // subnormal
+      case 7:
+        v = std::fabs(normal(random)) * static_cast<float>(random() % 2) * sign;
+        break;  // many zeros
+      case 8:
+        v = size;
+        break;
+      default:
+        v = static_cast<float>(static_cast<int>(random() % 255) - 127) / 2;
+        break;
     }
   }
   if (r % 20 == 14) x[random() % dim] = 127.f;  // q8_0's ties need a scale of 1
@@ -47,17 +69,16 @@ template <class Codec>
 void compare(ggml_type type) {
   constexpr int dim = Codec::head_dim;
   const ggml_type_traits& traits = *ggml_get_type_traits(type);
-  CAPTURE(traits.type_name);
+  CAPTURE(std::string(traits.type_name));
   CAPTURE(dim);
   REQUIRE(Codec::row_bytes == ggml_row_size(type, dim));
   std::mt19937 random(dim);
   std::vector<std::byte> ours(Codec::row_bytes), by_warp(ours), theirs(ours);
   std::vector<float> decoded(dim), expected(dim), scratch(dim);
   const Codec codec;
-  int rows = 0, bytes = 0, floats = 0, warps = 0;
+  int bytes = 0, floats = 0, warps = 0;
   for (int r = 0; r < 10000; ++r) {
     const auto x = make_row<dim>(r, random);
-    ++rows;
     codec.encode(x.data(), 1, ours.data());
     codec.encode_row(SimulatedWarp{}, x.data(), by_warp.data(), 1, 0, scratch.data());
     traits.from_float_ref(x.data(), theirs.data(), dim);
@@ -67,7 +88,6 @@ void compare(ggml_type type) {
     traits.to_float(ours.data(), expected.data(), dim);
     floats += std::memcmp(decoded.data(), expected.data(), sizeof(float) * dim) != 0;
   }
-  CHECK(rows == 10000);
   CHECK(bytes == 0);
   CHECK(warps == 0);
   CHECK(floats == 0);

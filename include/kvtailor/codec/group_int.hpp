@@ -8,13 +8,12 @@
 //          head_dim is no multiple of 32 (ggml has no such rows), the last group is shorter: of 8 or 16 elements, laid out
 //          alike.
 // Value:   asymmetric  least + scale * code
-//          symmetric   scale * (code - 2^(bits - 1)); the element of largest magnitude has code 0, whatever its sign
-//                      8 bits: scale * code, code -127 .. 127 in two's complement
-// Error:   of an element x of a group with largest magnitude a and scale s, at most
-//          asymmetric  s / 2 + 2^-11 (|least| + (2^bits - 1) s)
-//          symmetric   s / 2 + 2^-11 a, but at the end without a level, -a times the sign of the largest, s + 2^-11 a
-//          8 bits      s / 2 + 2^-11 a
-//          and 2^-25 of each fp16 number more, times the code.
+//          symmetric   scale * (code - 2^(bits - 1)), where the element of largest magnitude, whatever its sign, has code 0
+//          8 bits      symmetric: scale * code, code -127 .. 127 in two's complement
+// Error:   of an element, half a step, and what fp16 does to the levels: 2^-11 of the largest magnitude in the group
+// (asymmetric:
+//          of |least| + largest - least), or 2^-25 of each fp16 number, times the code, where that is more. Symmetric levels
+//          of fewer than 8 bits end a step before minus the largest, and elements there are up to a step off.
 // Cost:    head_dim * bits / 8 bytes and 2 (symmetric) or 4 for each group. Codes are the same with and without FMA.
 // Source:  ggml, quantize_row_*_ref.
 #pragma once
@@ -105,7 +104,7 @@ struct GroupInt
       if constexpr (!symmetric) {
         return static_cast<float>(code) * scale + least;
       } else if constexpr (bits == 8) {
-        return static_cast<float>(static_cast<signed char>(code)) * scale;
+        return static_cast<float>((code ^ half) - half) * scale;
       } else {
         return static_cast<float>(code - half) * scale;
       }

@@ -8,6 +8,9 @@
 
 #include "kvtailor/core/config.hpp"
 #include "kvtailor/core/lanes.hpp"
+#if defined(__AVX2__) && !defined(__CUDA_ARCH__)
+#include <immintrin.h>
+#endif
 
 namespace kvt::inline v0::detail {
 
@@ -57,6 +60,24 @@ struct IntCodes {
   }
   KVT_HD KVT_INLINE static void unpack(const unsigned char* from, int* code) {
     const unsigned char* const plane = from + high_bytes;
+#if defined(__AVX2__) && !defined(__CUDA_ARCH__)
+    // Compilers do not find that eight bytes become eight codes.
+    if constexpr (stride % 8 == 0) {
+      for (int i = 0; i < n; i += 8) {
+        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(plane + i % stride));
+        const __m256i shifted = _mm256_srli_epi32(_mm256_cvtepu8_epi32(eight), i / stride * width);
+        __m256i low = _mm256_and_si256(shifted, _mm256_set1_epi32(mask));
+        if constexpr (high_bytes > 0) {
+          const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+          const __m256i unset =
+              _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(from[i / 8]), place), _mm256_setzero_si256());
+          low = _mm256_or_si256(low, _mm256_andnot_si256(unset, _mm256_set1_epi32(1 << width)));
+        }
+        _mm256_storeu_si256(reinterpret_cast<__m256i*>(code + i), low);
+      }
+      return;
+    }
+#endif
     for (int s = 0; s < 8 / width; ++s) {
       for (int j = 0; j < stride; ++j) code[s * stride + j] = plane[j] >> (s * width) & mask;
     }

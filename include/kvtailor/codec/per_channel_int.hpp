@@ -9,8 +9,8 @@
 // Block:   groups of at most 32 rows, one after another: uint16 rows; Half scale[head_dim]; Half least[head_dim]; the codes of
 //          each row, see IntCodes; a byte of 0 where their sum is odd. A group keeps scales and codes until its last row goes.
 // Value:   least[channel] + scale[channel] * code
-// Error:   of an element of a channel with step s, at most s / 2 + 2^-11 (|least| + (2^bits - 1) s), and 2^-25 of each fp16
-//          number more, times the code.
+// Error:   of an element, half a step, and what fp16 does to the levels: 2^-11 (|least| + largest - least) of its channel and
+//          group, or 2^-25 of each fp16 number, times the code, where that is more.
 // Cost:    head_dim * bits / 8 bytes a row, and 4 * head_dim + 2 for each group, however few rows it has left.
 // Source:  KIVI, arXiv 2402.02750. Differs from it: halves round up, not to even.
 #pragma once
