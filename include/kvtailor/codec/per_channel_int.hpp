@@ -157,7 +157,8 @@ struct PerChannelInt : PlainBasis<dim> {
       }
     }
   }
-  // f(row, Reg<LaneRow>&)
+  // f(row, Reg<LaneRow>&). Scales folded into the query, q (s c + l) = (q s) c + q l, would make logits a tenth faster, but q l
+  // can be far larger than the logit where a channel has an outlier, and rounds accordingly.
   template <class Lanes, class F>
   KVT_HD KVT_INLINE static void each_row(const Lanes& lanes, const std::byte* block, int n, F&& f) {
     each_group(block, n, [&](const std::byte* group, int first, int rows) {
