@@ -1,0 +1,211 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// PerChannelInt: equidistant levels, their ends for each channel of 32 consecutive rows.
+//
+// Channels of keys differ much in size, and each keeps its size from row to row: an outlier widens the levels of its own
+// channel alone.
+//
+// Block:   groups of at most 32 rows, one after another: uint16 rows; Half scale[head_dim]; Half least[head_dim]; the codes of
+//          each row, see IntCodes; a byte of 0 where their sum is odd. A group keeps scales and codes until its last row goes.
+// Value:   least[channel] + scale[channel] * code
+// Error:   of an element, half a step, and what fp16 does to the levels: 2^-11 (|least| + largest - least) of its channel and
+//          group, or 2^-25 of each fp16 number, times the code, where that is more.
+// Cost:    head_dim * bits / 8 bytes a row, and 4 * head_dim + 2 for each group, however few rows it has left.
+// Source:  KIVI, arXiv 2402.02750. Differs from it: halves round up, not to even.
+#pragma once
+
+#include <algorithm>
+#include <cstdint>
+#include <cstring>
+
+#include "kvtailor/codec/int_codes.hpp"
+#include "kvtailor/codec/row_wise.hpp"
+
+namespace kvt::inline v0 {
+
+template <int bits, int dim>
+struct PerChannelInt : PlainBasis<dim> {
+  static constexpr int max_block_rows = 512, group_rows = 32;
+
+  // The least elements must fit in fp16; then the scales do.
+  static constexpr double max_row_norm() { return static_cast<double>(Half::max); }
+
+  // A block that has lost rows may have one left of each group.
+  KVT_HD constexpr int max_block_bytes(int n) const {
+    const int most = max_block_rows / group_rows, groups = n < most ? n : most;
+    return groups * (header_bytes + row_bytes % 2) + n * row_bytes;
+  }
+  int encode(const float* rows, int n, std::byte* block) const {
+    std::byte* to = block;
+    for (int first = 0; first < n; first += group_rows) {
+      const int group_n = std::min(group_rows, n - first);
+      encode_group(rows + static_cast<std::ptrdiff_t>(first) * dim, group_n, to);
+      to += group_bytes(group_n);
+    }
+    return static_cast<int>(to - block);
+  }
+  KVT_HD void decode(const std::byte* block, int n, int row, float* out) const noexcept {
+    each_group(block, n, [&](const std::byte* group, int first, int rows) {
+      if (row < first || row >= first + rows) return;
+      LaneRow<dim, 1> x;
+      load(Lines<1>(group, 0), group, row - first, 0, x);
+      for (int d = 0; d < dim; ++d) out[d] = x.x[d];
+    });
+  }
+  int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
+    std::byte* const begin = to;
+    each_group(block, n, [&](const std::byte* group, int first, int rows) {
+      int kept = 0;
+      for (int row = 0; row < rows; ++row) {
+        if (keep[first + row] != 0) std::memcpy(codes(to, kept++), codes(group, row), row_bytes);
+      }
+      if (kept == 0) return;
+      std::memcpy(to, group, header_bytes);
+      finish_group(to, kept);
+      to += group_bytes(kept);
+    });
+    return static_cast<int>(to - begin);
+  }
+
+  template <class Lanes>
+  KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
+                     int stride) const noexcept {
+    each_row(lanes, block, n, [&](int row, auto& x) {
+      for (int j = 0; j < m; ++j) {
+        typename Lanes::template Reg<float> part;
+        lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * dim, lane); });
+        const float logit = lanes.sum(part);
+        lanes.once([&] { out[j * stride + row] = logit; });
+      }
+    });
+  }
+  template <class Lanes>
+  KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
+                         float* acc) const noexcept {
+    each_row(lanes, block, n, [&](int row, auto& x) {
+      for (int j = 0; j < m; ++j) {
+        const float weight = weights[j * stride + row];
+        float* const to = acc + j * dim;
+        lanes.each([&](int lane) {
+          for (int i = 0; i < LaneRow<dim, Lanes::size>::length; ++i) {
+            const int d = i * Lanes::size + lane;
+            if (dim % Lanes::size == 0 || d < dim) to[d] += weight * x[lane].x[i];
+          }
+        });
+      }
+    });
+  }
+
+ private:
+  using Codes = detail::IntCodes<bits, dim>;
+  static constexpr int row_bytes = Codes::bytes;
+  static constexpr int header_bytes = 2 + 4 * dim;
+
+  // An even number: the next group's fp16 numbers are aligned.
+  KVT_HD static constexpr int group_bytes(int rows) { return header_bytes + (rows * row_bytes + 1) / 2 * 2; }
+  template <class Byte>
+  KVT_HD KVT_INLINE static auto codes(Byte* group, int row) {
+    return group + header_bytes + row * row_bytes;
+  }
+  KVT_HD KVT_INLINE static const Half* scales(const std::byte* group) { return reinterpret_cast<const Half*>(group + 2); }
+
+  // f(group, its first row, number of its rows)
+  template <class F>
+  KVT_HD KVT_INLINE static void each_group(const std::byte* block, int n, F&& f) {
+    for (int first = 0; first < n;) {
+      const int rows = *reinterpret_cast<const std::uint16_t*>(block);
+      f(block, first, rows);
+      first += rows;
+      block += group_bytes(rows);
+    }
+  }
+
+  // What a lane holds of scales and least elements.
+  template <int lanes>
+  struct Lines {
+    LaneRow<dim, lanes> scale, least;
+
+    KVT_HD KVT_INLINE Lines(const std::byte* group, int lane) {
+      const Half* const from = scales(group);
+      if constexpr (lanes == 1) {
+        load_floats<dim>(from, scale.x);
+        load_floats<dim>(from + dim, least.x);
+      } else {
+        for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) {
+          const int d = i * lanes + lane;
+          scale.x[i] = d < dim ? to_float(from[d]) : 0.f;
+          least.x[i] = d < dim ? to_float(from[dim + d]) : 0.f;
+        }
+      }
+    }
+    Lines() = default;
+  };
+  // The product is exact, so it does not matter whether it is fused with the sum.
+  template <int lanes>
+  KVT_HD KVT_INLINE static void load(const Lines<lanes>& lines, const std::byte* group, int row, int lane,
+                                     LaneRow<dim, lanes>& to) {
+    const auto* const from = reinterpret_cast<const unsigned char*>(codes(group, row));
+    if constexpr (lanes == 1) {
+      int code[dim];
+      Codes::unpack(from, code);
+      for (int d = 0; d < dim; ++d) to.x[d] = static_cast<float>(code[d]) * lines.scale.x[d] + lines.least.x[d];
+    } else {
+      for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) {
+        const int d = i * lanes + lane;
+        to.x[i] = d < dim ? static_cast<float>(Codes::at(from, d)) * lines.scale.x[i] + lines.least.x[i] : 0.f;
+      }
+    }
+  }
+  // f(row, Reg<LaneRow>&). Scales folded into the query, q (s c + l) = (q s) c + q l, would make logits a tenth faster, but q l
+  // can be far larger than the logit where a channel has an outlier, and rounds accordingly.
+  template <class Lanes, class F>
+  KVT_HD KVT_INLINE static void each_row(const Lanes& lanes, const std::byte* block, int n, F&& f) {
+    each_group(block, n, [&](const std::byte* group, int first, int rows) {
+      typename Lanes::template Reg<Lines<Lanes::size>> lines;
+      lanes.each([&](int lane) { lines[lane] = Lines<Lanes::size>(group, lane); });
+      for (int row = 0; row < rows; ++row) {
+        typename Lanes::template Reg<LaneRow<dim, Lanes::size>> x;
+        lanes.each([&](int lane) { load(lines[lane], group, row, lane, x[lane]); });
+        f(first + row, x);
+      }
+    });
+  }
+
+  static void finish_group(std::byte* group, int rows) {
+    const auto stored = static_cast<std::uint16_t>(rows);
+    std::memcpy(group, &stored, sizeof stored);
+    if (rows * row_bytes % 2 != 0) *codes(group, rows) = std::byte{0};
+  }
+  static void encode_group(const float* x, int n, std::byte* to) {
+    using Levels = detail::IntLevels<bits>;
+    float least[dim], largest[dim];
+    std::copy_n(x, dim, least);
+    std::copy_n(x, dim, largest);
+    for (int row = 1; row < n; ++row) {
+      for (int d = 0; d < dim; ++d) {
+        const float v = x[row * dim + d];
+        least[d] = v < least[d] ? v : least[d];
+        largest[d] = v > largest[d] ? v : largest[d];
+      }
+    }
+    Levels levels[dim];
+    Half stored[2 * dim];
+    for (int d = 0; d < dim; ++d) {
+      levels[d] = Levels::between(least[d], largest[d]);
+      stored[d] = from_float<Half>(levels[d].scale);
+      stored[dim + d] = from_float<Half>(least[d]);
+    }
+    std::memcpy(to + 2, stored, sizeof stored);
+    for (int row = 0; row < n; ++row) {
+      float code[dim];
+      for (int d = 0; d < dim; ++d) code[d] = static_cast<float>(levels[d].nearest(x[row * dim + d]));
+      Codes::pack(Serial{}, code, reinterpret_cast<unsigned char*>(codes(to, row)));
+    }
+    finish_group(to, n);
+  }
+};
+
+static_assert(PlainCodec<PerChannelInt<2, 64>> && !RowWiseCodec<PerChannelInt<2, 64>>);
+
+}  // namespace kvt::inline v0
