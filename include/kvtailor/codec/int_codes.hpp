@@ -8,9 +8,7 @@
 
 #include "kvtailor/core/config.hpp"
 #include "kvtailor/core/lanes.hpp"
-#if defined(__AVX2__) && !defined(__CUDA_ARCH__)
-#include <immintrin.h>
-#endif
+#include "kvtailor/core/simd.hpp"
 
 namespace kvt::inline v0::detail {
 
@@ -60,13 +58,10 @@ struct IntCodes {
   }
   KVT_HD KVT_INLINE static void unpack(const unsigned char* from, int* code) {
     const unsigned char* const plane = from + high_bytes;
-#if defined(__AVX2__) && !defined(__CUDA_ARCH__)
-    // Compilers do not find that eight bytes become eight codes.
+#if defined(KVT_HOST_AVX2)
     if constexpr (stride % 8 == 0) {
       for (int i = 0; i < n; i += 8) {
-        const __m128i eight = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(plane + i % stride));
-        const __m256i shifted = _mm256_srli_epi32(_mm256_cvtepu8_epi32(eight), i / stride * width);
-        __m256i low = _mm256_and_si256(shifted, _mm256_set1_epi32(mask));
+        __m256i low = eight_codes<width>(plane + i % stride, i / stride * width);
         if constexpr (high_bytes > 0) {
           const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
           const __m256i unset =

@@ -37,7 +37,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   static double max_row_norm() { return static_cast<double>(Scale::max) / 8.188 * std::sqrt(static_cast<double>(dim)); }
 
   struct Levels {
-    float value[num_levels] = {};
+    float value[num_levels < 4 ? 4 : num_levels] = {};
     constexpr Levels() {
       for (int i = 0; i < num_levels / 2; ++i) {
         value[num_levels / 2 + i] = HalfLevels<dim, bits>::level[i];
@@ -109,6 +109,19 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<dim, lanes>& to) const {
     static constexpr Levels levels;
     const unsigned char* const codes = LloydMax::code_bytes_of(block, n, row);
+#if defined(KVT_HOST_AVX2)
+    if constexpr (lanes == 1 && whole_eights()) {
+      alignas(16) static constexpr Levels aligned;  // at least four
+      for (int i = 0; i < dim; i += 8) {
+        __m256i code = _mm256_setzero_si256();
+        append_codes<4>(codes, i, code);
+        append_codes<2>(codes, i, code);
+        append_codes<1>(codes, i, code);
+        _mm256_storeu_ps(to.x + i, detail::look_up<num_levels>(aligned.value, code));
+      }
+      return;
+    }
+#endif
     if constexpr (lanes == 1) {
       int code[dim] = {};
       unpack<4>(codes, code);
@@ -163,6 +176,24 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     return above;
   }
 
+#if defined(KVT_HOST_AVX2)
+  // Eight elements in a row lie in eight bytes of every plane.
+  static constexpr bool whole_eights() {
+    for (int width = 4; width > 0; width /= 2) {
+      if ((bits & width) != 0 && dim * width / 8 % 8 != 0) return false;
+    }
+    return true;
+  }
+  template <int width>
+  KVT_INLINE static void append_codes(const unsigned char* codes, int i, __m256i& code) {
+    if constexpr ((bits & width) != 0) {
+      constexpr int stride = dim * width / 8;
+      const unsigned char* const plane = codes + dim * bits_above(width) / 8;
+      code =
+          _mm256_or_si256(_mm256_slli_epi32(code, width), detail::eight_codes<width>(plane + i % stride, i / stride * width));
+    }
+  }
+#endif
   template <int width>
   KVT_HD KVT_INLINE static void unpack(const unsigned char* codes, int* code) {
     if constexpr ((bits & width) != 0) {

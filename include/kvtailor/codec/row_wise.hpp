@@ -117,7 +117,25 @@ struct RowCodec : PlainBasis<dim> {
   template <class Lanes>
   KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
                          float* acc) const noexcept {
-    for (int row = 0; row < n; ++row) {
+    int row = 0;
+    if constexpr (Lanes::size == 1) {
+      // Four rows for each pass over the sums, which are read and written less often.
+      for (; row + 4 <= n; row += 4) {
+        LaneRow<dim, 1> x[4];
+        float scale[4];
+        for (int r = 0; r < 4; ++r) {
+          self().template load<1>(block, n, row + r, 0, x[r]);
+          scale[r] = self().row_scale(block, row + r);
+        }
+        for (int j = 0; j < m; ++j) {
+          const float* const w = weights + j * stride + row;
+          const float a = w[0] * scale[0], b = w[1] * scale[1], c = w[2] * scale[2], e = w[3] * scale[3];
+          float* const to = acc + j * dim;
+          for (int d = 0; d < dim; ++d) to[d] += (a * x[0].x[d] + b * x[1].x[d]) + (c * x[2].x[d] + e * x[3].x[d]);
+        }
+      }
+    }
+    for (; row < n; ++row) {
       typename Lanes::template Reg<LaneRow<dim, Lanes::size>> x;
       lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
       const float scale = self().row_scale(block, row);

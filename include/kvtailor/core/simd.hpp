@@ -14,6 +14,9 @@
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
+#if defined(__AVX2__)
+#define KVT_HOST_AVX2
+#endif
 #endif
 
 namespace kvt::inline v0 {
@@ -33,6 +36,30 @@ KVT_INLINE float sum(__m256 x) {
 #else
 KVT_INLINE float sum(const Float8& x) { return ((x[0] + x[4]) + (x[2] + x[6])) + ((x[1] + x[5]) + (x[3] + x[7])); }
 #endif
+#endif
+
+#if defined(KVT_HOST_AVX2)
+// Eight codes of `width` bits: those `shift` bits up in eight bytes. Compilers do not find this form.
+template <int width>
+KVT_INLINE __m256i eight_codes(const unsigned char* bytes, int shift) {
+  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(bytes)));
+  return _mm256_and_si256(_mm256_srli_epi32(wide, shift), _mm256_set1_epi32((1 << width) - 1));
+}
+// table[code] of eight codes below `size`.
+template <int size>
+KVT_INLINE __m256 look_up(const float* table, __m256i code) {
+  if constexpr (size <= 4) {
+    return _mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(table)), code);
+  } else if constexpr (size == 8) {
+    return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);
+  } else if constexpr (size == 16) {
+    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);
+    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), code);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
+  } else {
+    return _mm256_i32gather_ps(table, code, 4);
+  }
+}
 #endif
 
 }  // namespace detail
