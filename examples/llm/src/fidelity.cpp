@@ -206,7 +206,10 @@ void add_fidelity(CLI::App& app) {
                       "snap_kv:window=32+kernel=7");
   command->add_option(
       "--peer", o->peers,
-      "llama.cpp with a cache of its own, measured in the same way; repeat for more. Known: " + PeerCache::known());
+      "llama.cpp with a cache of its own, measured in the same way; repeat for more. It reads the rows of a chunk back as "
+      "stored, where ours are dense until the chunk ends: both are on equal terms with --chunk 1 --sink 0 --recent 0 "
+      "--flush. Known: " +
+          PeerCache::known());
   command->add_option("--weights", o->weights, "f32 (dequantised once, cached) or file (as quantised)")
       ->capture_default_str()
       ->check(CLI::IsMember({"f32", "file"}));
