@@ -130,3 +130,24 @@ TEST_CASE("compositions of fidelity that cannot be read") {
   }
   refused("turbo9", "turbo4");
 }
+
+TEST_CASE("peers and plots of fidelity that cannot be, before the long run") {
+  const TemporaryFolder folder;
+  const auto refused = [](std::vector<std::string> more, const std::string& sentence) {
+    more.insert(more.begin(), {"fidelity", "--text", text_path()});
+    check_refused(more, sentence);
+  };
+  refused({}, "a --cache or a --peer");
+  for (const char* name : {"q9_0", "q4_0/", "/q4_0", "q4_0/q8_0/q4_0", "q4_0+rotated", " "}) {
+    refused({"--peer", name}, "known: f16, q8_0");
+  }
+  refused({"--peer", "f16+unrotated"}, "rotates nothing");
+  refused({"--peer", "f16", "--plot", folder.file("no-such-folder/plot.svg")}, "no-such-folder/plot.svg");
+  refused({"--peer", "f16", "--plot", folder.file("plot.pdf")}, ".svg or .png");
+
+  const std::string path = environment("PATH");
+  setenv("PATH", folder.file("").c_str(), 1);
+  refused({"--peer", "f16", "--plot", folder.file("plot.svg")}, "needs gnuplot");
+  setenv("PATH", path.c_str(), 1);
+  CHECK_FALSE(std::filesystem::exists(folder.file("plot.svg")));
+}

@@ -1,0 +1,119 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// See plot.hpp.
+#include "plot.hpp"
+
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <sstream>
+#include <stdexcept>
+
+namespace kvt_llm {
+
+namespace {
+
+namespace fs = std::filesystem;
+
+// In gnuplot's single quotes nothing but the quote itself is special.
+std::string quoted(const std::string& text) {
+  std::string out = "'";
+  for (const char c : text) out += c == '\'' ? std::string("''") : std::string(1, c);
+  return out + "'";
+}
+
+const char* colour(bool peer) { return peer ? "'#b2182b'" : "'#2166ac'"; }
+
+// A part of the drawing, its width and height being 1.
+struct Box {
+  double left, right, bottom, top;
+
+  bool meets(const Box& b) const { return left < b.right && b.left < right && bottom < b.top && b.bottom < top; }
+};
+
+std::string script(const std::string& title, std::vector<Plot::Point> points) {
+  // A logarithm has no place for the 0 of a lossless cache; what is lower than this is rounding.
+  for (auto& p : points) p.kl = std::max(p.kl, 1e-8);
+  const auto [few, many] = std::minmax_element(points.begin(), points.end(), [](auto& a, auto& b) { return a.bits < b.bits; });
+  const auto [good, bad] = std::minmax_element(points.begin(), points.end(), [](auto& a, auto& b) { return a.kl < b.kl; });
+  const double left = few->bits / 1.5, right = many->bits * 1.5, bottom = good->kl / 3, top = bad->kl * 3;
+  const auto x = [=](const auto& p) { return std::log(p.bits / left) / std::log(right / left); };
+  const auto y = [=](const auto& p) { return std::log(p.kl / bottom) / std::log(top / bottom); };
+  std::ostringstream out;
+  out << "set termoption noenhanced\n"
+      << "set title " << quoted(title) << "\n"
+      << "set xlabel 'stored bits a key or value element of the text, positions apart'\n"
+      << "set ylabel 'mean KL from the full cache, nats'\n"
+      << "set logscale xy\nset xrange [" << left << ':' << right << "]\nset yrange [" << bottom << ':' << top << "]\n"
+      << "set xtics (.25, .5, 1, 1.5, 2, 3, 4, 5, 6, 8, 12, 16, 24, 32)\nset format y '%.0e'\n"
+      << "set grid xtics ytics linetype 1 linecolor rgb '#dddddd'\nset key top right\n";
+
+  std::vector<Box> taken;
+  for (const auto& p : points) taken.push_back({x(p) - .008, x(p) + .008, y(p) - .01, y(p) + .01});
+  // A name stands beside its point where nothing else is: ours rather to the left and the peers' to the right, since both have
+  // codecs of about the same bits; else as little above or below as will do.
+  for (const auto& p : points) {
+    const double width = .01 + .01 * static_cast<double>(p.name.size());
+    const auto on_right = [&](int trial) { return p.peer == (trial % 2 == 0); };
+    const auto box = [&](int trial) {
+      const int step = trial / 2;
+      const double middle = y(p) + .015 * (step % 2 == 0 ? step / 2 : -(step + 1) / 2);
+      const double from = on_right(trial) ? x(p) + .01 : x(p) - .01 - width;
+      return Box{from, from + width, middle - .014, middle + .014};
+    };
+    const auto free = [&](const Box& b) {
+      return b.left > 0 && b.right < 1 && std::none_of(taken.begin(), taken.end(), [&](auto& t) { return t.meets(b); });
+    };
+    int trial = 0;
+    while (trial < 40 && !free(box(trial))) ++trial;
+    trial %= 40;
+    taken.push_back(box(trial));
+    out << "set label " << quoted(p.name) << " at " << p.bits << ", graph " << (taken.back().bottom + taken.back().top) / 2
+        << (on_right(trial) ? " left offset 1,0" : " right offset -1,0") << " textcolor rgb " << colour(p.peer) << '\n';
+  }
+  std::string plot = "plot ";
+  for (const bool peer : {false, true}) {
+    std::ostringstream data;
+    for (const auto& p : points) {
+      if (p.peer == peer) data << p.bits << ' ' << p.kl << '\n';
+    }
+    if (data.str().empty()) continue;
+    const std::string block = peer ? "$peers" : "$ours";
+    out << block << " << END\n" << data.str() << "END\n";
+    plot += (plot == "plot " ? "" : ", ") + block + " with points pointsize 1.2 linecolor rgb " + colour(peer) +
+            (peer ? " pointtype 8 title 'llama.cpp, its own caches'" : " pointtype 7 title 'kvtailor'");
+  }
+  out << plot << '\n';
+  return out.str();
+}
+
+}  // namespace
+
+Plot::Plot(const std::string& path) : path_(fs::absolute(path).string()) {
+  const auto extension = fs::path(path).extension();
+  if (extension != ".svg" && extension != ".png") throw std::runtime_error("--plot " + path + " must end in .svg or .png");
+  terminal_ =
+      extension == ".svg" ? "svg size 900,600 font 'sans,12' background '#ffffff'" : "pngcairo size 900,600 font 'sans,10'";
+  const bool there = fs::exists(path);
+  if (!std::ofstream(path, std::ios::app)) throw std::runtime_error("cannot write the plot " + path);
+  if (!there) fs::remove(path);
+  const std::string name = terminal_.substr(0, terminal_.find(' '));
+  if (std::system(("gnuplot -e 'set terminal " + name + "' > /dev/null 2>&1").c_str()) != 0) {
+    throw std::runtime_error("--plot needs gnuplot with its terminal " + name + " (tools/bootstrap installs it)");
+  }
+}
+
+void Plot::draw(const std::string& title, const std::vector<Point>& points) const {
+  FILE* const gnuplot = popen("gnuplot", "w");
+  if (gnuplot == nullptr) throw std::runtime_error("cannot run gnuplot");
+  const std::string text =
+      "set terminal " + terminal_ + "\nset output " + quoted(path_) + "\n" + script(title, points) + "unset output\n";
+  const bool written = std::fputs(text.c_str(), gnuplot) >= 0;
+  if (pclose(gnuplot) != 0 || !written) throw std::runtime_error("gnuplot could not draw " + path_);
+}
+
+}  // namespace kvt_llm
