@@ -4,7 +4,8 @@
 // make_cache({"adaptive", "snap_kv:window=32", "turbo3/turbo2"}, geometry) composes a cache by name.
 //
 // For programs and engines with flags. A virtual call a layer and a branch a block is all it costs; an engine that knows
-// what it wants names a KvCache<...> and pays nothing. Compiles every codec for every head dim: include it in one file.
+// what it wants names a KvCache<...> and pays nothing. Compiles every codec for every head dim, which takes minutes: include it
+// in one file, with KVT_EXTERN_HEAD_DIMS defined, and give each head dim a file with KVT_INSTANTIATE_HEAD_DIM(64).
 #pragma once
 
 #include <array>
@@ -16,7 +17,9 @@
 #include "kvtailor/budget/adaptive.hpp"
 #include "kvtailor/budget/uniform.hpp"
 #include "kvtailor/cache.hpp"
+#include "kvtailor/codec/kivi.hpp"
 #include "kvtailor/codec/low_rank.hpp"
+#include "kvtailor/codec/shifted.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/select/key_diff.hpp"
 #include "kvtailor/select/sink_recent.hpp"
@@ -62,21 +65,53 @@ struct AnySelector {
 };
 
 // Codecs by name, in one order for all head dims.
-inline constexpr std::array<std::string_view, 13> codec_names = {
-    "fp16",           "bf16",   "fp32",   "turbo1",          "turbo2",          "turbo3",
-    "turbo4",         "turbo5", "turbo6", "low_rank_turbo1", "low_rank_turbo2", "low_rank_turbo3",
-    "low_rank_turbo4"};
+inline constexpr std::array<std::string_view, 25> codec_names = {"fp16",
+                                                                 "bf16",
+                                                                 "fp32",
+                                                                 "turbo1",
+                                                                 "turbo2",
+                                                                 "turbo3",
+                                                                 "turbo4",
+                                                                 "turbo5",
+                                                                 "turbo6",
+                                                                 "q8_0",
+                                                                 "q5_0",
+                                                                 "q4_1",
+                                                                 "q4_0",
+                                                                 "rotated_q8_0",
+                                                                 "rotated_q5_0",
+                                                                 "rotated_q4_0",
+                                                                 "kivi2_keys",
+                                                                 "kivi4_keys",
+                                                                 "kivi2_values",
+                                                                 "mean_turbo2",
+                                                                 "mean_turbo3",
+                                                                 "low_rank_turbo1",
+                                                                 "low_rank_turbo2",
+                                                                 "low_rank_turbo3",
+                                                                 "low_rank_turbo4"};
 
-// As the residual of a low rank.
+// As the residual of a low rank or a mean.
 template <int bits, int dim>
 using ShortLloydMax = LloydMax<bits, dim, NormCorrection::least_squares, LogScale>;
 
 template <int dim>
-using AnyCodec = OneOf<Dense<Half, dim>, Dense<BFloat16, dim>, Dense<float, dim>,                         //
-                       TurboQuant<1, dim>, TurboQuant<2, dim>, TurboQuant<3, dim>, TurboQuant<4, dim>,    //
-                       TurboQuant<5, dim>, TurboQuant<6, dim>,                                            //
-                       Rotated<LowRank<ShortLloydMax<1, dim>>>, Rotated<LowRank<ShortLloydMax<2, dim>>>,  //
-                       Rotated<LowRank<ShortLloydMax<3, dim>>>, Rotated<LowRank<ShortLloydMax<4, dim>>>>;
+using AnyCodec =
+    OneOf<Dense<Half, dim>, Dense<BFloat16, dim>, Dense<float, dim>,                                               //
+          TurboQuant<1, dim>, TurboQuant<2, dim>, TurboQuant<3, dim>, TurboQuant<4, dim>,                          //
+          TurboQuant<5, dim>, TurboQuant<6, dim>,                                                                  //
+          Q8_0<dim>, Q5_0<dim>, Q4_1<dim>, Q4_0<dim>, Rotated<Q8_0<dim>>, Rotated<Q5_0<dim>>, Rotated<Q4_0<dim>>,  //
+          KiviKeys<2, dim>, KiviKeys<4, dim>, KiviValues<2, dim>,                                                  //
+          Rotated<Shifted<ShortLloydMax<2, dim>>>, Rotated<Shifted<ShortLloydMax<3, dim>>>,                        //
+          Rotated<LowRank<ShortLloydMax<1, dim>>>, Rotated<LowRank<ShortLloydMax<2, dim>>>,                        //
+          Rotated<LowRank<ShortLloydMax<3, dim>>>, Rotated<LowRank<ShortLloydMax<4, dim>>>>;
+
+// KIVI codes keys along tokens and values along channels; 4-bit values are q4_1.
+inline std::string_view resolve_alias(std::string_view name, bool keys) {
+  if (name == "kivi2") return keys ? "kivi2_keys" : "kivi2_values";
+  if (name == "kivi4") return keys ? "kivi4_keys" : "q4_1";
+  return name;
+}
 
 // What a name says, before the head dim is known.
 struct CodecChoice {
@@ -236,13 +271,13 @@ inline std::string parse_selector(std::string_view text, AnySelector& out) {
 
 inline std::string known_codecs() {
   std::string all;
-  for (const auto name : codec_names) all += (all.empty() ? "" : ", ") + std::string(name);
-  return all;
+  for (const auto name : codec_names) all += std::string(name) + ", ";
+  return all + "kivi2, kivi4";
 }
 
-inline std::string parse_codec(std::string_view text, CodecChoice& out) {
+inline std::string parse_codec(std::string_view text, bool keys, CodecChoice& out) {
   Spec spec(text);
-  const auto found = std::find(codec_names.begin(), codec_names.end(), spec.name);
+  const auto found = std::find(codec_names.begin(), codec_names.end(), resolve_alias(spec.name, keys));
   if (found == codec_names.end()) {
     return "unknown storage codec \"" + std::string(spec.name) + "\"; known are " + known_codecs() + ", or two as keys/values";
   }
@@ -286,8 +321,8 @@ inline std::string parse_codec(std::string_view text, CodecChoice& out) {
 // One for both, or "keys/values".
 inline std::string parse_codecs(std::string_view text, KvChoice& out) {
   const auto slash = text.find('/');
-  std::string wrong = parse_codec(text.substr(0, slash), out.keys);
-  if (wrong.empty()) wrong = parse_codec(slash == text.npos ? text : text.substr(slash + 1), out.values);
+  std::string wrong = parse_codec(text.substr(0, slash), true, out.keys);
+  if (wrong.empty()) wrong = parse_codec(slash == text.npos ? text : text.substr(slash + 1), false, out.values);
   return wrong;
 }
 
@@ -324,25 +359,42 @@ MadeCache make_erased(const ParsedComposition& parsed, const Geometry& geometry,
   return made;
 }
 
+// The dense zones must hold whatever the codecs can.
+template <int dim>
+MadeCache make_head_dim(const ParsedComposition& parsed, const Geometry& geometry, const CacheOptions& options) {
+  return parsed.wide() ? make_erased<dim, float>(parsed, geometry, options) : make_erased<dim, Half>(parsed, geometry, options);
+}
+
 template <int... dims>
-MadeCache make_for(const ParsedComposition& parsed, const Geometry& geometry, const CacheOptions& options) {
+MadeCache make_any_head_dim(const ParsedComposition& parsed, const Geometry& geometry, const CacheOptions& options) {
   MadeCache made;
   made.status = geometry.validate();
-  made.message = made.status.message();
   const auto make = [&]<int dim>() {
-    // The dense zones must hold whatever the codec can.
-    made =
-        parsed.wide() ? make_erased<dim, float>(parsed, geometry, options) : make_erased<dim, Half>(parsed, geometry, options);
+    made = make_head_dim<dim>(parsed, geometry, options);
     return true;
   };
   if (made.status.ok() && !((geometry.head_dim == dims && make.template operator()<dims>()) || ...)) {
     made.status = error(Errc::bad_shape, "head_dim {} was left out when this program was compiled", geometry.head_dim);
-    made.message = made.status.message();
   }
+  if (!made.status.ok()) made.message = made.status.message();
   return made;
 }
 
 }  // namespace detail
+
+#define KVT_INSTANTIATE_HEAD_DIM(dim)                                                                                  \
+  template kvt::MadeCache kvt::detail::make_head_dim<dim>(const kvt::detail::ParsedComposition&, const kvt::Geometry&, \
+                                                          const kvt::CacheOptions&)
+#if defined(KVT_EXTERN_HEAD_DIMS)
+extern KVT_INSTANTIATE_HEAD_DIM(40);
+extern KVT_INSTANTIATE_HEAD_DIM(64);
+extern KVT_INSTANTIATE_HEAD_DIM(80);
+extern KVT_INSTANTIATE_HEAD_DIM(96);
+extern KVT_INSTANTIATE_HEAD_DIM(112);
+extern KVT_INSTANTIATE_HEAD_DIM(128);
+extern KVT_INSTANTIATE_HEAD_DIM(192);
+extern KVT_INSTANTIATE_HEAD_DIM(256);
+#endif
 
 // head_codecs [num_layers * num_kv_heads], or empty: the codec of each head, in the form of names.codec.
 inline MadeCache make_cache(const Composition& names, const Geometry& geometry, const CacheOptions& options = {},
@@ -355,7 +407,7 @@ inline MadeCache make_cache(const Composition& names, const Geometry& geometry, 
     if (wrong.empty()) wrong = detail::parse_codecs(codec, parsed.head_codecs.emplace_back());
   }
   if (!wrong.empty()) return {nullptr, error(Errc::bad_name, "unknown name or parameter of a policy"), wrong};
-  return detail::make_for<KVT_HEAD_DIMS>(parsed, geometry, options);
+  return detail::make_any_head_dim<KVT_HEAD_DIMS>(parsed, geometry, options);
 }
 
 // For a program's help.

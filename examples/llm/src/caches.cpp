@@ -7,6 +7,7 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#define KVT_EXTERN_HEAD_DIMS  // see CMakeLists.txt
 #include "kvtailor/compose.hpp"
 #include "sensitivity.hpp"
 
