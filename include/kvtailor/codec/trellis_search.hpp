@@ -91,14 +91,16 @@ class TrellisSearch {
   // The state a step earlier on the best path to s.
   static int before(int s, const std::uint8_t* from) { return s / fan + from[s / fan] * num_groups; }
 
+#if defined(KVT_HOST_VECTORS)
+  using Int8 __attribute__((vector_size(32))) = std::int32_t;
+  using Float = std::conditional_t<num_groups % 8 == 0, detail::Float8, float>;
+  using Int = std::conditional_t<num_groups % 8 == 0, Int8, std::int32_t>;
+#else
+  using Float = float;
+  using Int = std::int32_t;
+#endif
   // least_ of each group from the costs of its states; from[group] = the upper bits of the best.
   void choose(std::uint8_t* from) {
-#if defined(KVT_HOST_VECTORS)
-    using Float = std::conditional_t<num_groups % 8 == 0, detail::Float8, float>;
-#else
-    using Float = float;
-#endif
-    using Int = decltype(less_of(Float{}, Float{}));
     constexpr int lanes = sizeof(Float) / sizeof(float);
     std::int32_t best[num_groups];
     for (int g = 0; g < num_groups; g += lanes) {
@@ -110,12 +112,8 @@ class TrellisSearch {
     }
     for (int g = 0; g < num_groups; ++g) from[g] = static_cast<std::uint8_t>(best[g]);
   }
-  // Of numbers or vectors of them.
-  static std::int32_t less_of(float a, float b) { return a < b; }
-#if defined(KVT_HOST_VECTORS)
-  static auto less_of(detail::Float8 a, detail::Float8 b) { return a < b; }
-#endif
-  template <int first, int count, class Float, class Int>
+  // Of numbers or of vectors of them.
+  template <int first, int count>
   KVT_INLINE static void best_of(const float* cost, Float& least, Int& which) {
     if constexpr (count == 1) {
       std::memcpy(&least, cost + first * num_groups, sizeof least);
