@@ -76,7 +76,7 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
       for (int d = 0; d < dim; d += 8) {
         const int at = d / 8 * bits;
         std::uint64_t word;
-        std::memcpy(&word, at <= copied_from ? codes + at : end + (at - copied_from), sizeof word);
+        std::memcpy(&word, at + 8 <= Trellis::code_bytes ? codes + at : end + (at - copied_from), sizeof word);
         load_eight(word, to.x + d);
       }
     } else {

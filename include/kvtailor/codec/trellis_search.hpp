@@ -28,6 +28,12 @@
 
 namespace kvt::inline v0 {
 
+#if defined(KVT_HOST_VECTORS)
+namespace detail {
+using Int8 __attribute__((vector_size(32))) = std::int32_t;
+}
+#endif
+
 template <int bits, int window>
 class TrellisSearch {
  public:
@@ -92,9 +98,8 @@ class TrellisSearch {
   static int before(int s, const std::uint8_t* from) { return s / fan + from[s / fan] * num_groups; }
 
 #if defined(KVT_HOST_VECTORS)
-  using Int8 __attribute__((vector_size(32))) = std::int32_t;
   using Float = std::conditional_t<num_groups % 8 == 0, detail::Float8, float>;
-  using Int = std::conditional_t<num_groups % 8 == 0, Int8, std::int32_t>;
+  using Int = std::conditional_t<num_groups % 8 == 0, detail::Int8, std::int32_t>;
 #else
   using Float = float;
   using Int = std::int32_t;
