@@ -3,8 +3,8 @@
 //
 // The bytes of encoded blocks. They are the library's storage format: a change of any number here means that blocks
 // encoded by an earlier version no longer decode to the same rows, so it goes with a new version and a line in the change
-// log. They may change when levels, signs of the rotation, plane layout or the rule of a scale change on purpose; never
-// because of a compiler, its options or the machine.
+// log. They may change when levels, states' values, signs of the rotation, plane layout or the rule of a scale change on
+// purpose; never because of a compiler, its options or the machine.
 #include <doctest/doctest.h>
 
 #include <cstdint>
@@ -13,6 +13,8 @@
 #include <vector>
 
 #include "kvtailor/codec/dense.hpp"
+#include "kvtailor/codec/rotated.hpp"
+#include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
 
 using namespace kvt;
@@ -78,6 +80,20 @@ TEST_CASE("TurboQuant blocks have the bytes they always had") {
   check<TurboQuant<3, 128>>("head dim 128", 0xd6bea44fe5f0e84dull);
   check<TurboQuant<3, 192>>("head dim 192", 0x92ba324011f4f28cull);
   check<TurboQuant<3, 256>>("head dim 256", 0x47fb976296bf1099ull);
+}
+
+TEST_CASE("trellis blocks have the bytes they always had") {
+  check<Rotated<Trellis<1, 64>>>("trellis, 1 bit", 0xbde23babea199d02ull);
+  check<Rotated<Trellis<2, 64>>>("trellis, 2 bits", 0x533e1c18910a1eaaull);
+  check<Rotated<Trellis<3, 64>>>("trellis, 3 bits", 0xfe4ece777780163bull);
+  check<Rotated<Trellis<4, 64>>>("trellis, 4 bits", 0x3f53ce7b9a72b17full);
+  check<Rotated<Trellis<1, 64, 6>>>("trellis, 1 bit, window 6", 0x6450b410fe50bd4eull);
+  check<Rotated<Trellis<2, 64, 6>>>("trellis, 2 bits, window 6", 0x8916fef889d26543ull);
+  check<Rotated<Trellis<3, 64, 6>>>("trellis, 3 bits, window 6", 0x2b530251311683fbull);
+  check<Rotated<Trellis<2, 64, 8, Half>>>("trellis, 2 bits, 16-bit scale", 0x67d0894b2fb30b11ull);
+  check<Rotated<Trellis<2, 40>>>("trellis, head dim 40", 0x95c9b69c2761336cull);
+  check<Rotated<Trellis<2, 128>>>("trellis, head dim 128", 0xbcdbaa24950d351aull);
+  check<Trellis<2, 256>>("trellis, head dim 256, not rotated", 0xfceb8f80ec048bcbull);
 }
 
 TEST_CASE("a block of one row, byte by byte") {
