@@ -20,6 +20,7 @@
 #include "kvtailor/codec/kivi.hpp"
 #include "kvtailor/codec/low_rank.hpp"
 #include "kvtailor/codec/shifted.hpp"
+#include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/select/key_diff.hpp"
 #include "kvtailor/select/sink_recent.hpp"
@@ -65,7 +66,7 @@ struct AnySelector {
 };
 
 // Codecs by name, in one order for all head dims.
-inline constexpr std::array<std::string_view, 25> codec_names = {"fp16",
+inline constexpr std::array<std::string_view, 33> codec_names = {"fp16",
                                                                  "bf16",
                                                                  "fp32",
                                                                  "turbo1",
@@ -84,12 +85,20 @@ inline constexpr std::array<std::string_view, 25> codec_names = {"fp16",
                                                                  "kivi2_keys",
                                                                  "kivi4_keys",
                                                                  "kivi2_values",
+                                                                 "trellis1",
+                                                                 "trellis2",
+                                                                 "trellis3",
+                                                                 "trellis4",
                                                                  "mean_turbo2",
-                                                                 "mean_turbo3",
+                                                                 "mean_trellis2",
                                                                  "low_rank_turbo1",
                                                                  "low_rank_turbo2",
                                                                  "low_rank_turbo3",
-                                                                 "low_rank_turbo4"};
+                                                                 "low_rank_turbo4",
+                                                                 "low_rank_trellis1",
+                                                                 "low_rank_trellis2",
+                                                                 "low_rank_trellis3",
+                                                                 "low_rank_trellis4"};
 
 // As the residual of a low rank or a mean.
 template <int bits, int dim>
@@ -102,9 +111,12 @@ using AnyCodec =
           TurboQuant<5, dim>, TurboQuant<6, dim>,                                                                  //
           Q8_0<dim>, Q5_0<dim>, Q4_1<dim>, Q4_0<dim>, Rotated<Q8_0<dim>>, Rotated<Q5_0<dim>>, Rotated<Q4_0<dim>>,  //
           KiviKeys<2, dim>, KiviKeys<4, dim>, KiviValues<2, dim>,                                                  //
-          Rotated<Shifted<ShortLloydMax<2, dim>>>, Rotated<Shifted<ShortLloydMax<3, dim>>>,                        //
+          Rotated<Trellis<1, dim>>, Rotated<Trellis<2, dim>>, Rotated<Trellis<3, dim>>, Rotated<Trellis<4, dim>>,  //
+          Rotated<Shifted<ShortLloydMax<2, dim>>>, Rotated<Shifted<Trellis<2, dim>>>,                              //
           Rotated<LowRank<ShortLloydMax<1, dim>>>, Rotated<LowRank<ShortLloydMax<2, dim>>>,                        //
-          Rotated<LowRank<ShortLloydMax<3, dim>>>, Rotated<LowRank<ShortLloydMax<4, dim>>>>;
+          Rotated<LowRank<ShortLloydMax<3, dim>>>, Rotated<LowRank<ShortLloydMax<4, dim>>>,                        //
+          Rotated<LowRank<Trellis<1, dim>>>, Rotated<LowRank<Trellis<2, dim>>>,                                    //
+          Rotated<LowRank<Trellis<3, dim>>>, Rotated<LowRank<Trellis<4, dim>>>>;
 
 // KIVI codes keys along tokens and values along channels; 4-bit values are q4_1.
 inline std::string_view resolve_alias(std::string_view name, bool keys) {
