@@ -22,6 +22,7 @@
 #include "kvtailor/codec/shifted.hpp"
 #include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
+#include "kvtailor/codec/turbo_quant_unbiased.hpp"
 #include "kvtailor/select/key_diff.hpp"
 #include "kvtailor/select/sink_recent.hpp"
 #include "kvtailor/select/snap_kv.hpp"
@@ -66,7 +67,7 @@ struct AnySelector {
 };
 
 // Codecs by name, in one order for all head dims.
-inline constexpr std::array<std::string_view, 33> codec_names = {"fp16",
+inline constexpr std::array<std::string_view, 37> codec_names = {"fp16",
                                                                  "bf16",
                                                                  "fp32",
                                                                  "turbo1",
@@ -116,7 +117,9 @@ using AnyCodec =
           Rotated<LowRank<ShortLloydMax<1, dim>>>, Rotated<LowRank<ShortLloydMax<2, dim>>>,                        //
           Rotated<LowRank<ShortLloydMax<3, dim>>>, Rotated<LowRank<ShortLloydMax<4, dim>>>,                        //
           Rotated<LowRank<Trellis<1, dim>>>, Rotated<LowRank<Trellis<2, dim>>>,                                    //
-          Rotated<LowRank<Trellis<3, dim>>>, Rotated<LowRank<Trellis<4, dim>>>>;
+          Rotated<LowRank<Trellis<3, dim>>>, Rotated<LowRank<Trellis<4, dim>>>,                                    //
+          TurboQuantUnbiased<2, dim>, TurboQuantUnbiased<3, dim>, TurboQuantUnbiased<4, dim>,                      //
+          TurboQuantUnbiased<3, dim, Sketch::gaussian>>;
 
 // KIVI codes keys along tokens and values along channels; 4-bit values are q4_1.
 inline std::string_view resolve_alias(std::string_view name, bool keys) {
@@ -319,12 +322,13 @@ inline std::string parse_codec(std::string_view text, bool keys, CodecChoice& ou
     } else if (key == "bits") {
       known = read_number(value, 1, 16, o.factor_bits) && (o.factor_bits <= 6 || o.factor_bits == 16);
     } else {
-      known = key == "rank" && read_number(value, 0, 32, o.max_rank);
+      known = (key == "rank" && read_number(value, 0, 32, o.max_rank)) ||
+              (key == "per_bit" && read_number(value, 1.5f, 20.f, o.error_per_bit));
     }
     if (!known) {
       return bad_parameter(spec.name, key, value,
-                           low_rank ? "rank=0..32, bits=1..6 or 16, loop=closed or open, rule=bbp or rate, "
-                                      "shrink=frobenius, none, operator or nuclear"
+                           low_rank ? "rank=0..32, loop=closed or open, rule=rate or bbp, per_bit=1.5..20 (of rate), "
+                                      "bits=1..6 or 16 (of bbp), shrink=frobenius, none, operator or nuclear"
                                     : "none");
     }
   }

@@ -10,7 +10,7 @@
 #include <random>
 #include <vector>
 
-#include "kvtailor/core/lanes.hpp"
+#include "kvtailor/core/concepts.hpp"
 
 namespace codecs {
 
@@ -65,7 +65,7 @@ inline double squared_distance(const std::vector<float>& a, const std::vector<fl
 template <class Codec>
 void check_attention(const Codec& codec, const std::vector<std::byte>& block, int n) {
   constexpr int dim = Codec::head_dim, m = 3;
-  const int stride = n + 2;
+  const int stride = n + 2, basis = kvt::basis_dim(codec);
   std::mt19937 random(11);
   const auto rows = decode(codec, block, n);
   const auto queries = normal_rows(random, m, dim), weights = normal_rows(random, m, stride);
@@ -74,12 +74,12 @@ void check_attention(const Codec& codec, const std::vector<std::byte>& block, in
   // Sums of at most n * dim products, a rotation and a few more roundings: in units of 2^-24 of what is summed.
   const double unit = std::ldexp(4.0 * (dim + n), -24);
   const auto run = [&](auto lanes) {
-    std::vector<float> prepared(static_cast<std::size_t>(m * dim)), logits(static_cast<std::size_t>(m * stride), 7.f);
-    std::vector<float> sums(prepared.size(), 0.f), out(prepared.size(), 1.f);
-    for (int j = 0; j < m; ++j) codec.prepare(lanes, queries.data() + j * dim, 0.5f, prepared.data() + j * dim);
+    std::vector<float> prepared(static_cast<std::size_t>(m * basis)), logits(static_cast<std::size_t>(m * stride), 7.f);
+    std::vector<float> sums(prepared.size(), 0.f), out(static_cast<std::size_t>(m * dim), 1.f);
+    for (int j = 0; j < m; ++j) codec.prepare(lanes, queries.data() + j * dim, 0.5f, prepared.data() + j * basis);
     codec.logits(lanes, block.data(), n, prepared.data(), m, logits.data(), stride);
     codec.accumulate(lanes, block.data(), n, weights.data(), m, stride, sums.data());
-    for (int j = 0; j < m; ++j) codec.finish(lanes, sums.data() + j * dim, out.data() + j * dim);
+    for (int j = 0; j < m; ++j) codec.finish(lanes, sums.data() + j * basis, out.data() + j * dim);
     for (int j = 0; j < m; ++j) {
       for (int row = 0; row < n; ++row) {
         double want = 0, size = 0;

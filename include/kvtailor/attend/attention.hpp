@@ -89,7 +89,8 @@ class Attention {
       const int v = first + j;
       return (static_cast<std::int64_t>(v / group) * shape.num_q_heads + task.kv_head * group + v % group) * head_dim;
     };
-    alignas(64) float near_query[tile_vectors * head_dim], body_query[tile_vectors * head_dim];
+    alignas(64) float near_query[tile_vectors * head_dim], body_query[tile_vectors * max_basis_dim<typename Codec::key_type>];
+    const int key_dim = basis_dim(codec.keys), value_dim = basis_dim(codec.values);
     Tile tile;
     const Near near{};
     const bool body = !store.blocks().empty();
@@ -97,10 +98,12 @@ class Attention {
     tile.options = &options;
     for (int j = 0; j < m; ++j) {
       near.prepare(Serial{}, work.queries + place(j), scale, near_query + j * head_dim);
-      if (body) codec.keys.prepare(Serial{}, work.queries + place(j), scale, body_query + j * head_dim);
+      if (body) codec.keys.prepare(Serial{}, work.queries + place(j), scale, body_query + j * key_dim);
       tile.position[j] = work.positions[static_cast<std::size_t>((first + j) / group)];
     }
-    for (int i = 0; i < m * head_dim; ++i) tile.near_sum[i] = tile.body_sum[i] = 0;
+    for (int i = 0; i < m * head_dim; ++i) tile.near_sum[i] = 0;
+    for (int i = 0; i < m * value_dim; ++i) tile.body_sum[i] = 0;
+    tile.value_dim = value_dim;
     const int* where = store.positions().data() + task.first_row;
     for (int i = task.first_segment; i < task.last_segment; ++i) {
       const Segment s = segment(store, i);
@@ -112,7 +115,7 @@ class Attention {
       where += s.rows;
     }
     if (body) {
-      for (int j = 0; j < m; ++j) codec.values.finish(Serial{}, tile.body_sum + j * head_dim, tile.near_sum + j * head_dim);
+      for (int j = 0; j < m; ++j) codec.values.finish(Serial{}, tile.body_sum + j * value_dim, tile.near_sum + j * head_dim);
     }
 
     const auto write = [&](int j, SoftmaxState s, const float* sum) {
@@ -157,12 +160,12 @@ class Attention {
   static int pieces(int rows) { return (rows + max_block_rows_limit - 1) / max_block_rows_limit; }
 
   struct Tile {
-    alignas(64) float near_sum[tile_vectors * head_dim];  // of the dense zones
-    alignas(64) float body_sum[tile_vectors * head_dim];  // of the body, in the basis of its codec
+    alignas(64) float near_sum[tile_vectors * head_dim];                                   // of the dense zones
+    alignas(64) float body_sum[tile_vectors * max_basis_dim<typename Codec::value_type>];  // of the body, in its codec's basis
     alignas(64) float logits[tile_vectors * max_block_rows_limit];
     SoftmaxState state[tile_vectors];
     int position[tile_vectors];
-    int m;
+    int m, value_dim;
     const AttendOptions* options;
 
     // Adds the rows of a segment, at the positions `where` [rows], to `sum`.
@@ -197,7 +200,7 @@ class Attention {
       const float factor = state[j].raise(largest_of(x + from, to - from));
       if (factor != 1.f) {
         for (int d = 0; d < head_dim; ++d) near_sum[j * head_dim + d] *= factor;
-        for (int d = 0; d < head_dim; ++d) body_sum[j * head_dim + d] *= factor;
+        for (int d = 0; d < value_dim; ++d) body_sum[j * value_dim + d] *= factor;
       }
       const float top = state[j].max;
       for (int r = from; r < to; ++r) x[r] = exp_nonpositive(x[r] - top);

@@ -47,12 +47,16 @@ struct OneOf {
   static constexpr int head_dim = std::tuple_element_t<0, codec_types>::head_dim;
   static_assert(((Codecs::head_dim == head_dim) && ...), "all codecs of a OneOf have one head_dim");
   static constexpr int max_block_rows = std::min({Codecs::max_block_rows...});
+  static constexpr int max_basis_dim = std::max({kvt::max_basis_dim<Codecs>...});
 
   int index = 0;  // 0 .. size - 1
   [[no_unique_address]] codec_types codecs = {};
 
   bool row_wise() const noexcept {
     return visit([](const auto& c) { return is_row_wise(c); });
+  }
+  int basis_dim() const {
+    return visit([](const auto& c) { return kvt::basis_dim(c); });
   }
   int max_block_bytes(int n) const {
     return visit([&](const auto& c) { return c.max_block_bytes(n); });

@@ -107,8 +107,12 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
 
   template <int lanes>
   KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<dim, lanes>& to) const {
+    load_codes<lanes>(LloydMax::code_bytes_of(block, n, row), lane, to.x);
+  }
+  // The levels of the codes of one row, as a LaneRow has them.
+  template <int lanes>
+  KVT_HD KVT_INLINE static void load_codes(const unsigned char* codes, int lane, float* to) {
     static constexpr Levels levels;
-    const unsigned char* const codes = LloydMax::code_bytes_of(block, n, row);
 #if defined(KVT_HOST_AVX2)
     if constexpr (lanes == 1 && whole_eights()) {
       alignas(16) static constexpr Levels aligned;  // at least four
@@ -117,7 +121,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
         append_codes<4>(codes, i, code);
         append_codes<2>(codes, i, code);
         append_codes<1>(codes, i, code);
-        _mm256_storeu_ps(to.x + i, detail::look_up<num_levels>(aligned.value, code));
+        _mm256_storeu_ps(to + i, detail::look_up<num_levels>(aligned.value, code));
       }
       return;
     }
@@ -127,11 +131,11 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
       unpack<4>(codes, code);
       unpack<2>(codes, code);
       unpack<1>(codes, code);
-      for (int d = 0; d < dim; ++d) to.x[d] = levels.value[code[d]];
+      for (int d = 0; d < dim; ++d) to[d] = levels.value[code[d]];
     } else {
       for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) {
         const int d = i * lanes + lane;
-        to.x[i] = d < dim ? levels.value[code_at(codes, d)] : 0.f;
+        to[i] = d < dim ? levels.value[code_at(codes, d)] : 0.f;
       }
     }
   }

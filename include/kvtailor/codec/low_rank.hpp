@@ -13,7 +13,7 @@
 //          beside those of the residual.
 // Source:  eOptShrinkQ, arXiv 2605.02905. Differs from it: the residual is taken against the factors as they are stored
 //          (Loop::open is as published), left factors are fitted to the stored right ones, codes have shared Gaussian levels,
-//          and by RankRule::rate_distortion each pair of factors has the bits that pay.
+//          and each pair of factors has the bits that pay (RankRule::bbp with factor_bits is as published).
 #pragma once
 
 #include <Eigen/Eigenvalues>
@@ -37,11 +37,13 @@ enum class RankRule {
 };
 
 struct LowRankOptions {
-  Shrinkage shrinkage = Shrinkage::frobenius;
-  RankRule rule = RankRule::bbp;
   Loop loop = Loop::closed;
-  int factor_bits = 4;  // 1 .. 6, or 16; rate_distortion chooses its own
-  int max_rank = 8;     // 0 .. 32
+  RankRule rule = RankRule::rate_distortion;
+  Shrinkage shrinkage = Shrinkage::frobenius;
+  int max_rank = 16;    // 0 .. 32
+  int factor_bits = 4;  // of bbp: 1 .. 6, or 16
+  float error_per_bit =
+      3.5f;  // of rate_distortion: by what a bit more divides the error of a residual; less spends more on factors
 };
 
 namespace detail {
@@ -230,7 +232,7 @@ class LowRankFit {
                                 2 * HalfLevels<128, 4>::distortion,
                                 2 * HalfLevels<128, 5>::distortion,
                                 2 * HalfLevels<128, 6>::distortion};
-    const double log_per_bit = std::log(3.5);  // an additional bit divides the error of a residual by about this
+    const double log_per_bit = std::log(static_cast<double>(options_.error_per_bit));
     const int most = std::min(options_.max_rank, static_cast<int>(lambda_.size()));
     std::vector<int> spent(static_cast<std::size_t>(most), 0);
     double energy = 0;

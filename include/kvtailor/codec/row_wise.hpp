@@ -67,7 +67,8 @@ concept PlainCodec = StorageCodec<C> && C::plain;
 //   load<lanes>(block, n, row, lane, LaneRow&)         a row without its scale
 //   row_scale(block, row)
 //   encode_row(lanes, x, block, n, row, scratch)       row x [dim] by all lanes; scratch [dim] is memory all lanes see, or x
-template <class Self, int dim, int scale_size, int code_size>
+// Rows are `basis` elements in the codec's basis; a codec with more than dim of them decodes for itself.
+template <class Self, int dim, int scale_size, int code_size, int basis = dim>
 struct RowCodec : PlainBasis<dim> {
   static constexpr int scale_bytes = scale_size, code_bytes = code_size, row_bytes = scale_bytes + code_bytes;
 
@@ -79,7 +80,7 @@ struct RowCodec : PlainBasis<dim> {
     }
     return n * row_bytes;
   }
-  KVT_HD void decode(const std::byte* block, int n, int row, float* out) const noexcept {
+  KVT_HD void decode(const std::byte* block, int n, int row, float* out) const noexcept requires(basis == dim) {
     LaneRow<dim, 1> x;
     self().template load<1>(block, n, row, 0, x);
     const float scale = self().row_scale(block, row);
@@ -103,12 +104,12 @@ struct RowCodec : PlainBasis<dim> {
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {
     for (int row = 0; row < n; ++row) {
-      typename Lanes::template Reg<LaneRow<dim, Lanes::size>> x;
+      typename Lanes::template Reg<LaneRow<basis, Lanes::size>> x;
       lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
       const float scale = self().row_scale(block, row);
       for (int j = 0; j < m; ++j) {
         typename Lanes::template Reg<float> part;
-        lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * dim, lane); });
+        lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * basis, lane); });
         const float logit = lanes.sum(part) * scale;
         lanes.once([&] { out[j * stride + row] = logit; });
       }
@@ -121,7 +122,7 @@ struct RowCodec : PlainBasis<dim> {
     if constexpr (Lanes::size == 1) {
       // Four rows for each pass over the sums, which are read and written less often.
       for (; row + 4 <= n; row += 4) {
-        LaneRow<dim, 1> x[4];
+        LaneRow<basis, 1> x[4];
         float scale[4];
         for (int r = 0; r < 4; ++r) {
           self().template load<1>(block, n, row + r, 0, x[r]);
@@ -130,22 +131,22 @@ struct RowCodec : PlainBasis<dim> {
         for (int j = 0; j < m; ++j) {
           const float* const w = weights + j * stride + row;
           const float a = w[0] * scale[0], b = w[1] * scale[1], c = w[2] * scale[2], e = w[3] * scale[3];
-          float* const to = acc + j * dim;
-          for (int d = 0; d < dim; ++d) to[d] += (a * x[0].x[d] + b * x[1].x[d]) + (c * x[2].x[d] + e * x[3].x[d]);
+          float* const to = acc + j * basis;
+          for (int d = 0; d < basis; ++d) to[d] += (a * x[0].x[d] + b * x[1].x[d]) + (c * x[2].x[d] + e * x[3].x[d]);
         }
       }
     }
     for (; row < n; ++row) {
-      typename Lanes::template Reg<LaneRow<dim, Lanes::size>> x;
+      typename Lanes::template Reg<LaneRow<basis, Lanes::size>> x;
       lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
       const float scale = self().row_scale(block, row);
       for (int j = 0; j < m; ++j) {
         const float weight = weights[j * stride + row] * scale;
-        float* const to = acc + j * dim;
+        float* const to = acc + j * basis;
         lanes.each([&](int lane) {
-          for (int i = 0; i < LaneRow<dim, Lanes::size>::length; ++i) {
+          for (int i = 0; i < LaneRow<basis, Lanes::size>::length; ++i) {
             const int d = i * Lanes::size + lane;
-            if (dim % Lanes::size == 0 || d < dim) to[d] += weight * x[lane].x[i];
+            if (basis % Lanes::size == 0 || d < basis) to[d] += weight * x[lane].x[i];
           }
         });
       }

@@ -49,7 +49,7 @@ concept StorageCodec = requires(const C c, const float* in, float* out, std::byt
   // keeps the rows whose mark is not zero, bit for bit; returns the bytes written
   { c.erase(block, n, keep, bytes) }
   noexcept->std::same_as<int>;
-  // one query into the codec's basis, multiplied by a scale; out [head_dim]
+  // one query into the codec's basis, multiplied by a scale; out [basis_dim]
   { c.prepare(lanes, in, 1.f, out) }
   noexcept;
   // out[j * stride + r] = prepared[j] . row r
@@ -62,6 +62,25 @@ concept StorageCodec = requires(const C c, const float* in, float* out, std::byt
   { c.finish(lanes, out, out) }
   noexcept;
 };
+
+// Prepared queries and sums have basis_dim elements each: head_dim, unless a codec has a function basis_dim() that says more,
+// and the most it can say as max_basis_dim.
+template <StorageCodec C>
+inline constexpr int max_basis_dim = [] {
+  if constexpr (requires { C::max_basis_dim; }) {
+    return C::max_basis_dim;
+  } else {
+    return C::head_dim;
+  }
+}();
+template <StorageCodec C>
+KVT_HD constexpr int basis_dim(const C& codec) {
+  if constexpr (requires { codec.basis_dim(); }) {
+    return codec.basis_dim();
+  } else {
+    return C::head_dim;
+  }
+}
 
 // A codec whose rows do not depend on one another, so that rows of several blocks can be packed into one.
 template <class C>

@@ -1,0 +1,216 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// TurboQuantUnbiased: a code of bits - 1 bits, and the signs of a sketch of what it leaves, so that products with a query are
+// right on average.
+//
+// For completeness: what it wins in bias it loses several times in variance, which the softmax of attention feels as error.
+// See docs/decisions.md for what that costs.
+//
+// Block:   n rows: Half {norm / sqrt(head_dim), residual norm} [n]; then per row the codes of LloydMax, and head_dim signs,
+// sign d
+//          in bit d % 8 of byte d / 8.
+// Value:   rotation^-1 (scale * level[code] + factor * residual norm * S^T sign), S the sketch; see Sketch.
+// Error:   of a row, relative to its squared norm, on average D times that of the sketch, D the error of bits - 1 bits (1 at
+// 0):
+//          .571 with an orthogonal sketch, 1.571 with a Gaussian one.
+// Cost:    head_dim * bits / 8 + 4 bytes a row; queries and sums are twice as long, so attention takes twice the time.
+// Source:  TurboQuant, arXiv 2504.19874, algorithm 2, which has the Gaussian sketch. Of the orthogonal one: QJL, arXiv
+// 2406.03482,
+//          section 4.
+#pragma once
+
+#include <cmath>
+#include <cstdint>
+
+#include "kvtailor/codec/lloyd_max.hpp"
+#include "kvtailor/codec/rotation.hpp"
+#include "kvtailor/codec/row_wise.hpp"
+
+namespace kvt::inline v0 {
+
+enum class Sketch {
+  orthogonal,  // another rotation
+  gaussian,    // independent normal numbers
+};
+
+namespace detail {
+
+// forward: y = S x. transposed: x = S^T y / scale, so that S^T sign times `factor` estimates a vector of length 1 without bias.
+template <Sketch kind, int dim>
+struct SketchMatrix;
+
+template <int dim>
+struct SketchMatrix<Sketch::orthogonal, dim> {
+  using Rotate = Rotation<dim, 0x736b65746368ull>;
+  KVT_HD static float factor() { return 1.25331414f / std::sqrt(static_cast<float>(dim)); }  // sqrt(pi / 2 / dim)
+  // Both take from [dim] and give to [dim], memory that all lanes see.
+  template <class Lanes>
+  KVT_HD static void forward(const Lanes& lanes, const float* from, float* to) {
+    copy(lanes, from, to);
+    Rotate::forward(lanes, to);
+  }
+  template <class Lanes>
+  KVT_HD static void add_transposed(const Lanes& lanes, float* from, float* to) {
+    Rotate::inverse(lanes, from);
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) to[d] += from[d];
+    });
+  }
+
+ private:
+  template <class Lanes>
+  KVT_HD static void copy(const Lanes& lanes, const float* from, float* to) {
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) to[d] = from[d];
+    });
+  }
+};
+
+template <int dim>
+struct SketchMatrix<Sketch::gaussian, dim> {
+  KVT_HD static float factor() { return 1.25331414f / static_cast<float>(dim); }
+  // Row i, column j: a normal number by Box and Muller's transform of two splitmix64 numbers.
+  KVT_HD static float entry(int i, int j) {
+    const auto index = static_cast<std::uint64_t>(i * dim + j);
+    const float a = unit(2 * index), b = unit(2 * index + 1);
+    return std::sqrt(-2.f * std::log(a)) * std::cos(6.28318531f * b);
+  }
+  template <class Lanes>
+  KVT_HD static void forward(const Lanes& lanes, const float* from, float* to) {
+    lanes.each([&](int lane) {
+      for (int i = lane; i < dim; i += Lanes::size) {
+        float sum = 0;
+        for (int j = 0; j < dim; ++j) sum += known<Lanes>(i, j) * from[j];
+        to[i] = sum;
+      }
+    });
+  }
+  template <class Lanes>
+  KVT_HD static void add_transposed(const Lanes& lanes, float* from, float* to) {
+    lanes.each([&](int lane) {
+      for (int j = lane; j < dim; j += Lanes::size) {
+        float sum = 0;
+        for (int i = 0; i < dim; ++i) sum += known<Lanes>(i, j) * from[i];
+        to[j] += sum;
+      }
+    });
+  }
+
+ private:
+  KVT_HD static float unit(std::uint64_t index) {  // above 0, at most 1
+    std::uint64_t z = 0x716a6cull + 0x9e3779b97f4a7c15ull * (index + 1);
+    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
+    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
+    return (static_cast<float>((z ^ (z >> 31)) >> 40) + 1) * 5.96046448e-8f;
+  }
+  struct Table {
+    float value[dim * dim];
+    Table() {
+      for (int i = 0; i < dim * dim; ++i) value[i] = entry(i / dim, i % dim);
+    }
+  };
+  static const Table& table() {
+    static const Table all;
+    return all;
+  }
+  // The host remembers the matrix; a device makes an entry faster than it reads one.
+  template <class Lanes>
+  KVT_HD static float known(int i, int j) {
+    if constexpr (Lanes::size == 1) {
+      return table().value[i * dim + j];
+    } else {
+      return entry(i, j);
+    }
+  }
+};
+
+}  // namespace detail
+
+template <int bits, int dim, Sketch kind = Sketch::orthogonal>
+struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4, dim * bits / 8, 2 * dim> {
+  static_assert(bits >= 1 && bits <= 6, "codes have 1 to 6 bits");
+  static constexpr bool plain = false;
+  static constexpr int max_basis_dim = 2 * dim;
+  using Rotate = Rotation<dim>;
+  using Matrix = detail::SketchMatrix<kind, dim>;
+  using Codes = LloydMax<(bits > 1 ? bits - 1 : 1), dim, NormCorrection::none>;
+  static constexpr int sign_offset = dim * (bits - 1) / 8;
+
+  KVT_HD static constexpr int basis_dim() { return 2 * dim; }
+  // Norms have to fit fp16.
+  static double max_row_norm() { return static_cast<double>(Half::max); }
+
+  int encode(const float* rows, int n, std::byte* block) const {
+    for (int row = 0; row < n; ++row) {
+      float x[dim], back[dim] = {}, sketch[dim];
+      std::memcpy(x, rows + static_cast<long long>(row) * dim, sizeof x);
+      Rotate::forward(Serial{}, x);
+      unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
+      Half scales[2] = {};
+      if constexpr (bits > 1) {
+        std::byte one[Codes::row_bytes];
+        Codes{}.encode(x, 1, one);
+        Codes{}.decode(one, 1, 0, back);
+        std::memcpy(&scales[0], one, 2);
+        std::memcpy(codes, one + 2, Codes::code_bytes);
+      }
+      float square = 0;
+      for (int d = 0; d < dim; ++d) {
+        x[d] -= back[d];
+        square += x[d] * x[d];
+      }
+      const bool fits = square <= static_cast<float>(Half::max) * static_cast<float>(Half::max);
+      scales[1] = from_float<Half>(fits ? std::sqrt(square) : 0.f);
+      std::memcpy(block + 4 * row, scales, 4);
+      Matrix::forward(Serial{}, x, sketch);
+      for (int j = 0; j < dim / 8; ++j) {
+        int byte = 0;
+        for (int i = 0; i < 8; ++i) byte |= (sketch[8 * j + i] >= 0 ? 1 : 0) << i;
+        codes[sign_offset + j] = static_cast<unsigned char>(byte);
+      }
+    }
+    return n * TurboQuantUnbiased::row_bytes;
+  }
+  void decode(const std::byte* block, int n, int row, float* out) const noexcept {
+    LaneRow<2 * dim, 1> x;
+    load<1>(block, n, row, 0, x);
+    for (int d = 0; d < dim; ++d) out[d] = 0;
+    finish(Serial{}, x.x, out);
+  }
+
+  template <class Lanes>
+  KVT_HD void prepare(const Lanes& lanes, const float* q, float scale, float* prepared) const noexcept {
+    PlainBasis<dim>::prepare(lanes, q, scale, prepared);
+    Rotate::forward(lanes, prepared);
+    Matrix::forward(lanes, prepared, prepared + dim);
+  }
+  template <class Lanes>
+  KVT_HD void finish(const Lanes& lanes, float* acc, float* out) const noexcept {
+    Matrix::add_transposed(lanes, acc + dim, acc);
+    Rotate::inverse(lanes, acc);
+    PlainBasis<dim>::finish(lanes, acc, out);
+  }
+
+  template <int lanes>
+  KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<2 * dim, lanes>& to) const {
+    const unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
+    Half scales[2];
+    std::memcpy(scales, block + 4 * row, 4);
+    const float scale = to_float(scales[0]), size = to_float(scales[1]) * Matrix::factor();
+    LaneRow<dim, lanes> level = {};
+    if constexpr (bits > 1) Codes::template load_codes<lanes>(codes, lane, level.x);
+    for (int i = 0; i < LaneRow<2 * dim, lanes>::length; ++i) {
+      const int d = i * lanes + lane;
+      to.x[i] = 0;
+      // Where dim is no multiple of the lanes, the sketch begins in the middle of a step.
+      if (d < dim) to.x[i] = scale * level.x[i];
+      if (d >= dim && d < 2 * dim) to.x[i] = (codes[sign_offset + (d - dim) / 8] >> (d - dim) % 8 & 1) != 0 ? size : -size;
+    }
+  }
+  KVT_HD KVT_INLINE float row_scale(const std::byte*, int) const { return 1.f; }
+};
+
+static_assert(RowWiseCodec<TurboQuantUnbiased<3, 64>> && !PlainCodec<TurboQuantUnbiased<3, 64>>);
+
+}  // namespace kvt::inline v0
