@@ -16,6 +16,11 @@
 //          and each pair of factors has the bits that pay (RankRule::bbp with factor_bits is as published).
 #pragma once
 
+// Blocks are factored on the host; marked for the device, Eigen makes nvcc warn.
+#if defined(__CUDACC__) && !defined(EIGEN_NO_CUDA)
+#define EIGEN_NO_CUDA
+#endif
+#include <Eigen/Cholesky>
 #include <Eigen/Eigenvalues>
 #include <cstdint>
 #include <limits>
@@ -306,12 +311,12 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   }
 
   KVT_HD void decode(const std::byte* block, int n, int row, float* out) const noexcept {
-    const Parts parts(block, n);
+    Parts parts(block, n);
     residual.decode(block + parts.head, n, row, out);
-    parts.each([&](const detail::FactorRun& right, const detail::FactorRun& left) {
+    for (detail::FactorRun right, left; parts.next(right, left);) {
       const float weight = left[row];
       for (int d = 0; d < dim; ++d) out[d] += weight * right[d];
-    });
+    }
   }
   int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
     const auto* const from = reinterpret_cast<const unsigned char*>(block);
@@ -319,9 +324,8 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     int kept = 0;
     for (int row = 0; row < n; ++row) kept += keep[row] != 0;
     const Parts parts(block, n);
-    const int right_bytes = parts.right_bytes();
-    std::memcpy(bytes, from, static_cast<std::size_t>(2 + 5 * parts.rank + right_bytes));
-    int at = 2 + 5 * parts.rank + right_bytes, at_from = at;
+    int at = static_cast<int>(parts.left_codes - from), at_from = at;
+    std::memcpy(bytes, from, static_cast<std::size_t>(at));
     for (int i = 0; i < parts.rank; ++i) {
       const int b = from[2 + 5 * i];
       std::memset(bytes + at, 0, static_cast<std::size_t>(detail::FactorRun::bytes(kept, b)));
@@ -344,9 +348,9 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   template <class Lanes>
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {
-    const Parts parts(block, n);
+    Parts parts(block, n);
     residual.logits(lanes, block + parts.head, n, prepared, m, out, stride);
-    parts.each([&](const detail::FactorRun& right, const detail::FactorRun& left) {
+    for (detail::FactorRun right, left; parts.next(right, left);) {
       const Decoded<Lanes, dim> basis(right, dim);
       const Decoded<Lanes, max_block_rows> weights(left, n);
       for (int j = 0; j < m; ++j) {
@@ -360,14 +364,14 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
           for (int row = lane; row < n; row += Lanes::size) out[j * stride + row] += along * weights[row];
         });
       }
-    });
+    }
   }
   template <class Lanes>
   KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
                          float* acc) const noexcept {
-    const Parts parts(block, n);
+    Parts parts(block, n);
     residual.accumulate(lanes, block + parts.head, n, weights, m, stride, acc);
-    parts.each([&](const detail::FactorRun& right, const detail::FactorRun& left) {
+    for (detail::FactorRun right, left; parts.next(right, left);) {
       const Decoded<Lanes, dim> basis(right, dim);
       const Decoded<Lanes, max_block_rows> rows(left, n);
       for (int j = 0; j < m; ++j) {
@@ -381,7 +385,7 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
           for (int d = lane; d < dim; d += Lanes::size) acc[j * dim + d] += along * basis[d];
         });
       }
-    });
+    }
   }
 
   // Of an encoded block, for tools: the number of pairs of factors.
@@ -392,35 +396,32 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
 
   // Where things are in a block.
   struct Parts {
-    const unsigned char* bytes;
-    int n, rank, head;
+    const unsigned char *bytes, *right_codes, *left_codes;
+    int n, rank, head, done = 0;
 
     KVT_HD Parts(const std::byte* block, int rows)
-        : bytes(reinterpret_cast<const unsigned char*>(block)), n(rows), rank(bytes[0]), head(2) {
+        : bytes(reinterpret_cast<const unsigned char*>(block)), n(rows), rank(bytes[0]) {
+      right_codes = left_codes = bytes + 2 + 5 * rank;
+      int left_bytes = 0;
       for (int i = 0; i < rank; ++i) {
-        const int b = bytes[2 + 5 * i];
-        head += 5 + detail::FactorRun::bytes(dim, b) + detail::FactorRun::bytes(n, b);
+        left_codes += detail::FactorRun::bytes(dim, bytes[2 + 5 * i]);
+        left_bytes += detail::FactorRun::bytes(n, bytes[2 + 5 * i]);
       }
-      head = padded(head);
+      head = padded(static_cast<int>(left_codes - bytes) + left_bytes);
     }
-    KVT_HD int right_bytes() const {
-      int sum = 0;
-      for (int i = 0; i < rank; ++i) sum += detail::FactorRun::bytes(dim, bytes[2 + 5 * i]);
-      return sum;
-    }
-    template <class F>
-    KVT_HD KVT_INLINE void each(F&& f) const {
-      const unsigned char* right = bytes + 2 + 5 * rank;
-      const unsigned char* left = right + right_bytes();
-      for (int i = 0; i < rank; ++i) {
-        const int b = bytes[2 + 5 * i];
-        Half right_scale, left_scale;
-        std::memcpy(&right_scale, bytes + 3 + 5 * i, 2);
-        std::memcpy(&left_scale, bytes + 5 + 5 * i, 2);
-        f(detail::FactorRun{right, b, to_float(right_scale)}, detail::FactorRun{left, b, to_float(left_scale)});
-        right += detail::FactorRun::bytes(dim, b);
-        left += detail::FactorRun::bytes(n, b);
-      }
+    // The next pair of factors; false after the last.
+    KVT_HD bool next(detail::FactorRun& right, detail::FactorRun& left) {
+      if (done == rank) return false;
+      const unsigned char* const entry = bytes + 2 + 5 * done++;
+      const int b = entry[0];
+      Half right_scale, left_scale;
+      std::memcpy(&right_scale, entry + 1, 2);
+      std::memcpy(&left_scale, entry + 3, 2);
+      right = {right_codes, b, to_float(right_scale)};
+      left = {left_codes, b, to_float(left_scale)};
+      right_codes += detail::FactorRun::bytes(dim, b);
+      left_codes += detail::FactorRun::bytes(n, b);
+      return true;
     }
   };
 
