@@ -67,39 +67,18 @@ struct AnySelector {
 };
 
 // Codecs by name, in one order for all head dims.
-inline constexpr std::array<std::string_view, 37> codec_names = {"fp16",
-                                                                 "bf16",
-                                                                 "fp32",
-                                                                 "turbo1",
-                                                                 "turbo2",
-                                                                 "turbo3",
-                                                                 "turbo4",
-                                                                 "turbo5",
-                                                                 "turbo6",
-                                                                 "q8_0",
-                                                                 "q5_0",
-                                                                 "q4_1",
-                                                                 "q4_0",
-                                                                 "rotated_q8_0",
-                                                                 "rotated_q5_0",
-                                                                 "rotated_q4_0",
-                                                                 "kivi2_keys",
-                                                                 "kivi4_keys",
-                                                                 "kivi2_values",
-                                                                 "trellis1",
-                                                                 "trellis2",
-                                                                 "trellis3",
-                                                                 "trellis4",
-                                                                 "mean_turbo2",
-                                                                 "mean_trellis2",
-                                                                 "low_rank_turbo1",
-                                                                 "low_rank_turbo2",
-                                                                 "low_rank_turbo3",
-                                                                 "low_rank_turbo4",
-                                                                 "low_rank_trellis1",
-                                                                 "low_rank_trellis2",
-                                                                 "low_rank_trellis3",
-                                                                 "low_rank_trellis4"};
+// clang-format off
+inline constexpr auto codec_names = std::to_array<std::string_view>({
+    "fp16", "bf16", "fp32",
+    "turbo1", "turbo2", "turbo3", "turbo4", "turbo5", "turbo6",
+    "q8_0", "q5_0", "q4_1", "q4_0", "rotated_q8_0", "rotated_q5_0", "rotated_q4_0",
+    "kivi2_keys", "kivi4_keys", "kivi2_values",
+    "trellis1", "trellis2", "trellis3", "trellis4",
+    "mean_turbo2", "mean_trellis2",
+    "low_rank_turbo1", "low_rank_turbo2", "low_rank_turbo3", "low_rank_turbo4",
+    "low_rank_trellis1", "low_rank_trellis2", "low_rank_trellis3", "low_rank_trellis4",
+    "turbo2_unbiased", "turbo3_unbiased", "turbo4_unbiased", "turbo3_gaussian"});
+// clang-format on
 
 // As the residual of a low rank or a mean.
 template <int bits, int dim>
@@ -121,6 +100,8 @@ using AnyCodec =
           TurboQuantUnbiased<2, dim>, TurboQuantUnbiased<3, dim>, TurboQuantUnbiased<4, dim>,                      //
           TurboQuantUnbiased<3, dim, Sketch::gaussian>>;
 
+static_assert(codec_names.size() == AnyCodec<64>::size);
+
 // KIVI codes keys along tokens and values along channels; 4-bit values are q4_1.
 inline std::string_view resolve_alias(std::string_view name, bool keys) {
   if (name == "kivi2") return keys ? "kivi2_keys" : "kivi2_values";
@@ -132,8 +113,10 @@ inline std::string_view resolve_alias(std::string_view name, bool keys) {
 struct CodecChoice {
   int index = 0;
   LowRankOptions low_rank;
+  // Holds numbers that fp16 does not.
   bool wide() const {
-    return codec_names[static_cast<std::size_t>(index)] == "bf16" || codec_names[static_cast<std::size_t>(index)] == "fp32";
+    const auto name = codec_names[static_cast<std::size_t>(index)];
+    return name == "bf16" || name == "fp32";
   }
 
   template <class... Codecs>

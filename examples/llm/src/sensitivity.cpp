@@ -158,7 +158,8 @@ int sensitivity(const Options& o) {
   const auto full = make_cache({"uniform", "sink_recent", "fp16"}, s.geometry, o.common.zones);
   run(*full);
   dense_payload = static_cast<double>(full->memory().payload_bytes);
-  const double elements = static_cast<double>(o.tokens) * s.geometry.head_dim;
+  // Of the rows that are encoded; sink rows are dense whatever the codec.
+  const double elements = static_cast<double>(o.tokens - o.common.zones.sink_rows) * s.geometry.head_dim;
   for (std::size_t place = 0; place < 2 * heads; ++place) {
     auto& entries = s.places.emplace_back();
     for (const std::string& codec : s.codecs) {
