@@ -75,13 +75,16 @@ void attend(benchmark::State& state, const kvt::Geometry& shape, int rows) {
   using benchmark::Counter;
   const auto bytes = static_cast<double>(caches.turn[0]->memory().payload_bytes);
   state.counters["time_per_row"] = Counter(rows, Counter::kIsIterationInvariantRate | Counter::kInvert);
+  state.counters["time_per_row_and_query_head"] =
+      Counter(static_cast<double>(rows) * shape.num_q_heads, Counter::kIsIterationInvariantRate | Counter::kInvert);
+  state.counters["bytes_per_row"] = bytes / rows;
   state.counters["stored_bytes"] = Counter(bytes, Counter::kIsIterationInvariantRate);
   state.counters["caches"] = static_cast<double>(caches.turn.size());
 }
 
 template <template <int> class Codec>
 void add(const std::string& name) {
-  for (const int rows : {4096, 32768}) {
+  for (const int rows : {8192, 32768}) {
     const auto add_shape = [&](auto dim, const char* letter, const kvt::Geometry& shape) {
       benchmark::RegisterBenchmark(("attend/" + std::string(letter) + "/" + std::to_string(rows) + "/" + name).c_str(),
                                    attend<Codec<decltype(dim)::value>>, shape, rows);
@@ -96,6 +99,12 @@ const bool added = [] {
   add<bench::Turbo4>("turbo4");
   add<bench::Turbo3Turbo2>("turbo3/turbo2");
   add<bench::Turbo2>("turbo2");
+  add<bench::Q8>("q8_0");
+  add<bench::RotatedQ4>("rotated_q4_0");
+  add<bench::Kivi2>("kivi2");
+  add<bench::Trellis2>("trellis2");
+  add<bench::LowRankTurbo2>("low_rank_turbo2");
+  add<bench::LowRankTrellis2>("low_rank_trellis2");
   return true;
 }();
 

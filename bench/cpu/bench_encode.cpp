@@ -11,7 +11,8 @@ constexpr int rows = 1024;
 template <class Codec>
 void encode(benchmark::State& state, const kvt::Geometry& shape, double bound) {
   const auto dim = static_cast<std::size_t>(shape.head_dim), heads = static_cast<std::size_t>(shape.num_kv_heads);
-  const auto keys = bench::random_floats(rows * heads * dim), values = bench::random_floats(keys.size());
+  const auto keys = bench::random_rows(rows, shape.num_kv_heads, shape.head_dim);
+  const auto values = bench::random_rows(rows, shape.num_kv_heads, shape.head_dim);
   std::vector<int> positions(rows);
   for (int i = 0; i < rows; ++i) positions[static_cast<std::size_t>(i)] = i;
   bench::Cache<Codec> cache;
@@ -39,7 +40,7 @@ void encode(benchmark::State& state, const kvt::Geometry& shape, double bound) {
   state.counters["rows"] = benchmark::Counter(rows, benchmark::Counter::kIsIterationInvariantRate);
 }
 
-// `bound`: mean squared error relative to the rows, as the codec's header has it and a tenth more.
+// `bound`: mean squared error relative to the rows, as the codec's header has it and a tenth more; of low ranks, less.
 template <template <int> class Codec>
 void add(const std::string& name, double bound) {
   const auto add_shape = [&](auto dim, const char* letter, const kvt::Geometry& shape) {
@@ -55,6 +56,12 @@ const bool added = [] {
   add<bench::Turbo4>("turbo4", 1.1 * .0093);
   add<bench::Turbo3Turbo2>("turbo3/turbo2", 1.1 * (.034 + .116) / 2);
   add<bench::Turbo2>("turbo2", 1.1 * .116);
+  add<bench::Q8>("q8_0", 1e-4);
+  add<bench::RotatedQ4>("rotated_q4_0", .01);
+  add<bench::Kivi2>("kivi2", .16);
+  add<bench::Trellis2>("trellis2", 1.1 * .0742);
+  add<bench::LowRankTurbo2>("low_rank_turbo2", .7 * .116);
+  add<bench::LowRankTrellis2>("low_rank_trellis2", .7 * .0742);
   return true;
 }();
 

@@ -6,8 +6,10 @@
 
 #include <benchmark/benchmark.h>
 
+#include <cmath>
 #include <random>
 
+#include "kvtailor/codec/low_rank.hpp"
 #include "kvtailor/kvtailor.hpp"
 
 namespace bench {
@@ -23,27 +25,62 @@ template <int dim>
 using Turbo3Turbo2 = kvt::KvCodec<kvt::TurboQuant<3, dim>, kvt::TurboQuant<2, dim>>;
 template <int dim>
 using Turbo2 = kvt::KvCodec<kvt::TurboQuant<2, dim>>;
+template <int dim>
+using Q8 = kvt::KvCodec<kvt::Q8_0<dim>>;
+template <int dim>
+using RotatedQ4 = kvt::KvCodec<kvt::Rotated<kvt::Q4_0<dim>>>;
+template <int dim>
+using Kivi2 = kvt::KvCodec<kvt::KiviKeys<2, dim>, kvt::KiviValues<2, dim>>;
+template <int dim>
+using Trellis2 = kvt::KvCodec<kvt::Rotated<kvt::Trellis<2, dim>>>;
+template <int dim>
+using LowRankTurbo2 =
+    kvt::KvCodec<kvt::Rotated<kvt::LowRank<kvt::LloydMax<2, dim, kvt::NormCorrection::least_squares, kvt::LogScale>>>>;
+template <int dim>
+using LowRankTrellis2 = kvt::KvCodec<kvt::Rotated<kvt::LowRank<kvt::Trellis<2, dim>>>>;
 
 inline constexpr kvt::Geometry shape_a{1, 3, 9, 64};    // SmolLM2-135M
 inline constexpr kvt::Geometry shape_b{1, 8, 32, 128};  // Llama-3.1-8B
 
 inline std::vector<float> random_floats(std::size_t n) {
-  std::mt19937 random(std::random_device{}());
+  static std::mt19937 random(std::random_device{}());
   std::normal_distribution<float> normal;
   std::vector<float> x(n);
   for (float& v : x) v = normal(random);
   return x;
 }
 
+// Rows [n, heads, dim] like those of a model: half of their energy lies in eight directions that all rows of a head share.
+inline std::vector<float> random_rows(int n, int heads, int dim) {
+  constexpr int rank = 8;
+  const auto wide = static_cast<std::size_t>(heads * dim);
+  auto rows = random_floats(static_cast<std::size_t>(n) * wide);
+  const auto directions = random_floats(rank * wide);
+  const float noise = std::sqrt(0.5f), shared = std::sqrt(0.5f / rank);
+  for (int row = 0; row < n; ++row) {
+    for (int h = 0; h < heads; ++h) {
+      float* const to = rows.data() + static_cast<std::size_t>(row) * wide + static_cast<std::size_t>(h * dim);
+      const auto weight = random_floats(rank);
+      for (int d = 0; d < dim; ++d) {
+        to[d] *= noise;
+        for (std::size_t i = 0; i < rank; ++i) {
+          to[d] += shared * weight[i] * directions[i * wide + static_cast<std::size_t>(h * dim + d)];
+        }
+      }
+    }
+  }
+  return rows;
+}
+
 // A cache with `rows` fresh random rows, encoded.
 template <class Codec>
 kvt::Status fill(Cache<Codec>& cache, const kvt::Geometry& shape, int rows) {
   KVT_TRY(cache.init(shape));
-  const auto row = static_cast<std::size_t>(shape.num_kv_heads * shape.head_dim);
   constexpr int step = 1024;
   for (int first = 0; first < rows; first += step) {
     const int n = std::min(step, rows - first);
-    const auto keys = random_floats(static_cast<std::size_t>(n) * row), values = random_floats(keys.size());
+    const auto keys = random_rows(n, shape.num_kv_heads, shape.head_dim);
+    const auto values = random_rows(n, shape.num_kv_heads, shape.head_dim);
     std::vector<int> positions(static_cast<std::size_t>(n));
     for (int i = 0; i < n; ++i) positions[static_cast<std::size_t>(i)] = first + i;
     KVT_TRY(cache.append(0, keys.data(), values.data(), positions));

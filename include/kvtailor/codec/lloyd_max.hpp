@@ -57,34 +57,30 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     const float square = lanes.sum(part);
     const float norm = square <= 3e38f ? std::sqrt(square) : 0.f;
     constexpr float root = static_cast<float>(1.0 / inverse_root());
-    float scale = norm / root;
-    if (correction != NormCorrection::none && norm > 0) {
-      const Sums sums = nearest_codes(lanes, x, root / norm);
-      scale *= correction == NormCorrection::least_squares ? sums.cross / sums.square : root / std::sqrt(sums.square);
-    }
-    Scale stored = from_float<Scale>(scale);
-    float unit = norm > 0 ? root / norm : 0.f;
+    const float unit = norm > 0 ? root / norm : 0.f;
+    Scale stored;
     if constexpr (std::is_same_v<Scale, LogScale>) {
-      // The steps are wide, so the codes are chosen for the stored scale, and the best of its neighbours is taken.
+      // The steps are wide, so the codes are chosen for the stored scale, and the best of three neighbours is taken.
+      const Sums first = nearest_codes(lanes, x, unit);
+      const LogScale guess = from_float<LogScale>(corrected(norm / root, first));
       float least = 0;
-      LogScale best{0};
+      stored = {0};
       for (int step = -1; step <= 1; ++step) {
-        const LogScale near = stored.next(step);
+        const LogScale near = guess.next(step);
         const float value = to_float(near);
         if (value == 0) continue;
         const Sums sums = nearest_codes(lanes, x, 1 / value);
         const float change = value * value * (sums.square - 2 * sums.cross);  // of the squared error, from that of zeros
         if (change < least) {
           least = change;
-          best = near;
+          stored = near;
         }
       }
-      stored = best;
-      unit = best.bits != 0 ? 1 / to_float(best) : 0.f;
+      nearest_codes(lanes, x, stored.bits != 0 ? 1 / to_float(stored) : 0.f, scratch);
+    } else {
+      const Sums sums = nearest_codes(lanes, x, unit, scratch);
+      stored = from_float<Scale>(norm > 0 ? corrected(norm / root, sums) : 0.f);
     }
-    lanes.each([&](int lane) {
-      for (int d = lane; d < dim; d += Lanes::size) scratch[d] = static_cast<float>(nearest(unit > 0 ? x[d] * unit : 0.f));
-    });
     lanes.once([&] { std::memcpy(block + static_cast<int>(sizeof(Scale)) * row, &stored, sizeof stored); });
     unsigned char* codes = LloydMax::code_bytes_of(block, n, row);
     int left = bits;
@@ -149,18 +145,28 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   struct Sums {
     float cross, square;  // of a row times `unit` with its levels, and of the levels
   };
+  // Scale of a row of this size an element.
+  KVT_HD static float corrected(float size, const Sums& sums) {
+    constexpr float root = static_cast<float>(1.0 / inverse_root());
+    return correction == NormCorrection::none            ? size
+           : correction == NormCorrection::least_squares ? size * (sums.cross / sums.square)
+                                                         : size * (root / std::sqrt(sums.square));
+  }
+  // The codes go to `codes` [dim], which may be x, if it is given.
   template <class Lanes>
-  KVT_HD static Sums nearest_codes(const Lanes& lanes, const float* x, float unit) {
+  KVT_HD static Sums nearest_codes(const Lanes& lanes, const float* x, float unit, float* codes = nullptr) {
     typename Lanes::template Reg<float> cross, square;
     lanes.each([&](int lane) {
       static constexpr Levels levels;
       cross[lane] = 0;
       square[lane] = 0;
       for (int d = lane; d < dim; d += Lanes::size) {
-        const float u = x[d] * unit;
-        const float level = levels.value[nearest(u)];
+        const float u = unit > 0 ? x[d] * unit : 0.f;
+        const int code = nearest(u);
+        const float level = levels.value[code];
         cross[lane] += u * level;
         square[lane] += level * level;
+        if (codes != nullptr) codes[d] = static_cast<float>(code);
       }
     });
     const float uq = lanes.sum(cross);
