@@ -4,6 +4,7 @@
 #   make demo        a real model with a tailored cache
 #   make test        the tests; PRESETS="release clang asan tsan" for all of them
 #   make bench       the benchmarks
+#   make codecs      every codec's bits and distance from the full cache, beside llama.cpp's caches
 #   make mutate      deliberate bugs, each of which a test has to catch
 #   make ci          all that has to pass
 
@@ -12,7 +13,7 @@ JOBS ?= $(shell nproc)
 
 sources = git ls-files -z --cached --others --exclude-standard -- '*.hpp' '*.cpp' '*.cu' '*.cuh'
 
-.PHONY: bootstrap demo test bench format check-format tidy mutate ci clean
+.PHONY: bootstrap demo test bench codecs format check-format tidy mutate ci clean
 
 bootstrap:
 	@tools/bootstrap
@@ -34,6 +35,11 @@ bench: bootstrap
 	cmake --preset release
 	cmake --build --preset release -j $(JOBS)
 	tools/bench
+
+codecs: bootstrap
+	cmake --preset release
+	cmake --build --preset release -j $(JOBS) --target kvt-llm
+	tools/codecs
 
 format:
 	$(sources) | xargs -0 -r clang-format-14 -i

@@ -531,15 +531,19 @@ class KvCache {
   Status fit_bytes(double bytes, std::int64_t rows, std::int64_t floor_rows, BudgetRequest& want, std::span<int> keep) const {
     long long fixed = table_bytes();
     for (const Layer& layer : layers_) fixed += layer.runs.allocated_bytes();
+    std::vector<unsigned char> mark;
     const auto cost = [&](std::int64_t total, double& sum) -> Status {
       want.total = total;
       KVT_TRY(budget_.allocate(want, keep));
       KVT_TRY(check_allocation(want, keep));
       long long all = fixed;
+      const float* at = want.scores.data();
       for (std::size_t h = 0; h < heads_.size(); ++h) {
-        // After truncate() some of the newest rows may be encoded already.
-        const int dense = heads_[h].sink().rows() + std::min(options_.recent_rows, heads_[h].recent().rows());
-        all += heads_[h].bytes_bound(dense, keep[h] - dense, options_.block_rows);
+        const auto n = static_cast<std::size_t>(heads_[h].num_rows());
+        mark.assign(n, 1);
+        if (keep[h] < static_cast<int>(n)) cut({at, n}, keep[h], mark);
+        all += heads_[h].bytes_bound(mark, options_.recent_rows, options_.block_rows);
+        at += n;
       }
       sum = static_cast<double>(all);
       return success();

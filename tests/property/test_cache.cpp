@@ -9,6 +9,7 @@
 #include <random>
 #include <thread>
 
+#include "kvtailor/codec/low_rank.hpp"
 #include "kvtailor/kvtailor.hpp"
 #include "reference/counting.hpp"
 
@@ -208,6 +209,11 @@ TEST_CASE("random operations on dense fp32 rows agree with the plain model exact
 
 TEST_CASE("random operations on encoded rows agree with the plain model") {
   random_operations<Turbo>(operations() / 2, 2, false);
+}
+
+TEST_CASE("random operations on blocks that cannot be taken apart agree with the plain model") {
+  using Keys = Rotated<LowRank<LloydMax<4, dim, NormCorrection::least_squares, LogScale>>>;
+  random_operations<KvCodec<Keys, Rotated<Shifted<LloydMax<3, dim>>>>>(operations() / 10, 3, false);
 }
 
 TEST_CASE("drafts that are taken back leave no trace") {

@@ -7,11 +7,14 @@
 #include <Eigen/SVD>
 #include <random>
 
+#include "kvtailor/budget/uniform.hpp"
+#include "kvtailor/cache.hpp"
 #include "kvtailor/codec/dense.hpp"
 #include "kvtailor/codec/low_rank.hpp"
 #include "kvtailor/codec/shifted.hpp"
 #include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
+#include "kvtailor/select/key_diff.hpp"
 #include "unit/codecs.hpp"
 
 using namespace kvt;
@@ -236,5 +239,25 @@ TEST_CASE("a block written by an earlier version decodes to the rows it always d
     const float right = 2 * HalfLevels<128, 4>::level[d % 2], left = HalfLevels<128, 4>::level[7];
     CHECK(rows[static_cast<std::size_t>(d)] == doctest::Approx(right * left));
     CHECK(rows[static_cast<std::size_t>(dim + d)] == doctest::Approx(-right * left));
+  }
+}
+
+TEST_CASE("a budget of bytes is used and never exceeded, also where blocks lose rows and stay apart") {
+  constexpr int dim = 64, heads = 2, n = 700;
+  using Codec = KvCodec<Rotated<LowRank<Short<2, dim>>>, Rotated<Shifted<Short<2, dim>>>>;
+  std::mt19937 random(7);
+  KvCache<Uniform, KeyDiff, Codec> cache;
+  REQUIRE(cache.init({1, heads, heads, dim}, {.recent_rows = 32}).ok());
+  std::vector<int> positions(n);
+  for (int i = 0; i < n; ++i) positions[static_cast<std::size_t>(i)] = i;
+  const auto keys = codecs::low_rank_rows(random, n, heads * dim, 5, 3.f), values = codecs::normal_rows(random, n, heads * dim);
+  REQUIRE(cache.append(0, keys.data(), values.data(), positions).ok());
+  REQUIRE(cache.flush().ok());
+  for (const double share : {0.9, 0.7, 0.7, 0.8}) {
+    const auto most = static_cast<std::int64_t>(share * static_cast<double>(cache.memory().total()));
+    REQUIRE(cache.compress(Retain::bytes(most)).ok());
+    CHECK(cache.memory().total() <= most);
+    // One more row a head does not fit, or the cheapest of other cuts does not: less than a twentieth is left.
+    CHECK(static_cast<double>(cache.memory().total()) >= 0.95 * static_cast<double>(most));
   }
 }

@@ -24,6 +24,17 @@ constexpr bool is_row_wise(const Codec& codec) {
   }
 }
 
+// What a block of n rows takes at most once `left` of them are; a codec that knows better than max_block_bytes(left) has a
+// function of this name.
+template <StorageCodec Codec>
+int erased_bytes_bound(const Codec& codec, const std::byte* block, int n, int left) {
+  if constexpr (requires { codec.erased_bytes_bound(block, n, left); }) {
+    return codec.erased_bytes_bound(block, n, left);
+  } else {
+    return codec.max_block_bytes(left);
+  }
+}
+
 template <StorageCodec Key, StorageCodec Value = Key, class DenseType = Half>
 struct KvCodec {
   static_assert(Key::head_dim == Value::head_dim, "keys and values have one head_dim");
@@ -54,6 +65,9 @@ struct OneOf {
 
   bool row_wise() const noexcept {
     return visit([](const auto& c) { return is_row_wise(c); });
+  }
+  int erased_bytes_bound(const std::byte* block, int n, int left) const {
+    return visit([&](const auto& c) { return kvt::erased_bytes_bound(c, block, n, left); });
   }
   int basis_dim() const {
     return visit([](const auto& c) { return kvt::basis_dim(c); });

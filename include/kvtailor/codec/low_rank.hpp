@@ -345,6 +345,14 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     return at + residual.erase(block + parts.head, n, keep, to + at);
   }
 
+  // All survivors cost the same.
+  int erased_bytes_bound(const std::byte* block, int n, int left) const {
+    const Parts parts(block, n);
+    int bytes = static_cast<int>(parts.left_codes - parts.bytes);
+    for (int i = 0; i < parts.rank; ++i) bytes += detail::FactorRun::bytes(left, parts.bytes[2 + 5 * i]);
+    return padded(bytes) + residual.max_block_bytes(left);
+  }
+
   template <class Lanes>
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {

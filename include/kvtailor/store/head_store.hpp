@@ -108,15 +108,31 @@ class HeadStore {
     sum.allocated += positions_.allocated_bytes() + blocks_.allocated_bytes();
     return sum;
   }
-  // What a rebuilt store of this shape takes at most.
-  long long bytes_bound(int dense_rows, int body_rows, int block_rows) const noexcept {
-    const auto block = [&](int n) {
-      if (n == 0) return 0ll;
-      const auto bytes = BlockRef::allocated_bytes(codec_.keys.max_block_bytes(n), codec_.values.max_block_bytes(n));
-      return static_cast<long long>(bytes + sizeof(BlockRef));
+  // What the store takes at most once only the marked rows, mark [num_rows], are left and all but the newest `recent_rows`
+  // are encoded; sink and recent rows are marked.
+  long long bytes_bound(std::span<const unsigned char> mark, int recent_rows, int block_rows) const noexcept {
+    const auto block = [](int key_bytes, int value_bytes) {
+      return static_cast<long long>(BlockRef::allocated_bytes(key_bytes, value_bytes) + sizeof(BlockRef));
     };
-    const long long dense = 2ll * dense_rows * Near::row_bytes, index = 4ll * (dense_rows + body_rows);
-    return dense + index + body_rows / block_rows * block(block_rows) + block(body_rows % block_rows);
+    const auto encoded = [&](int n) {
+      return n == 0 ? 0ll : block(codec_.keys.max_block_bytes(n), codec_.values.max_block_bytes(n));
+    };
+    const auto kept = static_cast<int>(std::count_if(mark.begin(), mark.end(), [](unsigned char k) { return k != 0; }));
+    const int dense = sink_.rows() + std::min(recent_rows, recent_.rows());
+    long long sum = 2ll * dense * Near::row_bytes + 4ll * kept;
+    int fresh = kept - dense;  // rows of blocks that will be made
+    if (!codec_.row_wise()) {
+      const unsigned char* at = mark.data() + sink_.rows();
+      for (const BlockRef& one : blocks()) {
+        const auto left = static_cast<int>(one.rows - std::count(at, at + one.rows, static_cast<unsigned char>(0)));
+        at += one.rows;
+        fresh -= left;
+        if (left == 0) continue;
+        sum += block(std::min(one.key_bytes, erased_bytes_bound(codec_.keys, one.keys(), one.rows, left)),
+                     std::min(one.value_bytes, erased_bytes_bound(codec_.values, one.values(), one.rows, left)));
+      }
+    }
+    return sum + fresh / block_rows * encoded(block_rows) + encoded(fresh % block_rows);
   }
 
   // All rows in order, as the codecs give them back; either output may be null. [num_rows, head_dim]
