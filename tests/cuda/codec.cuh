@@ -25,38 +25,39 @@ concept EncodesRows = requires(const Codec codec, std::byte* block, float* row) 
 };
 
 // Memory that the lanes of a warp share.
-template <int dim>
+template <class Codec>
 struct Shared {
-  float prepared[warp_queries * dim], sums[warp_queries * dim];
+  float prepared[warp_queries * kvt::max_basis_dim<Codec>], sums[warp_queries * kvt::max_basis_dim<Codec>];
 };
 
 template <class Codec, class Lanes>
-KVT_HD void encode(const Lanes& lanes, const Task& task, int warp, Shared<Codec::head_dim>& shared) {
+KVT_HD void encode(const Lanes& lanes, const Task& task, int warp, Shared<Codec>& shared) {
   for (int row = warp; row < num_rows; row += num_warps) {
     Codec{}.encode_row(lanes, task.rows + row * Codec::head_dim, task.block, num_rows, row, shared.prepared);
   }
 }
 
 template <class Codec, class Lanes>
-KVT_HD void attend(const Lanes& lanes, const Task& task, int warp, Shared<Codec::head_dim>& shared) {
+KVT_HD void attend(const Lanes& lanes, const Task& task, int warp, Shared<Codec>& shared) {
   constexpr int dim = Codec::head_dim;
   const Codec codec;
-  const int first = warp * warp_queries;
+  const int first = warp * warp_queries, basis = kvt::basis_dim(codec);
   for (int j = 0; j < warp_queries; ++j) {
-    codec.prepare(lanes, task.queries + (first + j) * dim, 0.5f, shared.prepared + j * dim);
+    codec.prepare(lanes, task.queries + (first + j) * dim, 0.5f, shared.prepared + j * basis);
   }
   lanes.each([&](int lane) {
-    for (int d = lane; d < warp_queries * dim; d += Lanes::size) shared.sums[d] = task.out[first * dim + d] = 0;
+    for (int d = lane; d < warp_queries * basis; d += Lanes::size) shared.sums[d] = 0;
+    for (int d = lane; d < warp_queries * dim; d += Lanes::size) task.out[first * dim + d] = 0;
   });
   codec.logits(lanes, task.block, num_rows, shared.prepared, warp_queries, task.logits + first * num_rows, num_rows);
   codec.accumulate(lanes, task.block, num_rows, task.weights + first * num_rows, warp_queries, num_rows, shared.sums);
-  for (int j = 0; j < warp_queries; ++j) codec.finish(lanes, shared.sums + j * dim, task.out + (first + j) * dim);
+  for (int j = 0; j < warp_queries; ++j) codec.finish(lanes, shared.sums + j * basis, task.out + (first + j) * dim);
 }
 
 // One block on a multiprocessor is enough: ptxas otherwise spills to make room for more.
 template <class Codec>
 __global__ void __launch_bounds__(32 * num_warps, 1) run(Task task) {
-  __shared__ Shared<Codec::head_dim> shared[num_warps];
+  __shared__ Shared<Codec> shared[num_warps];
   const int warp = static_cast<int>(threadIdx.x / 32);
   if constexpr (EncodesRows<Codec>) {
     encode<Codec>(kvt::Warp{}, task, warp, shared[warp]);
@@ -73,7 +74,7 @@ struct Results {
 // The same work on the host, on a block that is encoded already if `encoded`.
 template <class Codec, class Lanes>
 Results run_on_host(const Lanes& lanes, Task task, Results results, bool encoded) {
-  static Shared<Codec::head_dim> shared;
+  static Shared<Codec> shared;
   task.block = results.block.data();
   task.logits = results.logits.data();
   task.out = results.out.data();

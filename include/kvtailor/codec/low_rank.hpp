@@ -287,7 +287,9 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   static constexpr int dim = Residual::head_dim;
   static constexpr int max_block_rows = std::min(512, Residual::max_block_rows);
 
-  [[no_unique_address]] Residual residual = {};
+  // Not [[no_unique_address]], which saves nothing, since both have the base PlainBasis<dim>, and which nvcc 13 runs out of
+  // memory over when it makes a constant of a type derived from this one.
+  Residual residual = {};
 
   KVT_HD int max_block_bytes(int n) const {
     const int bits = rule == RankRule::rate_distortion ? detail::FactorRun::max_bits : factor_bits;
@@ -363,10 +365,7 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
       const Decoded<Lanes, max_block_rows> weights(left, n);
       for (int j = 0; j < m; ++j) {
         typename Lanes::template Reg<float> part;
-        lanes.each([&](int lane) {
-          part[lane] = 0;
-          for (int d = lane; d < dim; d += Lanes::size) part[lane] += basis[d] * prepared[j * dim + d];
-        });
+        lanes.each([&](int lane) { part[lane] = basis.dot(lane, prepared + j * dim, dim); });
         const float along = lanes.sum(part);
         lanes.each([&](int lane) {
           for (int row = lane; row < n; row += Lanes::size) out[j * stride + row] += along * weights[row];
@@ -384,10 +383,7 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
       const Decoded<Lanes, max_block_rows> rows(left, n);
       for (int j = 0; j < m; ++j) {
         typename Lanes::template Reg<float> part;
-        lanes.each([&](int lane) {
-          part[lane] = 0;
-          for (int row = lane; row < n; row += Lanes::size) part[lane] += weights[j * stride + row] * rows[row];
-        });
+        lanes.each([&](int lane) { part[lane] = rows.dot(lane, weights + j * stride, n); });
         const float along = lanes.sum(part);
         lanes.each([&](int lane) {
           for (int d = lane; d < dim; d += Lanes::size) acc[j * dim + d] += along * basis[d];
@@ -433,12 +429,17 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     }
   };
 
-  // One lane decodes a run once; lanes of a warp decode what they need when they need it.
+  // One lane decodes a run once; lanes of a warp decode what they need when they need it. A dot product is a lane's part of it.
   template <class Lanes, int most>
   struct Decoded {
     const detail::FactorRun& run;
     KVT_HD Decoded(const detail::FactorRun& from, int) : run(from) {}
     KVT_HD KVT_INLINE float operator[](int i) const { return run[i]; }
+    KVT_HD KVT_INLINE float dot(int lane, const float* with, int count) const {
+      float part = 0;
+      for (int i = lane; i < count; i += Lanes::size) part += run[i] * with[i];
+      return part;
+    }
   };
   template <int most>
   struct Decoded<Serial, most> {
@@ -447,6 +448,7 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
       for (int i = 0; i < count; ++i) value[i] = run[i];
     }
     KVT_HD KVT_INLINE float operator[](int i) const { return value[i]; }
+    KVT_HD KVT_INLINE float dot(int, const float* with, int count) const { return kvt::dot(value, with, count); }
   };
 };
 

@@ -96,6 +96,35 @@ KVT_HD KVT_INLINE float dot(const float* a, const float* b) {
 #endif
 }
 
+// a . b, any n.
+KVT_HD KVT_INLINE float dot(const float* a, const float* b, int n) {
+  float total = 0;
+  int i = 0;
+#if defined(KVT_HOST_VECTORS)
+  if (n >= 8) {
+    detail::Float8 x, y, even = {}, odd = {};
+    for (; i + 16 <= n; i += 16) {
+      detail::load(a + i, x);
+      detail::load(b + i, y);
+      even = x * y + even;
+      detail::load(a + i + 8, x);
+      detail::load(b + i + 8, y);
+      odd = x * y + odd;
+    }
+    if (i + 8 <= n) {
+      detail::load(a + i, x);
+      detail::load(b + i, y);
+      even = x * y + even;
+      i += 8;
+    }
+    even += odd;
+    total = detail::sum(even);
+  }
+#endif
+  for (; i < n; ++i) total += a[i] * b[i];
+  return total;
+}
+
 // Of n >= 1 numbers, none of them NaN.
 KVT_INLINE float largest_of(const float* x, int n) {
   float best = x[0];
