@@ -68,8 +68,8 @@ TEST_CASE("noise has rank 0, three spikes are found and shrunk as on white noise
     double mean, spread;  // of shrunk values over those of Gavish and Donoho, IEEE Trans. Inf. Theory 63, 2017
   };
   std::mt19937 random(1);
-  for (const auto& [n, d, window, mean, spread] :
-       {Case{128, 128, 11, 1.0097, .009}, {128, 64, 7, 1.0067, .006}, {512, 128, 11, 1.0016, .002}}) {
+  for (const Case& expected : {Case{128, 128, 11, 1.0097, .009}, {128, 64, 7, 1.0067, .006}, {512, 128, 11, 1.0016, .002}}) {
+    const int n = expected.n, d = expected.d;
     CAPTURE(n);
     CAPTURE(d);
     const double size = std::max(n, d), beta = std::min(n, d) / size;
@@ -83,7 +83,7 @@ TEST_CASE("noise has rank 0, three spikes are found and shrunk as on white noise
       const auto lambda =
           squared_values(noise + orthonormal(random, n, 3) * spikes.asDiagonal() * orthonormal(random, d, 3).transpose());
       const NoiseFit fit(lambda, n, d);
-      REQUIRE(fit.window() == window);
+      REQUIRE(fit.window() == expected.window);
       REQUIRE(fit.rank() == 3);
       const auto shrunk = fit.shrink(3, Shrinkage::frobenius);
       const auto operator_norm = fit.shrink(3, Shrinkage::operator_norm);
@@ -102,7 +102,7 @@ TEST_CASE("noise has rank 0, three spikes are found and shrunk as on white noise
     CAPTURE(sum);
     CHECK(std::fabs(sum - 1) <= 0.015);
     // Means of 150 values on both sides.
-    CHECK(std::fabs(sum - mean) <= 4 * spread * std::sqrt(2.0 / draws));
+    CHECK(std::fabs(sum - expected.mean) <= 4 * expected.spread * std::sqrt(2.0 / draws));
   }
 }
 

@@ -66,19 +66,17 @@ struct FactorRun {
   struct Levels {
     float value[126] = {};
     constexpr Levels() {
-      fill<1>();
-      fill<2>();
-      fill<3>();
-      fill<4>();
-      fill<5>();
-      fill<6>();
+      fill(HalfLevels<128, 1>::level, 1);
+      fill(HalfLevels<128, 2>::level, 2);
+      fill(HalfLevels<128, 3>::level, 4);
+      fill(HalfLevels<128, 4>::level, 8);
+      fill(HalfLevels<128, 5>::level, 16);
+      fill(HalfLevels<128, 6>::level, 32);
     }
-    template <int bits>
-    constexpr void fill() {
-      constexpr int half = 1 << (bits - 1);
+    constexpr void fill(const float* positive, int half) {
       for (int i = 0; i < half; ++i) {
-        value[2 * half - 2 + half + i] = HalfLevels<128, bits>::level[i];
-        value[2 * half - 2 + half - 1 - i] = -HalfLevels<128, bits>::level[i];
+        value[2 * half - 2 + half + i] = positive[i];
+        value[2 * half - 2 + half - 1 - i] = -positive[i];
       }
     }
   };
