@@ -104,7 +104,7 @@ class Training {
     }
     return total / rows;
   }
-  int stored(std::size_t state) const { return static_cast<int>(std::lrint(value[state] * static_cast<double>(Search::grid))); }
+  int stored(std::size_t state) const { return static_cast<int>(std::lrint(value[state] * Search::table_grid)); }
 
   std::vector<double> value;  // of the states whose upper bit is 0
 
@@ -112,7 +112,7 @@ class Training {
   std::vector<float> values() const {
     std::vector<float> table(2 * half);
     for (std::size_t s = 0; s < half; ++s) {
-      table[s] = static_cast<float>(stored(s)) / Search::grid;
+      table[s] = static_cast<float>(stored(s)) / Search::table_grid;
       table[2 * half - 1 - s] = -table[s];
     }
     return table;
@@ -143,7 +143,7 @@ void write_table(int runs, int iterations) {
   std::fprintf(stderr, "%d bits, window %d: %.6f, unscaled %.6f\n", bits, window, error, plain_error);
   std::printf("template <>\nstruct TrellisTable<%d, %d> {\n  static constexpr double distortion = %.6f;\n", bits, window,
               error);
-  std::printf("  static constexpr short half[%d] = {", best.half);
+  std::printf("  static constexpr signed char half[%d] = {", best.half);
   for (std::size_t s = 0; s < best.half; ++s) std::printf("%s%d", s == 0 ? "" : ", ", best.stored(s));
   std::printf("};\n};\n");
   std::fflush(stdout);
@@ -161,7 +161,7 @@ int main() {
 
 namespace kvt::inline v0 {
 
-// State s < 2^(window-1) stands for half[s] / 256; its complement for the opposite.
+// State s < 2^(window-1) stands for half[s] / 32; its complement for the opposite.
 template <int bits, int window>
 struct TrellisTable;
 

@@ -77,8 +77,8 @@ void check_lanes() {
   };
   const auto serial = run(Serial{}), warp = run(SimulatedWarp{});
   for (std::size_t i = 0; i < serial.size(); ++i) {
-    // dim products of size 10 in another order, rounded to 24 bits
-    if (!(std::fabs(serial[i] - warp[i]) <= 1e-4f)) FAIL("lane groups differ: " << serial[i] << " and " << warp[i]);
+    // Products of dim elements, of queries and weights rounded to 16 bits by one of them.
+    if (!(std::fabs(serial[i] - warp[i]) <= 2e-5f * dim)) FAIL("lane groups differ: " << serial[i] << " and " << warp[i]);
   }
   if constexpr (requires(float* f, std::byte* b) { codec.encode_row(SimulatedWarp{}, f, b, 1, 0, f); }) {
     std::vector<std::byte> by_warp(block.size());

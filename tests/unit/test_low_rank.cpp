@@ -226,7 +226,7 @@ TEST_CASE("a block written by an earlier version decodes to the rows it always d
   };
   half(2.f);
   half(1.f);
-  bytes.insert(bytes.end(), dim / 2, 0x98);
+  for (int i = 0; i < dim / 2; ++i) bytes.push_back(0x98);
   bytes.push_back(0x0f);
   bytes.resize(28);
   bytes.resize(28 + 2 * (1 + dim * 2 / 8), 0);  // LogScale 0

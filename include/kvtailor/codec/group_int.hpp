@@ -175,6 +175,29 @@ struct GroupInt
     const float rest = x - static_cast<float>(whole);
     return whole + (rest >= 0.5f ? 1 : 0) - (rest <= -0.5f ? 1 : 0);
   }
+
+ public:
+#if defined(KVT_HOST_AVX2)
+  struct Integers {
+    static constexpr int size = dim, group = group_size, most = half;
+    static constexpr bool has_least = !symmetric;
+    const std::byte* block;
+    int n;
+
+    KVT_INLINE void load(int row, __m256i* to) const {
+      const unsigned char* from = GroupInt::code_bytes_of(block, n, row) + header_bytes;
+      for (int g = 0; g < dim / group_size; ++g, from += group_bytes, to += 2) {
+        const __m256i code = Codes<group_size>::bytes_at(from, 0);
+        detail::widen(bits == 8 && symmetric ? code : _mm256_sub_epi8(code, _mm256_set1_epi8(static_cast<char>(half))), to);
+      }
+    }
+    KVT_INLINE float scale(int row, int g) const { return header(row, g).scale; }
+    KVT_INLINE float least(int row, int g) const { return header(row, g).value(half); }
+
+   private:
+    KVT_INLINE Header header(int row, int g) const { return Header(GroupInt::code_bytes_of(block, n, row) + g * group_bytes); }
+  };
+#endif
 };
 
 template <int dim>

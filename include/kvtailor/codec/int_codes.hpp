@@ -6,6 +6,7 @@
 //   IntLevels  2^bits equidistant levels from the least to the largest of some numbers, and the nearest of them
 #pragma once
 
+#include "kvtailor/codec/integer_rows.hpp"
 #include "kvtailor/core/config.hpp"
 #include "kvtailor/core/lanes.hpp"
 #include "kvtailor/core/simd.hpp"
@@ -80,6 +81,17 @@ struct IntCodes {
       for (int i = 0; i < 8; ++i) code[8 * j + i] |= (from[j] >> i & 1) << width;
     }
   }
+#if defined(KVT_HOST_AVX2)
+  // Codes i .. i + 31, one a byte.
+  KVT_INLINE static __m256i bytes_at(const unsigned char* from, int i) requires(n % 32 == 0) {
+    const __m256i low = plane_codes<width, stride>(from + high_bytes, i);
+    if constexpr (high_bytes == 0) {
+      return low;
+    } else {
+      return _mm256_or_si256(low, _mm256_and_si256(spread_bits(from + i / 8), _mm256_set1_epi8(1 << width)));
+    }
+  }
+#endif
   KVT_HD KVT_INLINE static int at(const unsigned char* from, int i) {
     int code = from[high_bytes + i % stride] >> (i / stride * width) & mask;
     if constexpr (high_bytes > 0) code |= (from[i / 8] >> i % 8 & 1) << width;

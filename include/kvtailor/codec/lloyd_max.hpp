@@ -6,7 +6,7 @@
 // Block:   n rows: Scale scale[n]; then per row head_dim * bits / 8 bytes of codes, as planes of 4, 2 and 1 bits (3 = 2 + 1,
 //          5 = 4 + 1, 6 = 4 + 2, high bits first). In a plane of width w, byte j of S = head_dim * w / 8 holds elements j,
 //          j + S, j + 2S, ... from the low bits up, so that unpacking needs no shuffle.
-// Value:   scale * level[code]; see codebooks.hpp.
+// Value:   scale * level[code], levels those of codebooks.hpp rounded to multiples of 2^-8.
 // Error:   of a row whose elements are spread like those of a random one, relative to its squared norm, on average .36 / .116 /
 //          .034 / .0093 / .0025 / .0007 at 1 .. 6 bits; of any other row up to 1: see Rotated.
 // Cost:    head_dim * bits / 8 + sizeof(Scale) bytes a row.
@@ -36,13 +36,17 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   // A corrected scale is at most |x| / |levels of its codes|, largest for a row along one axis, and must fit.
   static double max_row_norm() { return static_cast<double>(Scale::max) / 8.188 * std::sqrt(static_cast<double>(dim)); }
 
+  static constexpr int levels_of_one = 256;  // integer levels between 0 and 1
+  static constexpr int integer_level(int code) {
+    const int i = code - num_levels / 2;
+    const float level = HalfLevels<dim, bits>::level[i < 0 ? -1 - i : i] * levels_of_one;
+    const int whole = static_cast<int>(level + 0.5f);
+    return i < 0 ? -whole : whole;
+  }
   struct Levels {
     float value[num_levels < 4 ? 4 : num_levels] = {};
     constexpr Levels() {
-      for (int i = 0; i < num_levels / 2; ++i) {
-        value[num_levels / 2 + i] = HalfLevels<dim, bits>::level[i];
-        value[num_levels / 2 - 1 - i] = -HalfLevels<dim, bits>::level[i];
-      }
+      for (int i = 0; i < num_levels; ++i) value[i] = static_cast<float>(integer_level(i)) / levels_of_one;
     }
   };
 
@@ -141,6 +145,29 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     return to_float(scale);
   }
 
+#if defined(KVT_HOST_AVX2)
+  struct Integers {
+    static constexpr int size = dim, group = dim, most = integer_level(num_levels - 1);
+    static constexpr bool has_least = false;
+    const std::byte* block;
+    int n;
+
+    KVT_INLINE void load(int row, __m256i* to) const { load_integers(LloydMax::code_bytes_of(block, n, row), to); }
+    KVT_INLINE float scale(int row, int) const { return LloydMax{}.row_scale(block, row) / levels_of_one; }
+  };
+  KVT_INLINE static void load_integers(const unsigned char* codes, __m256i* to) {
+    static constexpr LevelBytes bytes;
+    for (int i = 0; i < dim; i += 32) {
+      __m256i code = _mm256_setzero_si256();
+      append_bytes<4>(codes, i, code);
+      append_bytes<2>(codes, i, code);
+      append_bytes<1>(codes, i, code);
+      detail::widen(detail::look_up_bytes<LevelBytes::size>(bytes.low, code),
+                    detail::look_up_bytes<LevelBytes::size>(bytes.high, code), to + i / 16);
+    }
+  }
+#endif
+
  private:
   struct Sums {
     float cross, square;  // of a row times `unit` with its levels, and of the levels
@@ -187,6 +214,23 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   }
 
 #if defined(KVT_HOST_AVX2)
+  struct LevelBytes {
+    static constexpr int size = num_levels < 16 ? 16 : num_levels;
+    alignas(16) std::int8_t low[size] = {}, high[size] = {};
+    constexpr LevelBytes() {
+      for (int i = 0; i < num_levels; ++i) {
+        low[i] = static_cast<std::int8_t>(static_cast<std::uint8_t>(integer_level(i) & 255));
+        high[i] = static_cast<std::int8_t>(integer_level(i) >> 8);
+      }
+    }
+  };
+  template <int width>
+  KVT_INLINE static void append_bytes(const unsigned char* codes, int i, __m256i& code) {
+    if constexpr ((bits & width) != 0) {
+      const __m256i low = detail::plane_codes<width, dim * width / 8>(codes + dim * bits_above(width) / 8, i);
+      code = bits_above(width) == 0 ? low : _mm256_or_si256(_mm256_slli_epi16(code, width), low);
+    }
+  }
   // Eight elements in a row lie in eight bytes of every plane.
   static constexpr bool whole_eights() {
     for (int width = 4; width > 0; width /= 2) {

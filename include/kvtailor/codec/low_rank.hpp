@@ -91,6 +91,36 @@ struct FactorRun {
     return scale * levels.value[(1 << bits) - 2 + get(codes, i, bits)];
   }
 
+  // `count` factors.
+  void decode(int count, float* to) const {
+    int i = 0;
+#if defined(KVT_HOST_AVX2)
+    switch (bits) {
+      case 1:
+        i = decode_eights<1>(count, to);
+        break;
+      case 2:
+        i = decode_eights<2>(count, to);
+        break;
+      case 3:
+        i = decode_eights<3>(count, to);
+        break;
+      case 4:
+        i = decode_eights<4>(count, to);
+        break;
+      case 5:
+        i = decode_eights<5>(count, to);
+        break;
+      case 6:
+        i = decode_eights<6>(count, to);
+        break;
+      default:
+        break;
+    }
+#endif
+    for (; i < count; ++i) to[i] = (*this)[i];
+  }
+
   // Codes x [count] at `bits` into `to`, which is zero; the scale, and what comes back in x.
   static Half encode(Eigen::VectorXd& x, int bits, unsigned char* to) {
     const auto count = static_cast<int>(x.size());
@@ -129,6 +159,36 @@ struct FactorRun {
     const int at = i * bits;  // something always follows a run
     return (codes[at >> 3] | codes[(at >> 3) + 1] << 8) >> (at & 7) & ((1 << bits) - 1);
   }
+#if defined(KVT_HOST_AVX2)
+  // Eight at a time; returns how many.
+  template <int b>
+  int decode_eights(int count, float* to) const {
+    struct Table {
+      alignas(32) float value[b < 2 ? 4 : 1 << b] = {};
+      constexpr Table() {
+        for (int c = 0; c < 1 << b; ++c) value[c] = Levels().value[(1 << b) - 2 + c];
+      }
+    };
+    static constexpr Table table;
+    const __m256 by = _mm256_set1_ps(scale);
+    const __m256i place[2] = {_mm256_setr_epi64x(0, b, 4 * b, 5 * b), _mm256_setr_epi64x(2 * b, 3 * b, 6 * b, 7 * b)};
+    const unsigned char* const end = codes + FactorRun::bytes(count, b);
+    int i = 0;
+    for (; i + 8 <= count; i += 8) {
+      // Eight bytes are read: those that end with the run, where it ends before. A header of seven lies before any run.
+      const unsigned char* const from = codes + i / 8 * b;
+      const auto over = std::max<std::ptrdiff_t>(0, from + 8 - end);
+      std::uint64_t bytes;
+      std::memcpy(&bytes, from - over, 8);
+      const auto word = static_cast<long long>(bytes >> (8 * over));
+      const auto four = [&](int k) { return _mm256_castsi256_ps(_mm256_srlv_epi64(_mm256_set1_epi64x(word), place[k])); };
+      const __m256i all = _mm256_castps_si256(_mm256_shuffle_ps(four(0), four(1), 0x88));
+      const __m256i code = _mm256_and_si256(all, _mm256_set1_epi32((1 << b) - 1));
+      _mm256_storeu_ps(to + i, _mm256_mul_ps(by, look_up<1 << b>(table.value, code)));
+    }
+    return i;
+  }
+#endif
   static void put(unsigned char* codes, int i, int bits, int code) {
     const int at = i * bits, shifted = code << (at & 7);
     codes[at >> 3] = static_cast<unsigned char>(codes[at >> 3] | (shifted & 255));
@@ -442,9 +502,7 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   template <int most>
   struct Decoded<Serial, most> {
     float value[most];
-    KVT_HD Decoded(const detail::FactorRun& run, int count) {
-      for (int i = 0; i < count; ++i) value[i] = run[i];
-    }
+    Decoded(const detail::FactorRun& run, int count) { run.decode(count, value); }
     KVT_HD KVT_INLINE float operator[](int i) const { return value[i]; }
     KVT_HD KVT_INLINE float dot(int, const float* with, int count) const { return kvt::dot(value, with, count); }
   };

@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstring>
 
+#include "kvtailor/codec/integer_rows.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/geometry.hpp"
 #include "kvtailor/core/half.hpp"
@@ -67,7 +68,8 @@ concept PlainCodec = StorageCodec<C> && C::plain;
 //   load<lanes>(block, n, row, lane, LaneRow&)         a row without its scale
 //   row_scale(block, row)
 //   encode_row(lanes, x, block, n, row, scratch)       row x [dim] by all lanes; scratch [dim] is memory all lanes see, or x
-// Rows are `basis` elements in the codec's basis; a codec with more than dim of them decodes for itself.
+// Rows are `basis` elements in the codec's basis; a codec with more than dim of them decodes for itself. One whose elements are
+// small integers times a scale may have a type Integers, made of (block, n), and the host attends to those: see IntegerRows.
 template <class Self, int dim, int scale_size, int code_size, int basis = dim>
 struct RowCodec : PlainBasis<dim> {
   static constexpr int scale_bytes = scale_size, code_bytes = code_size, row_bytes = scale_bytes + code_bytes;
@@ -103,6 +105,12 @@ struct RowCodec : PlainBasis<dim> {
   template <class Lanes>
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {
+#if defined(KVT_HOST_AVX2)
+    if constexpr (Lanes::size == 1 && dim % 32 == 0 && requires { typename Self::Integers; }) {
+      using Integers = typename Self::Integers;
+      return detail::IntegerRows<Integers>::logits(Integers{block, n}, n, prepared, m, out, stride);
+    }
+#endif
     for (int row = 0; row < n; ++row) {
       typename Lanes::template Reg<LaneRow<basis, Lanes::size>> x;
       lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
@@ -118,21 +126,24 @@ struct RowCodec : PlainBasis<dim> {
   template <class Lanes>
   KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
                          float* acc) const noexcept {
+#if defined(KVT_HOST_AVX2)
+    if constexpr (Lanes::size == 1 && dim % 32 == 0 && requires { typename Self::Integers; }) {
+      using Integers = typename Self::Integers;
+      return detail::IntegerRows<Integers>::accumulate(Integers{block, n}, n, weights, m, stride, acc);
+    }
+#endif
     int row = 0;
     if constexpr (Lanes::size == 1) {
       // Four rows for each pass over the sums, which are read and written less often.
       for (; row + 4 <= n; row += 4) {
         LaneRow<basis, 1> x[4];
+        for (int r = 0; r < 4; ++r) self().template load<1>(block, n, row + r, 0, x[r]);
         float scale[4];
-        for (int r = 0; r < 4; ++r) {
-          self().template load<1>(block, n, row + r, 0, x[r]);
-          scale[r] = self().row_scale(block, row + r);
-        }
+        for (int r = 0; r < 4; ++r) scale[r] = self().row_scale(block, row + r);
         for (int j = 0; j < m; ++j) {
           const float* const w = weights + j * stride + row;
-          const float a = w[0] * scale[0], b = w[1] * scale[1], c = w[2] * scale[2], e = w[3] * scale[3];
-          float* const to = acc + j * basis;
-          for (int d = 0; d < basis; ++d) to[d] += (a * x[0].x[d] + b * x[1].x[d]) + (c * x[2].x[d] + e * x[3].x[d]);
+          const float weight[4] = {w[0] * scale[0], w[1] * scale[1], w[2] * scale[2], w[3] * scale[3]};
+          add_rows<basis>(acc + j * basis, weight, x[0].x, x[1].x, x[2].x, x[3].x);
         }
       }
     }

@@ -31,6 +31,7 @@ namespace kvt::inline v0 {
 template <int bits, int dim, int window = 8, class Scale = LogScale>
 struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<int>(sizeof(Scale)), dim * bits / 8> {
   static_assert(bits >= 1 && bits <= 4, "codes have 1 to 4 bits");
+  using Search = TrellisSearch<bits, window>;
   static constexpr int num_states = 1 << window;
 
   static constexpr double max_row_norm() { return static_cast<double>(Scale::max); }
@@ -39,7 +40,7 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     float of[num_states] = {};
     constexpr Values() {
       for (int s = 0; s < num_states / 2; ++s) {
-        of[s] = static_cast<float>(TrellisTable<bits, window>::half[s]) / 256;
+        of[s] = static_cast<float>(TrellisTable<bits, window>::half[s]) / Search::table_grid;
         of[num_states - 1 - s] = -of[s];
       }
     }
@@ -93,9 +94,19 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     return to_float(scale);
   }
 
- private:
-  using Search = TrellisSearch<bits, window>;
+#if defined(KVT_HOST_AVX2)
+  struct Integers {
+    static constexpr int size = dim, group = dim, most = 127;
+    static constexpr bool has_least = false;
+    const std::byte* block;
+    int n;
 
+    KVT_INLINE void load(int row, __m256i* to) const { load_integers(Trellis::code_bytes_of(block, n, row), to); }
+    KVT_INLINE float scale(int row, int) const { return Trellis{}.row_scale(block, row) / Search::table_grid; }
+  };
+#endif
+
+ private:
   struct Path {
     Scale scale{0};
     double change = 0;  // of the squared error, from that of zeros
@@ -142,6 +153,68 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     return word >> (d * bits % 8) & (num_states - 1);
   }
 
+#if defined(KVT_HOST_AVX2)
+  // The table by bytes: what stands for states below half of them.
+  struct ValueBytes {
+    alignas(16) std::int8_t half[num_states / 2] = {};
+    constexpr ValueBytes() {
+      for (int s = 0; s < num_states / 2; ++s) half[s] = TrellisTable<bits, window>::half[s];
+    }
+  };
+  // Where elements 16 k .. 16 k + 15 lie in 16 bytes that hold their codes.
+  struct Sources {
+    static constexpr int loads = dim / 16, read = std::min(16, Trellis::code_bytes);
+    int from[loads] = {};                                 // the first of these bytes
+    bool wraps[loads] = {};                               // the row's first byte takes the place of that one
+    alignas(32) std::int8_t byte[loads / 2][2][32] = {};  // of each 32 elements: 0 .. 7 and 16 .. 23, then the others
+    alignas(32) std::int16_t factor[16] = {};             // moves a state to the top of its 16 bits
+
+    constexpr Sources() {
+      for (int k = 0; k < loads; ++k) {
+        const int first = 2 * bits * k;
+        from[k] = std::min(first, Trellis::code_bytes - read);
+        wraps[k] = k + 1 == loads && Trellis::code_bytes > 16;
+        for (int i = 0; i < 16; ++i) {
+          const int at = first + i * bits / 8;
+          for (int b = 0; b < 2; ++b) {
+            const int place = at + b < Trellis::code_bytes ? at + b - from[k] : at + b - Trellis::code_bytes;
+            byte[k / 2][i / 8][16 * (k % 2) + 2 * (i % 8) + b] = static_cast<std::int8_t>(place);
+          }
+        }
+      }
+      for (int i = 0; i < 16; ++i) factor[i] = static_cast<std::int16_t>(1 << (16 - window - i * bits % 8));
+    }
+  };
+  KVT_INLINE static __m128i sixteen_bytes(const unsigned char* codes) {
+    __m128i bytes = _mm_setzero_si128();
+    std::memcpy(&bytes, codes, Sources::read);
+    return bytes;
+  }
+  KVT_INLINE static void load_integers(const unsigned char* codes, __m256i* to) {
+    static constexpr Sources source;
+    static constexpr ValueBytes values;
+    const __m256i factor = _mm256_load_si256(reinterpret_cast<const __m256i*>(source.factor));
+    for (int c = 0; c < dim / 32; ++c) {
+      const auto half_of = [&](int k) {
+        const __m128i bytes = sixteen_bytes(codes + source.from[k]);
+        return source.wraps[k] ? _mm_insert_epi8(bytes, codes[0], 0) : bytes;
+      };
+      const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(half_of(2 * c)), half_of(2 * c + 1), 1);
+      const auto sixteen_states = [&](int part) {
+        const __m256i from = _mm256_load_si256(reinterpret_cast<const __m256i*>(source.byte[c][part]));
+        return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, from), factor), 16 - window);
+      };
+      const __m256i state = _mm256_packus_epi16(sixteen_states(0), sixteen_states(1));
+      // The complement of a state above the middle stands for the opposite value.
+      const __m256i above = window == 8 ? _mm256_cmpgt_epi8(_mm256_setzero_si256(), state)
+                                        : _mm256_cmpgt_epi8(state, _mm256_set1_epi8(num_states / 2 - 1));
+      const __m256i index =
+          _mm256_xor_si256(state, _mm256_and_si256(above, _mm256_set1_epi8(static_cast<char>(num_states - 1))));
+      const __m256i size = detail::look_up_bytes<num_states / 2>(values.half, index);
+      detail::widen(_mm256_sub_epi8(_mm256_xor_si256(size, above), above), to + 2 * c);
+    }
+  }
+#endif
   // The values of the eight states that begin at bits 0, bits, 2 * bits, ... of a word.
   KVT_HD KVT_INLINE static void load_eight(std::uint64_t word, float* to) {
     static constexpr Values value;

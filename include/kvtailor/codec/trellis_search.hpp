@@ -13,7 +13,7 @@
 // it is the best there is in 51 / 69 / 85 / 95 % of rows at 1 / 2 / 3 / 4 bits, and the squared error is 2 / 1 / .4 / .1 %
 // above the least.
 //
-// Elements are rounded to 1/256, and values are multiples of it. Sums of squares below 256 are then exact, so that compilers
+// Elements are rounded to 1/256, and values are multiples of 1/32. Sums of squares below 256 are then exact, so that compilers
 // that contract products and sums, and others, find the same path.
 // Source:  A. J. Viterbi, IEEE Trans. Inf. Theory 13, 1967; M. W. Marcellin and T. R. Fischer, IEEE Trans. Commun. 38, 1990.
 #pragma once
@@ -40,6 +40,7 @@ class TrellisSearch {
   static constexpr int num_states = 1 << window, fan = 1 << bits, num_groups = num_states / fan;
   static_assert(window >= 2 * bits && window <= 12, "a state holds at least two codes and at most 12 bits");
   static constexpr float grid = 256;
+  static constexpr int table_grid = 32;  // of values, so that a byte holds one
   // A row is searched at these sizes beside its root mean square, and the best is taken: 2 to 10 % less error.
   static constexpr float sizes[3] = {1.f, 1.09050773f, 0.917004043f};
 

@@ -184,9 +184,11 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
     PlainBasis<dim>::prepare(lanes, q, scale, prepared);
     Rotate::forward(lanes, prepared);
     Matrix::forward(lanes, prepared, prepared + dim);
+    times_factor(lanes, prepared + dim);
   }
   template <class Lanes>
   KVT_HD void finish(const Lanes& lanes, float* acc, float* out) const noexcept {
+    times_factor(lanes, acc + dim);
     Matrix::add_transposed(lanes, acc + dim, acc);
     Rotate::inverse(lanes, acc);
     PlainBasis<dim>::finish(lanes, acc, out);
@@ -197,7 +199,7 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
     const unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
     Half scales[2];
     std::memcpy(scales, block + 4 * row, 4);
-    const float scale = to_float(scales[0]), size = to_float(scales[1]) * Matrix::factor();
+    const float scale = to_float(scales[0]), size = to_float(scales[1]) / root();
     LaneRow<dim, lanes> level = {};
     if constexpr (bits > 1) Codes::template load_codes<lanes>(codes, lane, level.x);
     for (int i = 0; i < LaneRow<2 * dim, lanes>::length; ++i) {
@@ -209,6 +211,43 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
     }
   }
   KVT_HD KVT_INLINE float row_scale(const std::byte*, int) const { return 1.f; }
+
+#if defined(KVT_HOST_AVX2)
+  struct Integers {
+    static constexpr int size = 2 * dim, group = dim, most = Codes::Integers::most;
+    static constexpr bool has_least = false;
+    const std::byte* block;
+    int n;
+
+    KVT_INLINE void load(int row, __m256i* to) const {
+      const unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
+      if constexpr (bits > 1) {
+        Codes::load_integers(codes, to);
+      } else {
+        std::fill_n(to, dim / 16, _mm256_setzero_si256());
+      }
+      for (int i = 0; i < dim; i += 32) {
+        const __m256i negative = _mm256_xor_si256(detail::spread_bits(codes + sign_offset + i / 8), _mm256_set1_epi8(-1));
+        detail::widen(_mm256_or_si256(negative, _mm256_set1_epi8(1)), to + (dim + i) / 16);
+      }
+    }
+    KVT_INLINE float scale(int row, int g) const {
+      Half scales[2];
+      std::memcpy(scales, block + 4 * row, 4);
+      return g == 0 ? to_float(scales[0]) / Codes::levels_of_one : to_float(scales[1]) / root();
+    }
+  };
+#endif
+
+ private:
+  KVT_HD static float root() { return std::sqrt(static_cast<float>(dim)); }
+  // Products with signs are estimates only after this, and elements as large as those of the row's other half.
+  template <class Lanes>
+  KVT_HD static void times_factor(const Lanes& lanes, float* x) {
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) x[d] *= Matrix::factor() * root();
+    });
+  }
 };
 
 static_assert(RowWiseCodec<TurboQuantUnbiased<3, 64>> && !PlainCodec<TurboQuantUnbiased<3, 64>>);

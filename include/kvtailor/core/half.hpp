@@ -38,12 +38,16 @@ struct BFloat16 {
 KVT_HD KVT_INLINE float to_float(float x) { return x; }
 KVT_HD KVT_INLINE float to_float(BFloat16 x) { return float_from_bits(static_cast<std::uint32_t>(x.bits) << 16); }
 KVT_HD KVT_INLINE float to_float(Half x) {
+#if defined(__F16C__) && !defined(__CUDA_ARCH__)
+  return _cvtsh_ss(x.bits);
+#else
   const std::uint32_t sign = static_cast<std::uint32_t>(x.bits & 0x8000u) << 16;
   const std::uint32_t rest = static_cast<std::uint32_t>(x.bits & 0x7fffu) << 13;
   // Multiplying by 2^112 moves the exponent and makes subnormals normal in one step.
   const std::uint32_t finite = bits_from_float(float_from_bits(rest) * 5.192296858534828e33f);
   const std::uint32_t special = rest | 0x7f800000u;
   return float_from_bits(sign | (rest >= (0x7c00u << 13) ? special : finite));
+#endif
 }
 
 template <class T>

@@ -14,7 +14,7 @@
 #if defined(__AVX__)
 #include <immintrin.h>
 #endif
-#if defined(__AVX2__)
+#if defined(__AVX2__) && defined(__FMA__)
 #define KVT_HOST_AVX2
 #endif
 #endif
@@ -52,12 +52,10 @@ KVT_INLINE __m256 look_up(const float* table, __m256i code) {
     return _mm256_permutevar_ps(_mm256_broadcast_ps(reinterpret_cast<const __m128*>(table)), code);
   } else if constexpr (size == 8) {
     return _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);
-  } else if constexpr (size == 16) {
-    const __m256 low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), code);
-    const __m256 high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table + 8), code);
-    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 28)));
   } else {
-    return _mm256_i32gather_ps(table, code, 4);
+    constexpr int top = size == 16 ? 3 : size == 32 ? 4 : 5;  // the highest bit of a code
+    const __m256 low = look_up<size / 2>(table, code), high = look_up<size / 2>(table + size / 2, code);
+    return _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32(code, 31 - top)));
   }
 }
 #endif
@@ -125,6 +123,38 @@ KVT_HD KVT_INLINE float dot(const float* a, const float* b, int n) {
   return total;
 }
 
+// to += w[0] * a + w[1] * b + w[2] * c + w[3] * e, n a multiple of 8.
+template <int n>
+KVT_HD KVT_INLINE void add_rows(float* to, const float (&w)[4], const float* a, const float* b, const float* c,
+                                const float* e) {
+  static_assert(n % 8 == 0);
+#if defined(KVT_HOST_VECTORS)
+  const auto eight = [&](int i) {
+    detail::Float8 x, sum;
+    detail::load(a + i, x);
+    detail::load(to + i, sum);
+    sum = w[0] * x + sum;
+    detail::load(b + i, x);
+    sum = w[1] * x + sum;
+    detail::load(c + i, x);
+    sum = w[2] * x + sum;
+    detail::load(e + i, x);
+    sum = w[3] * x + sum;
+    std::memcpy(to + i, &sum, sizeof sum);
+  };
+  int i = 0;
+  for (; i + 32 <= n; i += 32) {
+    eight(i);
+    eight(i + 8);
+    eight(i + 16);
+    eight(i + 24);
+  }
+  for (; i < n; i += 8) eight(i);
+#else
+  for (int i = 0; i < n; ++i) to[i] = w[3] * e[i] + (w[2] * c[i] + (w[1] * b[i] + (w[0] * a[i] + to[i])));
+#endif
+}
+
 // Of n >= 1 numbers, none of them NaN.
 KVT_INLINE float largest_of(const float* x, int n) {
   float best = x[0];
@@ -133,6 +163,7 @@ KVT_INLINE float largest_of(const float* x, int n) {
   if (n >= 8) {
     detail::Float8 top, next;
     detail::load(x, top);
+#pragma GCC unroll 4
     for (i = 8; i + 8 <= n; i += 8) {
       detail::load(x + i, next);
       top = next > top ? next : top;
@@ -152,6 +183,7 @@ KVT_INLINE float sum_of(const float* x, int n) {
   if (n >= 8) {
     detail::Float8 part, next;
     detail::load(x, part);
+#pragma GCC unroll 4
     for (i = 8; i + 8 <= n; i += 8) {
       detail::load(x + i, next);
       part += next;

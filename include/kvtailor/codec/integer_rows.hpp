@@ -1,0 +1,352 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Attention on rows of small integers, on a host with AVX2: products of 16 bits, sums of 32 bits.
+//
+// Rows are seen through a type R:
+//   size, group           elements of a row, and of those that share a scale; both multiples of 32
+//   most                  the largest magnitude an integer has
+//   load(row, to)         the integers of a row as size / 16 registers of 16-bit numbers, in the order of widen()
+//   scale(row, g)         what the integers of group g are multiplied by; least(row, g), if has_least, what is added then
+//
+// Error:   queries are rounded to 2^-16 of their largest element, or 2^-31 dim most of their norm where that is more; weights
+//          times scales to 2^-16 of the largest of 128 rows, or 2^-32 most of their sum. Below 1e-30 they count as zero.
+#pragma once
+
+#include "kvtailor/core/simd.hpp"
+#if defined(KVT_HOST_AVX2)
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+
+namespace kvt::inline v0::detail {
+
+// 32 numbers in 32 bytes as 16-bit numbers: elements 0 .. 7 and 16 .. 23 in to[0], 8 .. 15 and 24 .. 31 in to[1].
+KVT_INLINE void widen(__m256i low_bytes, __m256i high_bytes, __m256i* to) {
+  to[0] = _mm256_unpacklo_epi8(low_bytes, high_bytes);
+  to[1] = _mm256_unpackhi_epi8(low_bytes, high_bytes);
+}
+KVT_INLINE void widen(__m256i bytes, __m256i* to) { widen(bytes, _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes), to); }
+
+KVT_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
+KVT_INLINE __m256i load_bytes(const void* low, const void* high) {
+  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(low))),
+                                 _mm_loadu_si128(static_cast<const __m128i*>(high)), 1);
+}
+// Codes of `width` bits of elements i .. i + 31, one a byte, from a plane in which byte j of `stride` holds elements j,
+// j + stride, j + 2 stride, ... from the low bits up.
+template <int width, int stride>
+KVT_INLINE __m256i plane_codes(const unsigned char* plane, int i) {
+  const auto shift = [&](int element) { return (i + element) / stride * width; };
+  const auto from = [&](int element) { return plane + (i + element) % stride; };
+  __m256i codes;
+  if constexpr (stride % 32 == 0) {
+    codes = _mm256_srli_epi16(load_bytes(from(0)), shift(0));
+  } else if constexpr (stride % 16 == 0) {
+    codes = _mm256_srlv_epi64(load_bytes(from(0), from(16)), _mm256_setr_epi64x(shift(0), shift(0), shift(16), shift(16)));
+  } else if constexpr (stride % 8 == 0) {
+    const auto eight = [&](int element) {
+      long long bytes;
+      std::memcpy(&bytes, from(element), 8);
+      return bytes;
+    };
+    codes = _mm256_srlv_epi64(_mm256_setr_epi64x(eight(0), eight(8), eight(16), eight(24)),
+                              _mm256_setr_epi64x(shift(0), shift(8), shift(16), shift(24)));
+  } else {
+    alignas(32) unsigned char each[32];
+    for (int k = 0; k < 32; ++k) each[k] = static_cast<unsigned char>(*from(k) >> shift(k));
+    codes = load_bytes(each);
+  }
+  return width == 8 ? codes : _mm256_and_si256(codes, _mm256_set1_epi8((1 << width) - 1));
+}
+// 32 bits as bytes of all ones or zero.
+KVT_INLINE __m256i spread_bits(const unsigned char* from) {
+  int bits;
+  std::memcpy(&bits, from, sizeof bits);
+  const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
+  const __m256i place = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
+  return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), place), place);
+}
+// Bytes of a table of `size` bytes, a multiple of 16, at indices below it.
+template <int size>
+KVT_INLINE __m256i look_up_bytes(const std::int8_t* table, __m256i index) {
+  if constexpr (size == 16) {
+    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
+  } else {
+    constexpr int top = size == 32 ? 4 : size == 64 ? 5 : 6;  // the highest bit of an index
+    return _mm256_blendv_epi8(look_up_bytes<size / 2>(table, index), look_up_bytes<size / 2>(table + size / 2, index),
+                              _mm256_slli_epi16(index, 7 - top));
+  }
+}
+
+template <class R>
+struct IntegerRows {
+  static constexpr int dim = R::size, groups = dim / R::group, registers = dim / 16, group_registers = R::group / 16;
+  static constexpr int most_vectors = 16, most_rows = 128;  // at once
+  static_assert(dim % 32 == 0 && R::group % 32 == 0);
+
+  // out[j * stride + row] = query j . row
+  static void logits(const R& rows, int n, const float* queries, int m, float* out, int stride) {
+    for (int first = 0; first < m; first += most_vectors) {
+      const Queries some(queries + first * dim, std::min(most_vectors, m - first));
+      for (int row = 0; row < n; row += most_rows) {
+        some_logits(rows, row, std::min(most_rows, n - row), some, out + first * stride + row, stride);
+      }
+    }
+  }
+  // acc[j] += sum over rows of weights[j * stride + row] * row
+  static void accumulate(const R& rows, int n, const float* weights, int m, int stride, float* acc) {
+    for (int first = 0; first < m; first += most_vectors) {
+      for (int row = 0; row < n; row += most_rows) {
+        some_sums(rows, row, std::min(most_rows, n - row), weights + first * stride + row, std::min(most_vectors, m - first),
+                  stride, acc + first * dim);
+      }
+    }
+  }
+
+ private:
+  static constexpr float largest_sum = 2147000000.f / R::most;
+
+  // Elements 32 k .. of [dim], in the order of widen().
+  KVT_INLINE static __m256 eight(const float* from, int k, int part) {
+    const float* const at = from + 32 * k + 4 * part;
+    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)), _mm_loadu_ps(at + 16), 1);
+  }
+  // Returns what the integers are to be multiplied by.
+  static float to_integers(const float* x, __m256i* to) {
+    __m256 square = _mm256_setzero_ps(), largest = square;
+    for (int d = 0; d < dim; d += 8) {
+      const __m256 v = _mm256_loadu_ps(x + d);
+      square = _mm256_fmadd_ps(v, v, square);
+      largest = _mm256_max_ps(largest, magnitude(v));
+    }
+    // Every product with a row, and every part of one, fits in 32 bits.
+    const float top = largest_of(largest), total = sum(square);
+    const float norm = std::isinf(total) ? top * root() : std::sqrt(total);
+    const float factor = factor_for(top, norm, largest_sum / root());
+    const __m256 by = _mm256_set1_ps(factor);
+    for (int k = 0; k < dim / 32; ++k) {
+      const auto round = [&](int part) { return _mm256_cvtps_epi32(_mm256_mul_ps(eight(x, k, part), by)); };
+      to[2 * k] = _mm256_packs_epi32(round(0), round(1));
+      to[2 * k + 1] = _mm256_packs_epi32(round(2), round(3));
+    }
+    return unit_for(factor, norm);
+  }
+  static constexpr float root() {  // of dim, or a little more
+    int r = 1;
+    while (r * r < dim) ++r;
+    return static_cast<float>(r);
+  }
+  KVT_INLINE static __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
+  KVT_INLINE static float largest_of(__m256 x) {
+    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+  }
+  // Numbers times this are at most 32,767, and their total at most `most`. Zero if they are as good as zero, or no numbers.
+  KVT_INLINE static float factor_for(float largest, float total, float most) {
+    return largest > 1e-30f && total < 3e38f ? std::min(32767.f / largest, most / total) : 0.f;
+  }
+  KVT_INLINE static float unit_for(float factor, float total) {
+    return factor != 0 ? 1 / factor : total < 3e38f ? 0.f : std::nanf("");
+  }
+
+  // Sums of halves of two vectors, and those of four halves as numbers: s[0] of rows 0 and 1, s[1] of rows 2 and 3.
+  struct Whole {
+    __m256i x;
+    KVT_INLINE Whole() = default;
+    KVT_INLINE Whole(__m256i even, __m256i odd) : x(_mm256_hadd_epi32(even, odd)) {}
+    KVT_INLINE void operator+=(const Whole& other) { x = _mm256_add_epi32(x, other.x); }
+    KVT_INLINE static __m128 sums(const Whole (&s)[2]) {
+      const __m256i four = _mm256_hadd_epi32(s[0].x, s[1].x);
+      return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
+    }
+  };
+  struct Scaled {
+    __m256 x;
+    KVT_INLINE Scaled() = default;
+    KVT_INLINE Scaled(__m256 even, __m256 odd) : x(_mm256_hadd_ps(even, odd)) {}
+    KVT_INLINE void operator+=(const Scaled& other) { x = _mm256_add_ps(x, other.x); }
+    KVT_INLINE static __m128 sums(const Scaled (&s)[2]) {
+      const __m256 four = _mm256_hadd_ps(s[0].x, s[1].x);
+      return _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+    }
+  };
+
+  // Scales, and least elements, of up to most_rows rows; zeros up to a multiple of 8 of them.
+  struct Lines {
+    alignas(32) float scale[groups][most_rows];
+    alignas(32) float least[R::has_least ? groups : 1][most_rows];
+
+    Lines(const R& rows, int first, int n) {
+      for (int row = 0; row < n; ++row) {
+        for (int g = 0; g < groups; ++g) {
+          scale[g][row] = rows.scale(first + row, g);
+          if constexpr (R::has_least) least[g][row] = rows.least(first + row, g);
+        }
+      }
+      for (int row = n; row % 8 != 0; ++row) {
+        for (int g = 0; g < groups; ++g) scale[g][row] = 0;
+        if constexpr (R::has_least) {
+          for (int g = 0; g < groups; ++g) least[g][row] = 0;
+        }
+      }
+    }
+  };
+
+  struct Queries {
+    int m;
+    __m256i whole[most_vectors][registers];
+    float unit[most_vectors];
+    float total[most_vectors][R::has_least ? groups : 1];  // of a group
+
+    Queries(const float* queries, int count) : m(count) {
+      for (int j = 0; j < m; ++j) {
+        unit[j] = to_integers(queries + j * dim, whole[j]);
+        if constexpr (R::has_least) {
+          for (int g = 0; g < groups; ++g) total[j][g] = sum_of(queries + j * dim + g * R::group, R::group);
+        }
+      }
+    }
+  };
+
+  // Both operands of most products come from registers if those of two rows stay in them.
+  static constexpr int near_registers = group_registers % 4 == 0 ? 4 : 2;
+
+  static void some_logits(const R& rows, int first, int n, const Queries& query, float* out, int stride) {
+    using Part = std::conditional_t<groups == 1, Whole, Scaled>;
+    const Lines lines(rows, first, n);
+    for (int row = 0; row < n; row += 4) {
+      Part part[most_vectors][2];
+      for (int r = 0; r < 4; r += 2) {
+        __m256i even[registers], odd[registers];
+        rows.load(first + std::min(row + r, n - 1), even);
+        rows.load(first + std::min(row + r + 1, n - 1), odd);
+        for (int k = 0; k < registers; k += near_registers) {
+          __m256i x[2][near_registers];
+          for (int i = 0; i < near_registers; ++i) x[0][i] = even[k + i];
+          for (int i = 0; i < near_registers; ++i) x[1][i] = odd[k + i];
+          [[maybe_unused]] const float* const scale = lines.scale[k / group_registers] + row + r;
+          for (int j = 0; j < query.m; ++j) {
+            const __m256i* const q = query.whole[j] + k;
+            __m256i total[2] = {_mm256_madd_epi16(x[0][0], q[0]), _mm256_madd_epi16(x[1][0], q[0])};
+            for (int i = 1; i < near_registers; ++i) {
+              total[0] = _mm256_add_epi32(total[0], _mm256_madd_epi16(x[0][i], q[i]));
+              total[1] = _mm256_add_epi32(total[1], _mm256_madd_epi16(x[1][i], q[i]));
+            }
+            Part sum;
+            if constexpr (groups == 1) {
+              sum = {total[0], total[1]};
+            } else {
+              sum = {_mm256_mul_ps(_mm256_cvtepi32_ps(total[0]), _mm256_broadcast_ss(scale)),
+                     _mm256_mul_ps(_mm256_cvtepi32_ps(total[1]), _mm256_broadcast_ss(scale + 1))};
+            }
+            if (k > 0) sum += part[j][r / 2];
+            part[j][r / 2] = sum;
+          }
+        }
+      }
+      for (int j = 0; j < query.m; ++j) {
+        __m128 logit = Part::sums(part[j]);
+        if constexpr (groups == 1) logit = _mm_mul_ps(logit, _mm_load_ps(lines.scale[0] + row));
+        logit = _mm_mul_ps(logit, _mm_set1_ps(query.unit[j]));
+        if constexpr (R::has_least) {
+          for (int g = 0; g < groups; ++g) {
+            logit = _mm_fmadd_ps(_mm_load_ps(lines.least[g] + row), _mm_set1_ps(query.total[j][g]), logit);
+          }
+        }
+        float* const to = out + j * stride + row;
+        if (row + 4 <= n) {
+          _mm_storeu_ps(to, logit);
+        } else {
+          alignas(16) float four[4];
+          _mm_store_ps(four, logit);
+          std::copy_n(four, n - row, to);
+        }
+      }
+    }
+  }
+
+  static void some_sums(const R& rows, int first, int n, const float* weights, int m, int stride, float* acc) {
+    const Lines lines(rows, first, n);
+    const int padded = (n + 7) / 8 * 8;
+    alignas(32) std::int16_t weight[most_vectors][groups][most_rows];
+    float unit[most_vectors][groups];
+    __m256i whole[most_vectors][2 * registers];
+    for (int j = 0; j < m; ++j) {
+      alignas(32) float own[most_rows];
+      std::copy_n(weights + j * stride, n, own);
+      std::fill_n(own + n, padded - n, 0.f);
+      for (int g = 0; g < groups; ++g) {
+        unit[j][g] = weights_to_integers(own, lines.scale[g], padded, weight[j][g]);
+        if constexpr (R::has_least) {
+          const float shift = dot(own, lines.least[g], n);
+          for (int d = 0; d < R::group; ++d) acc[j * dim + g * R::group + d] += shift;
+        }
+      }
+      for (__m256i& s : whole[j]) s = _mm256_setzero_si256();
+    }
+    for (int row = 0; row < n; row += 4) {
+      __m256i near[2 * registers], far[2 * registers];  // rows 0 and 1, and 2 and 3, element by element
+      pairs(rows, first + row, first + n, near);
+      pairs(rows, first + row + 2, first + n, far);
+      for (int k = 0; k < 2 * registers; k += 4) {
+        __m256i x[2][4];
+        for (int i = 0; i < 4; ++i) x[0][i] = near[k + i];
+        for (int i = 0; i < 4; ++i) x[1][i] = far[k + i];
+        for (int j = 0; j < m; ++j) {
+          const std::int16_t* const w = weight[j][k / (2 * group_registers)] + row;
+          const __m256i a = two_weights(w), b = two_weights(w + 2);
+          for (int i = 0; i < 4; ++i) {
+            const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(x[0][i], a), _mm256_madd_epi16(x[1][i], b));
+            whole[j][k + i] = _mm256_add_epi32(whole[j][k + i], both);
+          }
+        }
+      }
+    }
+    for (int j = 0; j < m; ++j) {
+      for (int k = 0; k < 2 * registers; ++k) {
+        const __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(whole[j][k]), _mm256_set1_ps(unit[j][k / (2 * group_registers)]));
+        float* const to = acc + j * dim + 32 * (k / 4) + 4 * (k % 4);
+        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), _mm256_castps256_ps128(part)));
+        _mm_storeu_ps(to + 16, _mm_add_ps(_mm_loadu_ps(to + 16), _mm256_extractf128_ps(part, 1)));
+      }
+    }
+  }
+  KVT_INLINE static void pairs(const R& rows, int row, int end, __m256i* to) {
+    __m256i even[registers], odd[registers];
+    rows.load(std::min(row, end - 1), even);
+    rows.load(std::min(row + 1, end - 1), odd);
+    for (int k = 0; k < registers; ++k) {
+      to[2 * k] = _mm256_unpacklo_epi16(even[k], odd[k]);
+      to[2 * k + 1] = _mm256_unpackhi_epi16(even[k], odd[k]);
+    }
+  }
+  KVT_INLINE static __m256i two_weights(const std::int16_t* from) {
+    int both;
+    std::memcpy(&both, from, sizeof both);
+    return _mm256_set1_epi32(both);
+  }
+  static float weights_to_integers(const float* weights, const float* scale, int n, std::int16_t* to) {
+    __m256 total = _mm256_setzero_ps(), largest = total;
+    for (int row = 0; row < n; row += 8) {
+      const __m256 size = magnitude(_mm256_mul_ps(_mm256_load_ps(weights + row), _mm256_load_ps(scale + row)));
+      total = _mm256_add_ps(total, size);
+      largest = _mm256_max_ps(largest, size);
+    }
+    const float factor = factor_for(largest_of(largest), sum(total), largest_sum);
+    const __m256 by = _mm256_set1_ps(factor);
+    for (int row = 0; row < n; row += 8) {
+      const __m256 x = _mm256_mul_ps(_mm256_mul_ps(_mm256_load_ps(weights + row), _mm256_load_ps(scale + row)), by);
+      const __m256i whole = _mm256_cvtps_epi32(x);
+      _mm_store_si128(reinterpret_cast<__m128i*>(to + row),
+                      _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+    }
+    return unit_for(factor, sum(total));
+  }
+};
+
+}  // namespace kvt::inline v0::detail
+
+#endif

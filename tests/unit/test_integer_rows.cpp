@@ -1,0 +1,151 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Attention of many queries on long blocks, which the host does in integers where it can: against double precision, with the
+// errors that rounding to 16 bits may make, and not more.
+#include "codecs.hpp"
+#include "kvtailor/codec/group_int.hpp"
+#include "kvtailor/codec/lloyd_max.hpp"
+#include "kvtailor/codec/trellis.hpp"
+#include "kvtailor/codec/turbo_quant_unbiased.hpp"
+
+using namespace kvt;
+
+namespace {
+
+// What rows decode to, in the basis that queries are prepared for.
+template <class Codec>
+std::vector<float> rows_of(const std::vector<std::byte>& block, int n) {
+  const Codec codec;
+  const int basis = basis_dim(codec);
+  std::vector<float> rows;
+  for (int row = 0; row < n; ++row) {
+    if constexpr (Codec::plain) {
+      rows.resize(rows.size() + static_cast<std::size_t>(basis));
+      codec.decode(block.data(), n, row, &rows[static_cast<std::size_t>(row * basis)]);
+    } else {
+      LaneRow<Codec::max_basis_dim, 1> x;
+      codec.template load<1>(block.data(), n, row, 0, x);
+      rows.insert(rows.end(), x.x, x.x + basis);
+    }
+  }
+  return rows;
+}
+
+// `wide` is what integers times scales may be larger than rows: where levels are not around zero.
+template <class Codec>
+void check(int n, int m, double wide = 1) {
+  CAPTURE(Codec::head_dim);
+  CAPTURE(n);
+  CAPTURE(m);
+  const Codec codec;
+  const int basis = basis_dim(codec);
+  std::mt19937 random(static_cast<unsigned>(31 * n + m));
+  auto input = codecs::normal_rows(random, n, Codec::head_dim);
+  for (std::size_t i = 0; i < input.size(); ++i) input[i] *= 1 + static_cast<float>(i / Codec::head_dim % 7);
+  const auto block = codecs::encode(codec, input);
+  const auto rows = rows_of<Codec>(block, n);
+  const auto at = [&](int row, int d) { return static_cast<double>(rows[static_cast<std::size_t>(row * basis + d)]); };
+  auto queries = codecs::normal_rows(random, m, basis), weights = codecs::normal_rows(random, m, n);
+  const float sizes[] = {1, 1e-20f, 1e25f, 0, 1};
+  for (int j = 0; j < m; ++j) {
+    for (int d = 0; d < basis; ++d) queries[static_cast<std::size_t>(j * basis + d)] *= sizes[j % 5];
+    // Peaks, flat ones, and blocks whose weights are as good as zero.
+    for (int row = 0; row < n; ++row) {
+      float& w = weights[static_cast<std::size_t>(j * n + row)];
+      if (j % 4 == 1) w = row == n / 2 ? 1.f : 1e-3f * w;
+      if (j % 4 == 2) w = 1;
+      if (j % 4 == 3) w *= row < 128 ? 1e-36f : 1.f;
+    }
+  }
+  std::vector<float> logits(static_cast<std::size_t>(m * n)), sums(static_cast<std::size_t>(m * basis), 0.f);
+  codec.logits(Serial{}, block.data(), n, queries.data(), m, logits.data(), n);
+  codec.accumulate(Serial{}, block.data(), n, weights.data(), m, n, sums.data());
+  // fp32 sums of products, and half a unit of 16 bits; at large head dims, sums of 32 bits leave a little less than 16.
+  const double fp32 = std::ldexp(basis + 8, -24), half_unit = std::ldexp(basis > 128 ? 4 : 1, -16);
+  for (int j = 0; j < m; ++j) {
+    double top = 0;
+    for (int d = 0; d < basis; ++d) top = std::max(top, std::fabs(double(queries[static_cast<std::size_t>(j * basis + d)])));
+    for (int row = 0; row < n; ++row) {
+      double want = 0, size = 0, length = 0;
+      for (int d = 0; d < basis; ++d) {
+        const double q = double(queries[static_cast<std::size_t>(j * basis + d)]);
+        want += q * at(row, d);
+        size += std::fabs(at(row, d));
+        length += std::fabs(q * at(row, d));
+      }
+      const double error = std::fabs(double(logits[static_cast<std::size_t>(j * n + row)]) - want);
+      if (!(error <= fp32 * wide * length + half_unit * wide * top * size + 1e-36)) {
+        FAIL("query " << j << ", row " << row << ": " << logits[static_cast<std::size_t>(j * n + row)] << ", not " << want);
+      }
+    }
+    for (int d = 0; d < basis; ++d) {
+      double want = 0, bound = 1e-29;
+      for (int first = 0; first < n; first += 128) {
+        const int last = std::min(n, first + 128);
+        double most = 0, count = 0;
+        for (int row = first; row < last; ++row) {
+          const double w = double(weights[static_cast<std::size_t>(j * n + row)]);
+          want += w * at(row, d);
+          bound += std::ldexp(n + 8, -24) * wide * std::fabs(w * at(row, d));
+          double longest = 0;
+          for (int e = 0; e < basis; ++e) longest = std::max(longest, std::fabs(at(row, e)));
+          most = std::max(most, std::fabs(w) * longest);
+          ++count;
+        }
+        // Of scaled weights; levels are at most four times what a scale of 1 stands for.
+        bound += 4 * std::ldexp(wide * most * count, -16);
+      }
+      const double error = std::fabs(double(sums[static_cast<std::size_t>(j * basis + d)]) - want);
+      if (!(error <= bound)) FAIL("query " << j << ": " << sums[static_cast<std::size_t>(j * basis + d)] << ", not " << want);
+    }
+  }
+}
+
+template <class Codec>
+void check_sizes(double wide = 1) {
+  for (const int n : {1, 2, 3, 5, 127, 128, 129, 300}) check<Codec>(n, n == 300 ? 37 : 5, wide);
+}
+
+}  // namespace
+
+TEST_CASE("scalar codes") {
+  check_sizes<LloydMax<1, 64>>();
+  check_sizes<LloydMax<2, 64>>();
+  check_sizes<LloydMax<3, 96>>();
+  check_sizes<LloydMax<4, 128>>();
+  check_sizes<LloydMax<5, 192>>();
+  check_sizes<LloydMax<6, 256>>();
+}
+TEST_CASE("trellis codes") {
+  check_sizes<Trellis<1, 64>>();
+  check_sizes<Trellis<1, 96>>();
+  check_sizes<Trellis<2, 64>>();
+  check_sizes<Trellis<2, 128>>();
+  check_sizes<Trellis<3, 64>>();
+  check_sizes<Trellis<3, 192, 6>>();
+  check_sizes<Trellis<4, 256>>();
+}
+TEST_CASE("groups") {
+  check_sizes<Q8_0<64>>();
+  check_sizes<Q5_0<128>>();
+  check_sizes<Q4_0<96>>();
+  check_sizes<Q4_1<64>>(3);
+  check_sizes<Q5_1<256>>(3);
+}
+TEST_CASE("codes and a sketch") { check_sizes<TurboQuantUnbiased<3, 64>>(); }
+
+TEST_CASE("what is not a number stays none") {
+  const LloydMax<3, 64> codec;
+  std::mt19937 random(1);
+  const auto block = codecs::encode(codec, codecs::normal_rows(random, 8, 64));
+  for (const float bad : {std::nanf(""), INFINITY}) {
+    auto query = codecs::normal_rows(random, 1, 64), weights = codecs::normal_rows(random, 1, 8);
+    query[7] = weights[3] = bad;
+    std::vector<float> logits(8), sums(64);
+    codec.logits(Serial{}, block.data(), 8, query.data(), 1, logits.data(), 8);
+    codec.accumulate(Serial{}, block.data(), 8, weights.data(), 1, 8, sums.data());
+    for (const float x : logits) CHECK(!std::isfinite(x));
+    for (const float x : sums) CHECK(!std::isfinite(x));
+  }
+}
