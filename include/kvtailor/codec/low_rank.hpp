@@ -92,7 +92,7 @@ struct FactorRun {
   }
 
   // `count` factors.
-  void decode(int count, float* to) const {
+  KVT_HD void decode(int count, float* to) const {
     int i = 0;
 #if defined(KVT_HOST_AVX2)
     switch (bits) {
@@ -502,7 +502,7 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   template <int most>
   struct Decoded<Serial, most> {
     float value[most];
-    Decoded(const detail::FactorRun& run, int count) { run.decode(count, value); }
+    KVT_HD Decoded(const detail::FactorRun& run, int count) { run.decode(count, value); }
     KVT_HD KVT_INLINE float operator[](int i) const { return value[i]; }
     KVT_HD KVT_INLINE float dot(int, const float* with, int count) const { return kvt::dot(value, with, count); }
   };

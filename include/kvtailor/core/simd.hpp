@@ -163,7 +163,6 @@ KVT_INLINE float largest_of(const float* x, int n) {
   if (n >= 8) {
     detail::Float8 top, next;
     detail::load(x, top);
-#pragma GCC unroll 4
     for (i = 8; i + 8 <= n; i += 8) {
       detail::load(x + i, next);
       top = next > top ? next : top;
@@ -183,7 +182,6 @@ KVT_INLINE float sum_of(const float* x, int n) {
   if (n >= 8) {
     detail::Float8 part, next;
     detail::load(x, part);
-#pragma GCC unroll 4
     for (i = 8; i + 8 <= n; i += 8) {
       detail::load(x + i, next);
       part += next;
