@@ -70,7 +70,7 @@ TEST_CASE("low ranks with coded residuals are as near the full cache as they wer
   for (const Want& want : wanted) codecs.push_back(want.codec);
   const auto have = fidelity(handbook(), codecs);
   for (std::size_t k = 0; k < wanted.size(); ++k) {
-    MESSAGE(wanted[k].codec << ": " << have[k].bits << " bits, mean KL " << have[k].kl);
+    MESSAGE(codecs[k] << ": " << have[k].bits << " bits, mean KL " << have[k].kl);
     CHECK(have[k].bits <= wanted[k].bits);
     CHECK(have[k].kl <= wanted[k].kl);
   }

@@ -5,6 +5,8 @@
 #include <doctest/doctest.h>
 
 #include <algorithm>
+#include <fstream>
+#include <nlohmann/json.hpp>
 
 #include "model/program.hpp"
 
@@ -129,6 +131,68 @@ TEST_CASE("compositions of fidelity that cannot be read") {
     refused(std::string("uniform,key_diff,turbo4,") + (*retain != '\0' ? retain : " "), "the retention");
   }
   refused("turbo9", "turbo4");
+  refused("low_rank_turbo2:rank=33", "rank");
+  refused("low_rank_turbo2:rule=best", "rule");
+  refused("low_rank_turbo2:per_bit=0.5", "per_bit");
+  refused("low_rank_turbo2:bits=7", "bits");
+  refused("low_rank_turbo2:loop=half", "loop");
+  refused("turbo2:rank=4", "rank");
+}
+
+TEST_CASE("sensitivities that do not fit choose no codecs, and those that do choose") {
+  using nlohmann::json;
+  const TemporaryFolder folder;
+  const std::string path = folder.file("sensitivities.json");
+  const auto write = [&](const json& file) { std::ofstream(path) << file.dump(); };
+  const auto refused = [&](const std::string& bits, const std::string& sentence) {
+    check_refused({"fidelity", "--text", text_path(), "--cache", "mixed:" + path + "@" + bits}, sentence);
+  };
+  refused("2.5", "cannot read the sensitivities");
+  { std::ofstream(path) << "no JSON"; }
+  refused("2.5", "cannot be read");
+  // Half of the places lose much at 2 bits.
+  json file = {{"format", "kvtailor codec sensitivities"},
+               {"version", 1},
+               {"geometry", {{"num_layers", 30}, {"num_kv_heads", 3}, {"num_q_heads", 9}, {"head_dim", 64}}},
+               {"codecs", {"turbo2", "turbo4"}}};
+  for (int place = 0; place < 180; ++place) file["places"].push_back({{2.25, place % 2 == 0 ? 1e-2 : 1e-6}, {4.25, 1e-7}});
+  const json good = file;
+  for (const char* bits : {"", "0", "-1", "nan", "33", "2.5x"}) {
+    write(good);
+    refused(bits, "mixed:FILE@BITS");
+  }
+  refused("2.2", "cannot be met");
+  file["version"] = 2;
+  write(file);
+  refused("2.5", "version 1");
+  file = good;
+  file["geometry"]["head_dim"] = 128;
+  write(file);
+  refused("2.5", "this one has");
+  file = good;
+  file["places"].erase(0);
+  write(file);
+  refused("2.5", "179 places");
+  file = good;
+  file["places"][7].erase(0);
+  write(file);
+  refused("2.5", "does not list every codec");
+  file = good;
+  file["places"][7][0] = {nullptr, 0};
+  write(file);
+  refused("2.5", "cannot be read");
+  file = good;
+  file["codecs"][1] = "turbo9";
+  write(file);
+  refused("4", "turbo9");
+
+  write(good);
+  const Outcome outcome = run_program({"fidelity", "--text", text_path(), "--tokens", "260", "--recent", "0", "--flush",
+                                       "--json", "-", "--cache", "mixed:" + path + "@3.25", "--cache", "turbo4/turbo2"});
+  INFO(outcome.errors);
+  REQUIRE(outcome.exit_code == 0);
+  const json results = json::parse(outcome.output)["results"];
+  for (const char* number : {"mean_kl", "bits_per_element"}) CHECK(results[0][number] == results[1][number]);
 }
 
 TEST_CASE("peers and plots of fidelity that cannot be, before the long run") {

@@ -135,6 +135,18 @@ TEST_CASE("groups") {
 }
 TEST_CASE("codes and a sketch") { check_sizes<TurboQuantUnbiased<3, 64>>(); }
 
+TEST_CASE("equal rows with equal weights, whose sum of integers would not fit") {
+  const LloydMax<6, 64> codec;
+  constexpr int n = 128;
+  std::vector<float> input(n * 64, 0.f);
+  for (int row = 0; row < n; ++row) input[static_cast<std::size_t>(64 * row + 5)] = 8;
+  const auto block = codecs::encode(codec, input);
+  const std::vector<float> weights(n, 1.f), rows = codecs::decode(codec, block, n);
+  std::vector<float> sums(64, 0.f);
+  codec.accumulate(Serial{}, block.data(), n, weights.data(), 1, n, sums.data());
+  for (std::size_t d = 0; d < 64; ++d) CHECK(std::fabs(sums[d] - n * rows[d]) <= 0.06f);  // of 1024, in weights of 14 bits
+}
+
 TEST_CASE("what is not a number stays none") {
   const LloydMax<3, 64> codec;
   std::mt19937 random(1);

@@ -11,9 +11,8 @@
 //          symmetric   scale * (code - 2^(bits - 1)), where the element of largest magnitude, whatever its sign, has code 0
 //          8 bits      symmetric: scale * code, code -127 .. 127 in two's complement
 // Error:   of an element, half a step, and what fp16 does to the levels: 2^-11 of the largest magnitude in the group
-// (asymmetric:
-//          of |least| + largest - least), or 2^-25 of each fp16 number, times the code, where that is more. Symmetric levels
-//          of fewer than 8 bits end a step before minus the largest, and elements there are up to a step off.
+//          (asymmetric: of |least| + largest - least), or 2^-25 of each fp16 number, times the code, where that is more.
+//          Symmetric levels of fewer than 8 bits end a step before minus the largest, and elements there are up to a step off.
 // Cost:    head_dim * bits / 8 bytes and 2 (symmetric) or 4 for each group. Codes are the same with and without FMA.
 // Source:  ggml, quantize_row_*_ref.
 #pragma once

@@ -39,8 +39,8 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   static constexpr int levels_of_one = 256;  // integer levels between 0 and 1
   static constexpr int integer_level(int code) {
     const int i = code - num_levels / 2;
-    const float level = HalfLevels<dim, bits>::level[i < 0 ? -1 - i : i] * levels_of_one;
-    const int whole = static_cast<int>(level + 0.5f);
+    const int halves = static_cast<int>(HalfLevels<dim, bits>::level[i < 0 ? -1 - i : i] * (2 * levels_of_one));
+    const int whole = (halves + 1) / 2;
     return i < 0 ? -whole : whole;
   }
   struct Levels {

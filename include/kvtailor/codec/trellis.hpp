@@ -9,7 +9,7 @@
 // Value:   scale * value[state] of a table of 2^window values; the state is bits i * bits .. i * bits + window - 1 of the ring,
 //          the first of them the lowest. See trellis_tables.hpp.
 // Error:   of a row whose elements are spread like those of a random one, relative to its squared norm, on average, for
-//          head_dim 64: .281 / .073 / .0192 / .0051 at 1 .. 4 bits, window 8; .285 / .078 / .0212 at 1 .. 3 bits, window 6.
+//          head_dim 64: .281 / .073 / .0194 / .0052 at 1 .. 4 bits, window 8; .285 / .078 / .0215 at 1 .. 3 bits, window 6.
 //          At head_dim 128 up to 4 % more. Of any other row up to 1: see Rotated.
 // Cost:    head_dim * bits / 8 + sizeof(Scale) bytes a row: a ring has no beginning to be stored. Encoding takes eight times
 //          as long as that of LloydMax at window 8, four times at window 6; reading takes about as long.

@@ -8,16 +8,13 @@
 // See docs/decisions.md for what that costs.
 //
 // Block:   n rows: Half {norm / sqrt(head_dim), residual norm} [n]; then per row the codes of LloydMax, and head_dim signs,
-// sign d
-//          in bit d % 8 of byte d / 8.
+//          sign d in bit d % 8 of byte d / 8.
 // Value:   rotation^-1 (scale * level[code] + factor * residual norm * S^T sign), S the sketch; see Sketch.
 // Error:   of a row, relative to its squared norm, on average D times that of the sketch, D the error of bits - 1 bits (1 at
-// 0):
-//          .571 with an orthogonal sketch, 1.571 with a Gaussian one.
+//          0): .571 with an orthogonal sketch, 1.571 with a Gaussian one.
 // Cost:    head_dim * bits / 8 + 4 bytes a row; queries and sums are twice as long, so attention takes twice the time.
 // Source:  TurboQuant, arXiv 2504.19874, algorithm 2, which has the Gaussian sketch. Of the orthogonal one: QJL, arXiv
-// 2406.03482,
-//          section 4.
+//          2406.03482, section 4.
 #pragma once
 
 #include <cmath>
