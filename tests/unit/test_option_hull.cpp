@@ -72,6 +72,13 @@ TEST_CASE("the choice is the best there is wherever its own cost is the limit, a
   }
 }
 
+TEST_CASE("a step that does not fit leaves room for a smaller one that gains less") {
+  const std::vector<std::vector<Option>> options = {{{0, 10}, {5, 0}}, {{0, 1}, {1, .5}}};
+  std::vector<int> chosen;
+  REQUIRE(choose_options(options, 2, chosen).ok());
+  CHECK(chosen == std::vector<int>{0, 1});
+}
+
 TEST_CASE("options that cannot be compared are refused") {
   std::vector<int> chosen;
   const std::vector<std::vector<Option>> nan = {{{1, std::nan("")}}}, empty = {{{1, 1}}, {}};

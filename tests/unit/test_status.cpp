@@ -310,6 +310,31 @@ TEST_CASE("a cache goes on where it was moved to, with its codec's state") {
   CHECK(target.bits_per_element() < 12);
 }
 
+TEST_CASE("heads keep codecs of their own in a fork, where a cache is moved to, and when it is cleared") {
+  using Choice = OneOf<Dense<Half, dim>, TurboQuant<4, dim>>;
+  using Codec = KvCodec<Choice, Choice>;
+  KvCache<Uniform, KeyDiff, Codec> cache, child;
+  std::vector<Codec> codecs(static_cast<std::size_t>(shape.num_heads()));
+  for (std::size_t h = 0; h < codecs.size(); ++h) codecs[h] = {{static_cast<int>(h % 2)}, {static_cast<int>(h % 3 == 0)}};
+  REQUIRE(cache.init(shape, small, codecs).ok());
+  append(cache, Rows(0, 20));
+  const auto keeps = [&](const auto& one) {
+    for (int h = 0; h < shape.num_heads(); ++h) {
+      const Codec& codec = one.codec(h / shape.num_kv_heads, h % shape.num_kv_heads);
+      CHECK(codec.keys.index == codecs[static_cast<std::size_t>(h)].keys.index);
+      CHECK(codec.values.index == codecs[static_cast<std::size_t>(h)].values.index);
+    }
+  };
+  keeps(cache);
+  REQUIRE(cache.fork(child).ok());
+  keeps(child);
+  CHECK(state(child) == state(cache));
+  child = std::move(cache);
+  keeps(child);
+  child.clear();
+  keeps(child);
+}
+
 // Last, since it crashes where it is not refused.
 TEST_CASE("attention without a place for the output is refused") {
   KvCache<Uniform, SinkRecent, Exact> cache;
