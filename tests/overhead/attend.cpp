@@ -34,8 +34,8 @@ float max_of(__m256 x) {
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
 
-// Online softmax block by block. A row is decoded once for all queries of its group. Values are added a row at a time, where
-// the cache adds four: it may take fewer instructions than this, and then the bound says less than it seems to.
+// Online softmax block by block. A row is decoded once for all queries of its group, and values are added four rows at a time,
+// as the cache does it.
 template <int dim>
 [[gnu::noinline]] void attend_by_hand(const Rows<dim>& cache, float* out) {
   constexpr int block = 128, most = 16;
@@ -89,7 +89,25 @@ template <int dim>
         total[j] += sum_of(part);
         for (; r < n; ++r) total[j] += w[r];
       }
-      for (int r = 0; r < n; ++r, value += dim) {
+      int r = 0;
+      for (; r + 4 <= n; r += 4, value += 4 * dim) {
+        float x[4][dim];
+        for (int i = 0; i < 4; ++i) kvt::load_floats<dim>(value + i * dim, x[i]);
+        for (int j = 0; j < group; ++j) {
+          const float* const w = weight + j * n + r;
+          const __m256 w0 = _mm256_broadcast_ss(w), w1 = _mm256_broadcast_ss(w + 1);
+          const __m256 w2 = _mm256_broadcast_ss(w + 2), w3 = _mm256_broadcast_ss(w + 3);
+          for (int d = 0; d < dim; d += 8) {
+            __m256 s = _mm256_loadu_ps(sum + j * dim + d);
+            s = _mm256_fmadd_ps(w0, _mm256_loadu_ps(x[0] + d), s);
+            s = _mm256_fmadd_ps(w1, _mm256_loadu_ps(x[1] + d), s);
+            s = _mm256_fmadd_ps(w2, _mm256_loadu_ps(x[2] + d), s);
+            s = _mm256_fmadd_ps(w3, _mm256_loadu_ps(x[3] + d), s);
+            _mm256_storeu_ps(sum + j * dim + d, s);
+          }
+        }
+      }
+      for (; r < n; ++r, value += dim) {
         float x[dim];
         kvt::load_floats<dim>(value, x);
         for (int j = 0; j < group; ++j) {

@@ -8,6 +8,7 @@
 #include <algorithm>
 #include <atomic>
 #include <cmath>
+#include <limits>
 
 #include "kvtailor/attend/plan.hpp"
 #include "kvtailor/core/simd.hpp"
@@ -105,14 +106,29 @@ class Attention {
     for (int i = 0; i < m * value_dim; ++i) tile.body_sum[i] = 0;
     tile.value_dim = value_dim;
     const int* where = store.positions().data() + task.first_row;
-    for (int i = task.first_segment; i < task.last_segment; ++i) {
-      const Segment s = segment(store, i);
-      if (s.near) {
-        tile.visit(s, where, near, near, near_query, tile.near_sum);
-      } else {
-        tile.visit(s, where, codec.keys, codec.values, body_query, tile.body_sum);
-      }
-      where += s.rows;
+    for (int i = task.first_segment; i < task.last_segment;) {
+      const int first_segment = i;
+      int rows = segment(store, i++).rows;
+      while (i < task.last_segment && (rows + segment(store, i).rows) * m <= logits_at_once) rows += segment(store, i++).rows;
+      const auto visible = tile.see(where, rows);
+      const auto each_visible = [&](auto visit) {
+        for (int k = first_segment, at = 0; k < i; ++k) {
+          const Segment s = segment(store, k);
+          if (at < visible.to && at + s.rows > visible.from) visit(s, at);
+          at += s.rows;
+        }
+      };
+      where += rows;
+      if (visible.from >= visible.to) continue;
+      each_visible([&](const Segment& s, int at) {
+        float* const to = tile.logits + at;
+        s.near ? add_logits(near, s, near_query, m, to, rows) : add_logits(codec.keys, s, body_query, m, to, rows);
+      });
+      tile.to_weights(rows);
+      each_visible([&](const Segment& s, int at) {
+        const float* const from = tile.logits + at;
+        s.near ? add_values(near, s, from, m, rows, tile.near_sum) : add_values(codec.values, s, from, m, rows, tile.body_sum);
+      });
     }
     if (body) {
       for (int j = 0; j < m; ++j) codec.values.finish(Serial{}, tile.body_sum + j * value_dim, tile.near_sum + j * head_dim);
@@ -157,6 +173,23 @@ class Attention {
   }
 
  private:
+  // Functions of their own: inside others their loops get fewer registers.
+  template <class Keys>
+  [[gnu::noinline]] static void add_logits(const Keys& codec, const Segment& s, const float* query, int m, float* to,
+                                           int stride) {
+    codec.logits(Serial{}, s.keys, s.rows, query, m, to, stride);
+  }
+  template <class Values>
+  [[gnu::noinline]] static void add_values(const Values& codec, const Segment& s, const float* weights, int m, int stride,
+                                           float* sum) {
+    codec.accumulate(Serial{}, s.values, s.rows, weights, m, stride, sum);
+  }
+
+  static constexpr int logits_at_once = 2048;  // unless one segment has more; they stay in the nearest cache
+  struct Range {
+    int from, to;
+  };
+
   static int pieces(int rows) { return (rows + max_block_rows_limit - 1) / max_block_rows_limit; }
 
   struct Tile {
@@ -165,29 +198,26 @@ class Attention {
     alignas(64) float logits[tile_vectors * max_block_rows_limit];
     SoftmaxState state[tile_vectors];
     int position[tile_vectors];
+    Range seen[tile_vectors];
     int m, value_dim;
     const AttendOptions* options;
 
-    // Adds the rows of a segment, at the positions `where` [rows], to `sum`.
-    template <class Keys, class Values>
-    void visit(const Segment& s, const int* where, const Keys& key_codec, const Values& value_codec, const float* query,
-               float* sum) {
-      const int n = s.rows, window = options->window;
-      int from[tile_vectors], to[tile_vectors];
-      bool any = false;
+    // The rows that each vector sees of those at the positions `where` [n]; returns a range that holds them all.
+    Range see(const int* where, int n) {
+      Range all{n, 0};
       for (int j = 0; j < m; ++j) {
-        to[j] = where[n - 1] <= position[j] ? n : static_cast<int>(std::upper_bound(where, where + n, position[j]) - where);
-        from[j] = window == 0 || where[0] > position[j] - window
-                      ? 0
-                      : static_cast<int>(std::upper_bound(where, where + n, position[j] - window) - where);
-        any = any || from[j] < to[j];
+        const auto not_after = [&](int p) { return static_cast<int>(std::upper_bound(where, where + n, p) - where); };
+        seen[j].to = where[n - 1] <= position[j] ? n : not_after(position[j]);
+        const int first = options->window == 0 ? std::numeric_limits<int>::min() : position[j] - options->window + 1;
+        seen[j].from = where[0] >= first ? 0 : not_after(first - 1);
+        if (seen[j].from < seen[j].to) all = {std::min(all.from, seen[j].from), std::max(all.to, seen[j].to)};
       }
-      if (!any) return;
-      key_codec.logits(Serial{}, s.keys, n, query, m, logits, n);
-      for (int j = 0; j < m; ++j) to_weights(j, from[j], to[j], n);
-      value_codec.accumulate(Serial{}, s.values, n, logits, m, n, sum);
+      return all;
     }
-    // Logits of vector j become weights; those of rows it does not see become zero.
+    // Logits [m, n] become weights; those of rows that a vector does not see become zero.
+    void to_weights(int n) {
+      for (int j = 0; j < m; ++j) to_weights(j, seen[j].from, seen[j].to, n);
+    }
     void to_weights(int j, int from, int to, int n) {
       float* const x = logits + j * n;
       if (from >= to) {
@@ -197,8 +227,9 @@ class Attention {
       if (const float cap = options->soft_cap; cap > 0) {
         for (int r = from; r < to; ++r) x[r] = cap * std::tanh(x[r] / cap);
       }
+      const bool first = state[j].empty();
       const float factor = state[j].raise(largest_of(x + from, to - from));
-      if (factor != 1.f) {
+      if (factor != 1.f && !first) {
         for (int d = 0; d < head_dim; ++d) near_sum[j * head_dim + d] *= factor;
         for (int d = 0; d < value_dim; ++d) body_sum[j * value_dim + d] *= factor;
       }

@@ -111,6 +111,7 @@ struct RowCodec : PlainBasis<dim> {
       return detail::IntegerRows<Integers>::logits(Integers{block, n}, n, prepared, m, out, stride);
     }
 #endif
+    if (m < 1) return;  // and compilers need not ask again for each row
     for (int row = 0; row < n; ++row) {
       typename Lanes::template Reg<LaneRow<basis, Lanes::size>> x;
       lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
@@ -132,11 +133,13 @@ struct RowCodec : PlainBasis<dim> {
       return detail::IntegerRows<Integers>::accumulate(Integers{block, n}, n, weights, m, stride, acc);
     }
 #endif
+    if (m < 1) return;
     int row = 0;
     if constexpr (Lanes::size == 1) {
       // Four rows for each pass over the sums, which are read and written less often.
       for (; row + 4 <= n; row += 4) {
-        LaneRow<basis, 1> x[4];
+        alignas(64) LaneRow<basis, 1> x[4];
+        KVT_UNROLL
         for (int r = 0; r < 4; ++r) self().template load<1>(block, n, row + r, 0, x[r]);
         float scale[4];
         for (int r = 0; r < 4; ++r) scale[r] = self().row_scale(block, row + r);

@@ -18,6 +18,15 @@
 #define KVT_INLINE inline
 #endif
 
+// Before a loop of constant length that is to become straight code.
+#if defined(__CUDACC__)
+#define KVT_UNROLL _Pragma("unroll")
+#elif defined(__GNUC__)
+#define KVT_UNROLL _Pragma("GCC unroll 64")
+#else
+#define KVT_UNROLL
+#endif
+
 // Internal invariants only: nothing an engine or a file can cause. Off in release builds.
 #if !defined(KVT_ASSERT)
 #if defined(NDEBUG)

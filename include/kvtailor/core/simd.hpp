@@ -142,36 +142,52 @@ KVT_HD KVT_INLINE void add_rows(float* to, const float (&w)[4], const float* a, 
     sum = w[3] * x + sum;
     std::memcpy(to + i, &sum, sizeof sum);
   };
-  int i = 0;
-  for (; i + 32 <= n; i += 32) {
-    eight(i);
-    eight(i + 8);
-    eight(i + 16);
-    eight(i + 24);
-  }
-  for (; i < n; i += 8) eight(i);
+  KVT_UNROLL
+  for (int i = 0; i < n; i += 8) eight(i);
 #else
   for (int i = 0; i < n; ++i) to[i] = w[3] * e[i] + (w[2] * c[i] + (w[1] * b[i] + (w[0] * a[i] + to[i])));
 #endif
 }
 
+namespace detail {
+
+#if defined(KVT_HOST_VECTORS)
+// Joins the first n / 8 * 8 of n >= 8 numbers eight by eight.
+template <class Join>
+KVT_INLINE Float8 join_eights(const float* x, int n, Join join) {
+  Float8 all, a, b, c, d;
+  load(x, all);
+  int i = 8;
+  for (; i + 32 <= n; i += 32) {
+    load(x + i, a);
+    load(x + i + 8, b);
+    load(x + i + 16, c);
+    load(x + i + 24, d);
+    all = join(all, join(join(a, b), join(c, d)));
+  }
+  for (; i + 8 <= n; i += 8) {
+    load(x + i, a);
+    all = join(all, a);
+  }
+  return all;
+}
+#endif
+
+}  // namespace detail
+
 // Of n >= 1 numbers, none of them NaN.
 KVT_INLINE float largest_of(const float* x, int n) {
+  const auto larger = [](const auto& a, const auto& b) { return a > b ? a : b; };
   float best = x[0];
   int i = 1;
 #if defined(KVT_HOST_VECTORS)
   if (n >= 8) {
-    detail::Float8 top, next;
-    detail::load(x, top);
-    for (i = 8; i + 8 <= n; i += 8) {
-      detail::load(x + i, next);
-      top = next > top ? next : top;
-    }
-    best = top[0];
-    for (int k = 1; k < 8; ++k) best = top[k] > best ? top[k] : best;
+    const detail::Float8 top = detail::join_eights(x, n, larger);
+    for (int k = 0; k < 8; ++k) best = larger(best, top[k]);
+    i = n / 8 * 8;
   }
 #endif
-  for (; i < n; ++i) best = x[i] > best ? x[i] : best;
+  for (; i < n; ++i) best = larger(best, x[i]);
   return best;
 }
 
@@ -180,13 +196,8 @@ KVT_INLINE float sum_of(const float* x, int n) {
   int i = 0;
 #if defined(KVT_HOST_VECTORS)
   if (n >= 8) {
-    detail::Float8 part, next;
-    detail::load(x, part);
-    for (i = 8; i + 8 <= n; i += 8) {
-      detail::load(x + i, next);
-      part += next;
-    }
-    total = detail::sum(part);
+    total = detail::sum(detail::join_eights(x, n, [](const detail::Float8& a, const detail::Float8& b) { return a + b; }));
+    i = n / 8 * 8;
   }
 #endif
   for (; i < n; ++i) total += x[i];
