@@ -60,17 +60,8 @@ struct IntCodes {
   KVT_HD KVT_INLINE static void unpack(const unsigned char* from, int* code) {
     const unsigned char* const plane = from + high_bytes;
 #if defined(KVT_HOST_AVX2)
-    if constexpr (stride % 8 == 0) {
-      for (int i = 0; i < n; i += 8) {
-        __m256i low = eight_codes<width>(plane + i % stride, i / stride * width);
-        if constexpr (high_bytes > 0) {
-          const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
-          const __m256i unset =
-              _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(from[i / 8]), place), _mm256_setzero_si256());
-          low = _mm256_or_si256(low, _mm256_andnot_si256(unset, _mm256_set1_epi32(1 << width)));
-        }
-        _mm256_storeu_si256(reinterpret_cast<__m256i*>(code + i), low);
-      }
+    if constexpr (in_eights) {
+      for (int i = 0; i < n; i += 8) _mm256_storeu_si256(reinterpret_cast<__m256i*>(code + i), eight_at(from, i));
       return;
     }
 #endif
@@ -82,6 +73,17 @@ struct IntCodes {
     }
   }
 #if defined(KVT_HOST_AVX2)
+  static constexpr bool in_eights = stride % 8 == 0;
+  KVT_INLINE static __m256i eight_at(const unsigned char* from, int i) requires(in_eights) {
+    const __m256i low = eight_codes<width>(from + high_bytes + i % stride, i / stride * width);
+    if constexpr (high_bytes == 0) {
+      return low;
+    } else {
+      const __m256i place = _mm256_setr_epi32(1, 2, 4, 8, 16, 32, 64, 128);
+      const __m256i unset = _mm256_cmpeq_epi32(_mm256_and_si256(_mm256_set1_epi32(from[i / 8]), place), _mm256_setzero_si256());
+      return _mm256_or_si256(low, _mm256_andnot_si256(unset, _mm256_set1_epi32(1 << width)));
+    }
+  }
   // Codes i .. i + 31, one a byte.
   KVT_INLINE static __m256i bytes_at(const unsigned char* from, int i) requires(n % 32 == 0) {
     const __m256i low = plane_codes<width, stride>(from + high_bytes, i);

@@ -68,16 +68,28 @@ KVT_INLINE __m256i spread_bits(const unsigned char* from) {
   const __m256i place = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
   return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), place), place);
 }
-// Bytes of a table of `size` bytes, a multiple of 16, at indices below it.
+// Bytes of an aligned table of `size` bytes, 16 to 128, at indices below it.
 template <int size>
 KVT_INLINE __m256i look_up_bytes(const std::int8_t* table, __m256i index) {
   if constexpr (size == 16) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
   } else {
+#if defined(KVT_HOST_AVX512)
+    if constexpr (size == 32) return _mm256_permutexvar_epi8(index, load_bytes(table));
+    if constexpr (size == 64) return _mm256_permutex2var_epi8(load_bytes(table), index, load_bytes(table + 32));
+#endif
     constexpr int top = size == 32 ? 4 : size == 64 ? 5 : 6;  // the highest bit of an index
     return _mm256_blendv_epi8(look_up_bytes<size / 2>(table, index), look_up_bytes<size / 2>(table + size / 2, index),
                               _mm256_slli_epi16(index, 7 - top));
   }
+}
+// sum + the products of 16-bit numbers, two by two
+KVT_INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+#if defined(KVT_HOST_AVX512)
+  return _mm256_dpwssd_epi32(sum, a, b);
+#else
+  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+#endif
 }
 
 template <class R>
@@ -152,27 +164,15 @@ struct IntegerRows {
     return factor != 0 ? 1 / factor : total < 3e38f ? 0.f : std::nanf("");
   }
 
-  // Sums of halves of two vectors, and those of four halves as numbers: s[0] of rows 0 and 1, s[1] of rows 2 and 3.
-  struct Whole {
-    __m256i x;
-    KVT_INLINE Whole() = default;
-    KVT_INLINE Whole(__m256i even, __m256i odd) : x(_mm256_hadd_epi32(even, odd)) {}
-    KVT_INLINE void operator+=(const Whole& other) { x = _mm256_add_epi32(x, other.x); }
-    KVT_INLINE static __m128 sums(const Whole (&s)[2]) {
-      const __m256i four = _mm256_hadd_epi32(s[0].x, s[1].x);
-      return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
-    }
-  };
-  struct Scaled {
-    __m256 x;
-    KVT_INLINE Scaled() = default;
-    KVT_INLINE Scaled(__m256 even, __m256 odd) : x(_mm256_hadd_ps(even, odd)) {}
-    KVT_INLINE void operator+=(const Scaled& other) { x = _mm256_add_ps(x, other.x); }
-    KVT_INLINE static __m128 sums(const Scaled (&s)[2]) {
-      const __m256 four = _mm256_hadd_ps(s[0].x, s[1].x);
-      return _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
-    }
-  };
+  // The sums of four vectors.
+  KVT_INLINE static __m128 sums_of_four(__m256i a, __m256i b, __m256i c, __m256i d) {
+    return sums_of_two(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
+  }
+  // The same of what hadd made of the first two and the others.
+  KVT_INLINE static __m128 sums_of_two(__m256i ab, __m256i cd) {
+    const __m256i four = _mm256_hadd_epi32(ab, cd);
+    return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
+  }
 
   // Scales, and least elements, of up to most_rows rows; zeros up to a multiple of 8 of them.
   struct Lines {
@@ -211,59 +211,80 @@ struct IntegerRows {
     }
   };
 
-  // Both operands of most products come from registers if those of two rows stay in them.
-  static constexpr int near_registers = group_registers % 4 == 0 ? 4 : 2;
-
   static void some_logits(const R& rows, int first, int n, const Queries& query, float* out, int stride) {
-    using Part = std::conditional_t<groups == 1, Whole, Scaled>;
     const Lines lines(rows, first, n);
     for (int row = 0; row < n; row += 4) {
-      Part part[most_vectors][2];
-      for (int r = 0; r < 4; r += 2) {
-        __m256i even[registers], odd[registers];
-        rows.load(first + std::min(row + r, n - 1), even);
-        rows.load(first + std::min(row + r + 1, n - 1), odd);
-        for (int k = 0; k < registers; k += near_registers) {
-          __m256i x[2][near_registers];
-          for (int i = 0; i < near_registers; ++i) x[0][i] = even[k + i];
-          for (int i = 0; i < near_registers; ++i) x[1][i] = odd[k + i];
-          [[maybe_unused]] const float* const scale = lines.scale[k / group_registers] + row + r;
-          for (int j = 0; j < query.m; ++j) {
-            const __m256i* const q = query.whole[j] + k;
-            __m256i total[2] = {_mm256_madd_epi16(x[0][0], q[0]), _mm256_madd_epi16(x[1][0], q[0])};
-            for (int i = 1; i < near_registers; ++i) {
-              total[0] = _mm256_add_epi32(total[0], _mm256_madd_epi16(x[0][i], q[i]));
-              total[1] = _mm256_add_epi32(total[1], _mm256_madd_epi16(x[1][i], q[i]));
-            }
-            Part sum;
-            if constexpr (groups == 1) {
-              sum = {total[0], total[1]};
-            } else {
-              sum = {_mm256_mul_ps(_mm256_cvtepi32_ps(total[0]), _mm256_broadcast_ss(scale)),
-                     _mm256_mul_ps(_mm256_cvtepi32_ps(total[1]), _mm256_broadcast_ss(scale + 1))};
-            }
-            if (k > 0) sum += part[j][r / 2];
-            part[j][r / 2] = sum;
-          }
-        }
+      __m128 logit[most_vectors];
+      const auto at = [&](int r) { return first + std::min(row + r, n - 1); };
+      if constexpr (groups == 1 && registers > 4) {
+        products_by_two(rows, at, query, logit);
+      } else {
+        products_by_four(rows, at, query, lines, row, logit);
       }
       for (int j = 0; j < query.m; ++j) {
-        __m128 logit = Part::sums(part[j]);
-        if constexpr (groups == 1) logit = _mm_mul_ps(logit, _mm_load_ps(lines.scale[0] + row));
-        logit = _mm_mul_ps(logit, _mm_set1_ps(query.unit[j]));
+        logit[j] = _mm_mul_ps(logit[j], _mm_set1_ps(query.unit[j]));
+        if constexpr (groups == 1) logit[j] = _mm_mul_ps(logit[j], _mm_load_ps(lines.scale[0] + row));
         if constexpr (R::has_least) {
           for (int g = 0; g < groups; ++g) {
-            logit = _mm_fmadd_ps(_mm_load_ps(lines.least[g] + row), _mm_set1_ps(query.total[j][g]), logit);
+            logit[j] = _mm_fmadd_ps(_mm_load_ps(lines.least[g] + row), _mm_set1_ps(query.total[j][g]), logit[j]);
           }
         }
         float* const to = out + j * stride + row;
         if (row + 4 <= n) {
-          _mm_storeu_ps(to, logit);
+          _mm_storeu_ps(to, logit[j]);
         } else {
           alignas(16) float four[4];
-          _mm_store_ps(four, logit);
+          _mm_store_ps(four, logit[j]);
           std::copy_n(four, n - row, to);
         }
+      }
+    }
+  }
+  // Products with four rows of one scale, two at a time: both operands of most come from registers if the rows stay in them.
+  template <class At>
+  KVT_INLINE static void products_by_two(const R& rows, At at, const Queries& query, __m128* logit) {
+    constexpr int near_registers = registers % 4 == 0 ? 4 : 2;
+    __m256i half[most_vectors][2];
+    for (int r = 0; r < 4; r += 2) {
+      __m256i even[registers], odd[registers];
+      rows.load(at(r), even);
+      rows.load(at(r + 1), odd);
+      for (int k = 0; k < registers; k += near_registers) {
+        __m256i x[2][near_registers];
+        for (int i = 0; i < near_registers; ++i) x[0][i] = even[k + i];
+        for (int i = 0; i < near_registers; ++i) x[1][i] = odd[k + i];
+        for (int j = 0; j < query.m; ++j) {
+          const __m256i* const q = query.whole[j] + k;
+          __m256i total[2] = {_mm256_madd_epi16(x[0][0], q[0]), _mm256_madd_epi16(x[1][0], q[0])};
+          for (int i = 1; i < near_registers; ++i) {
+            total[0] = add_products(total[0], x[0][i], q[i]);
+            total[1] = add_products(total[1], x[1][i], q[i]);
+          }
+          const __m256i sum = _mm256_hadd_epi32(total[0], total[1]);
+          half[j][r / 2] = k == 0 ? sum : _mm256_add_epi32(half[j][r / 2], sum);
+        }
+      }
+    }
+    for (int j = 0; j < query.m; ++j) logit[j] = sums_of_two(half[j][0], half[j][1]);
+  }
+  // Products with four rows at once, those of many groups times their scales.
+  template <class At>
+  KVT_INLINE static void products_by_four(const R& rows, At at, const Queries& query, const Lines& lines, int row,
+                                          __m128* logit) {
+    __m256i x[4][registers];
+    for (int r = 0; r < 4; ++r) rows.load(at(r), x[r]);
+    for (int g = 0; g < groups; ++g) {
+      const __m128 scale = _mm_load_ps(lines.scale[g] + row);
+      for (int j = 0; j < query.m; ++j) {
+        const __m256i* const q = query.whole[j] + g * group_registers;
+        __m256i total[4];
+        for (int r = 0; r < 4; ++r) {
+          const __m256i* const y = x[r] + g * group_registers;
+          total[r] = _mm256_madd_epi16(y[0], q[0]);
+          for (int i = 1; i < group_registers; ++i) total[r] = add_products(total[r], y[i], q[i]);
+        }
+        const __m128 sum = sums_of_four(total[0], total[1], total[2], total[3]);
+        logit[j] = groups == 1 ? sum : g == 0 ? _mm_mul_ps(sum, scale) : _mm_fmadd_ps(sum, scale, logit[j]);
       }
     }
   }
@@ -299,8 +320,7 @@ struct IntegerRows {
           const std::int16_t* const w = weight[j][k / (2 * group_registers)] + row;
           const __m256i a = two_weights(w), b = two_weights(w + 2);
           for (int i = 0; i < 4; ++i) {
-            const __m256i both = _mm256_add_epi32(_mm256_madd_epi16(x[0][i], a), _mm256_madd_epi16(x[1][i], b));
-            whole[j][k + i] = _mm256_add_epi32(whole[j][k + i], both);
+            whole[j][k + i] = add_products(add_products(whole[j][k + i], x[0][i], a), x[1][i], b);
           }
         }
       }

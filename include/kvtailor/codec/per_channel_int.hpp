@@ -146,6 +146,17 @@ struct PerChannelInt : PlainBasis<dim> {
   KVT_HD KVT_INLINE static void load(const Lines<lanes>& lines, const std::byte* group, int row, int lane,
                                      LaneRow<dim, lanes>& to) {
     const auto* const from = reinterpret_cast<const unsigned char*>(codes(group, row));
+#if defined(KVT_HOST_AVX2)
+    if constexpr (lanes == 1 && Codes::in_eights) {
+      KVT_UNROLL
+      for (int d = 0; d < dim; d += 8) {
+        const __m256 code = _mm256_cvtepi32_ps(Codes::eight_at(from, d));
+        _mm256_storeu_ps(to.x + d,
+                         _mm256_fmadd_ps(code, _mm256_loadu_ps(lines.scale.x + d), _mm256_loadu_ps(lines.least.x + d)));
+      }
+      return;
+    }
+#endif
     if constexpr (lanes == 1) {
       int code[dim];
       Codes::unpack(from, code);

@@ -168,6 +168,8 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     bool wraps[loads] = {};                               // the row's first byte takes the place of that one
     alignas(32) std::int8_t byte[loads / 2][2][32] = {};  // of each 32 elements: 0 .. 7 and 16 .. 23, then the others
     alignas(32) std::int16_t factor[16] = {};             // moves a state to the top of its 16 bits
+    alignas(32) std::int8_t eight[loads / 2][32] = {};    // the bytes that states 8 k .. 8 k + 7 come from, in eight bytes
+    alignas(32) std::int8_t shift[32] = {};               // where they begin in these
 
     constexpr Sources() {
       for (int k = 0; k < loads; ++k) {
@@ -176,13 +178,16 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
         wraps[k] = k + 1 == loads && Trellis::code_bytes > 16;
         for (int i = 0; i < 16; ++i) {
           const int at = first + i * bits / 8;
-          for (int b = 0; b < 2; ++b) {
-            const int place = at + b < Trellis::code_bytes ? at + b - from[k] : at + b - Trellis::code_bytes;
-            byte[k / 2][i / 8][16 * (k % 2) + 2 * (i % 8) + b] = static_cast<std::int8_t>(place);
-          }
+          const auto place = [&](int b) {
+            return static_cast<std::int8_t>(at + b < Trellis::code_bytes ? at + b - from[k] : at + b - Trellis::code_bytes);
+          };
+          for (int b = 0; b < 2; ++b) byte[k / 2][i / 8][16 * (k % 2) + 2 * (i % 8) + b] = place(b);
+          if (i % 8 != 0) continue;
+          for (int b = 0; 8 * b < 7 * bits + window; ++b) eight[k / 2][16 * (k % 2) + i + b] = place(b);
         }
       }
       for (int i = 0; i < 16; ++i) factor[i] = static_cast<std::int16_t>(1 << (16 - window - i * bits % 8));
+      for (int i = 0; i < 32; ++i) shift[i] = static_cast<std::int8_t>(i % 8 * bits);
     }
   };
   KVT_INLINE static __m128i sixteen_bytes(const unsigned char* codes) {
@@ -193,18 +198,24 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
   KVT_INLINE static void load_integers(const unsigned char* codes, __m256i* to) {
     static constexpr Sources source;
     static constexpr ValueBytes values;
-    const __m256i factor = _mm256_load_si256(reinterpret_cast<const __m256i*>(source.factor));
     for (int c = 0; c < dim / 32; ++c) {
       const auto half_of = [&](int k) {
         const __m128i bytes = sixteen_bytes(codes + source.from[k]);
         return source.wraps[k] ? _mm_insert_epi8(bytes, codes[0], 0) : bytes;
       };
       const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(half_of(2 * c)), half_of(2 * c + 1), 1);
+#if defined(KVT_HOST_AVX512)
+      const __m256i eights = _mm256_shuffle_epi8(bytes, detail::load_bytes(source.eight[c]));
+      // The masked form: gcc 12 warns of an uninitialised value inside the plain one.
+      const __m256i near = _mm256_maskz_multishift_epi64_epi8(0xffffffff, detail::load_bytes(source.shift), eights);
+      const __m256i state = _mm256_and_si256(near, _mm256_set1_epi8(static_cast<char>(num_states - 1)));
+#else
       const auto sixteen_states = [&](int part) {
-        const __m256i from = _mm256_load_si256(reinterpret_cast<const __m256i*>(source.byte[c][part]));
-        return _mm256_srli_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(bytes, from), factor), 16 - window);
+        const __m256i near = _mm256_shuffle_epi8(bytes, detail::load_bytes(source.byte[c][part]));
+        return _mm256_srli_epi16(_mm256_mullo_epi16(near, detail::load_bytes(source.factor)), 16 - window);
       };
       const __m256i state = _mm256_packus_epi16(sixteen_states(0), sixteen_states(1));
+#endif
       // The complement of a state above the middle stands for the opposite value.
       const __m256i above = window == 8 ? _mm256_cmpgt_epi8(_mm256_setzero_si256(), state)
                                         : _mm256_cmpgt_epi8(state, _mm256_set1_epi8(num_states / 2 - 1));
