@@ -75,7 +75,8 @@ KVT_INLINE __m256i look_up_bytes(const std::int8_t* table, __m256i index) {
     return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
   } else {
 #if defined(KVT_HOST_AVX512)
-    if constexpr (size == 32) return _mm256_permutexvar_epi8(index, load_bytes(table));
+    // The masked form: gcc 12 warns of an uninitialised value inside the plain one.
+    if constexpr (size == 32) return _mm256_maskz_permutexvar_epi8(0xffffffff, index, load_bytes(table));
     if constexpr (size == 64) return _mm256_permutex2var_epi8(load_bytes(table), index, load_bytes(table + 32));
 #endif
     constexpr int top = size == 32 ? 4 : size == 64 ? 5 : 6;  // the highest bit of an index

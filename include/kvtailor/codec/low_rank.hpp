@@ -81,17 +81,18 @@ struct FactorRun {
     }
   };
 
-  KVT_HD KVT_INLINE float operator[](int i) const {
+  KVT_HD KVT_INLINE float operator[](int i) const { return scale * level(i); }
+  KVT_HD KVT_INLINE float level(int i) const {
     if (bits == 16) {
       Half x;
       std::memcpy(&x, codes + 2 * i, 2);
       return to_float(x);
     }
     static constexpr Levels levels;
-    return scale * levels.value[(1 << bits) - 2 + get(codes, i, bits)];
+    return levels.value[(1 << bits) - 2 + get(codes, i, bits)];
   }
 
-  // `count` factors.
+  // The levels of `count` factors: these without their scale.
   KVT_HD void decode(int count, float* to) const {
     int i = 0;
 #if defined(KVT_HOST_AVX2)
@@ -118,7 +119,7 @@ struct FactorRun {
         break;
     }
 #endif
-    for (; i < count; ++i) to[i] = (*this)[i];
+    for (; i < count; ++i) to[i] = level(i);
   }
 
   // Codes x [count] at `bits` into `to`, which is zero; the scale, and what comes back in x.
@@ -170,21 +171,26 @@ struct FactorRun {
       }
     };
     static constexpr Table table;
-    const __m256 by = _mm256_set1_ps(scale);
     const __m256i place[2] = {_mm256_setr_epi64x(0, b, 4 * b, 5 * b), _mm256_setr_epi64x(2 * b, 3 * b, 6 * b, 7 * b)};
-    const unsigned char* const end = codes + FactorRun::bytes(count, b);
-    int i = 0;
-    for (; i + 8 <= count; i += 8) {
-      // Eight bytes are read: those that end with the run, where it ends before. A header of seven lies before any run.
-      const unsigned char* const from = codes + i / 8 * b;
-      const auto over = std::max<std::ptrdiff_t>(0, from + 8 - end);
-      std::uint64_t bytes;
-      std::memcpy(&bytes, from - over, 8);
-      const auto word = static_cast<long long>(bytes >> (8 * over));
+    const auto eight = [&](long long word, float* at) {
       const auto four = [&](int k) { return _mm256_castsi256_ps(_mm256_srlv_epi64(_mm256_set1_epi64x(word), place[k])); };
       const __m256i all = _mm256_castps_si256(_mm256_shuffle_ps(four(0), four(1), 0x88));
       const __m256i code = _mm256_and_si256(all, _mm256_set1_epi32((1 << b) - 1));
-      _mm256_storeu_ps(to + i, _mm256_mul_ps(by, look_up<1 << b>(table.value, code)));
+      _mm256_storeu_ps(at, look_up<1 << b>(table.value, code));
+    };
+    const unsigned char *from = codes, *const end = codes + FactorRun::bytes(count, b);
+    long long word;
+    int i = 0;
+    for (; i + 8 <= count && from + 8 <= end; i += 8, from += b) {
+      std::memcpy(&word, from, 8);
+      eight(word, to + i);
+    }
+    // Of eight bytes that end with the run, where it ends before. A header of seven lies before any run.
+    for (; i + 8 <= count; i += 8, from += b) {
+      const auto over = from + 8 - end;
+      std::uint64_t bytes;
+      std::memcpy(&bytes, from - over, 8);
+      eight(static_cast<long long>(bytes >> (8 * over)), to + i);
     }
     return i;
   }
@@ -418,16 +424,11 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
                      int stride) const noexcept {
     Parts parts(block, n);
     residual.logits(lanes, block + parts.head, n, prepared, m, out, stride);
-    for (detail::FactorRun right, left; parts.next(right, left);) {
-      const Decoded<Lanes, dim> basis(right, dim);
-      const Decoded<Lanes, max_block_rows> weights(left, n);
-      for (int j = 0; j < m; ++j) {
-        typename Lanes::template Reg<float> part;
-        lanes.each([&](int lane) { part[lane] = basis.dot(lane, prepared + j * dim, dim); });
-        const float along = lanes.sum(part);
-        lanes.each([&](int lane) {
-          for (int row = lane; row < n; row += Lanes::size) out[j * stride + row] += along * weights[row];
-        });
+    if constexpr (Lanes::size == 1) {
+      for (Pairs pairs; pairs.next(parts, n);) pairs.add(pairs.right, dim, prepared, dim, pairs.left, n, out, stride, m);
+    } else {
+      for (detail::FactorRun right, left; parts.next(right, left);) {
+        add_pair(lanes, right, dim, prepared, dim, left, n, out, stride, m);
       }
     }
   }
@@ -436,16 +437,11 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
                          float* acc) const noexcept {
     Parts parts(block, n);
     residual.accumulate(lanes, block + parts.head, n, weights, m, stride, acc);
-    for (detail::FactorRun right, left; parts.next(right, left);) {
-      const Decoded<Lanes, dim> basis(right, dim);
-      const Decoded<Lanes, max_block_rows> rows(left, n);
-      for (int j = 0; j < m; ++j) {
-        typename Lanes::template Reg<float> part;
-        lanes.each([&](int lane) { part[lane] = rows.dot(lane, weights + j * stride, n); });
-        const float along = lanes.sum(part);
-        lanes.each([&](int lane) {
-          for (int d = lane; d < dim; d += Lanes::size) acc[j * dim + d] += along * basis[d];
-        });
+    if constexpr (Lanes::size == 1) {
+      for (Pairs pairs; pairs.next(parts, n);) pairs.add(pairs.left, n, weights, stride, pairs.right, dim, acc, dim, m);
+    } else {
+      for (detail::FactorRun right, left; parts.next(right, left);) {
+        add_pair(lanes, left, n, weights, stride, right, dim, acc, dim, m);
       }
     }
   }
@@ -487,24 +483,47 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     }
   };
 
-  // One lane decodes a run once; lanes of a warp decode what they need when they need it. A dot product is a lane's part of it.
-  template <class Lanes, int most>
-  struct Decoded {
-    const detail::FactorRun& run;
-    KVT_HD Decoded(const detail::FactorRun& from, int) : run(from) {}
-    KVT_HD KVT_INLINE float operator[](int i) const { return run[i]; }
-    KVT_HD KVT_INLINE float dot(int lane, const float* with, int count) const {
-      float part = 0;
-      for (int i = lane; i < count; i += Lanes::size) part += run[i] * with[i];
-      return part;
+  // to[j] += (from[j] . a) b for m vectors. Lanes decode what they need when they need it.
+  template <class Lanes>
+  KVT_HD KVT_INLINE static void add_pair(const Lanes& lanes, const detail::FactorRun& a, int a_size, const float* from,
+                                         int from_stride, const detail::FactorRun& b, int b_size, float* to, int to_stride,
+                                         int m) {
+    for (int j = 0; j < m; ++j) {
+      typename Lanes::template Reg<float> part;
+      lanes.each([&](int lane) {
+        part[lane] = 0;
+        for (int i = lane; i < a_size; i += Lanes::size) part[lane] += a[i] * from[j * from_stride + i];
+      });
+      const float along = lanes.sum(part);
+      lanes.each([&](int lane) {
+        for (int i = lane; i < b_size; i += Lanes::size) to[j * to_stride + i] += along * b[i];
+      });
     }
-  };
-  template <int most>
-  struct Decoded<Serial, most> {
-    float value[most];
-    KVT_HD Decoded(const detail::FactorRun& run, int count) { run.decode(count, value); }
-    KVT_HD KVT_INLINE float operator[](int i) const { return value[i]; }
-    KVT_HD KVT_INLINE float dot(int, const float* with, int count) const { return kvt::dot(value, with, count); }
+  }
+  // One lane decodes up to four pairs and adds them in one pass.
+  struct Pairs {
+    int count;
+    float scale[4], right[4][dim], left[4][max_block_rows];
+
+    bool next(Parts& parts, int n) {
+      detail::FactorRun a, b;
+      for (count = 0; count < 4 && parts.next(a, b); ++count) {
+        scale[count] = a.scale * b.scale;
+        a.decode(dim, right[count]);
+        b.decode(n, left[count]);
+      }
+      return count > 0;
+    }
+    template <int a_most, int b_most>
+    void add(const float (&a)[4][a_most], int a_size, const float* from, int from_stride, const float (&b)[4][b_most],
+             int b_size, float* to, int to_stride, int m) const {
+      for (int j = 0; j < m; ++j) {
+        float along[4] = {};
+        for (int i = 0; i < count; ++i) along[i] = scale[i] * dot(a[i], from + j * from_stride, a_size);
+        const auto pair = [&](int i) { return b[std::min(i, count - 1)]; };
+        add_rows(to + j * to_stride, along, b[0], pair(1), pair(2), pair(3), b_size);
+      }
+    }
   };
 };
 

@@ -126,29 +126,45 @@ KVT_HD KVT_INLINE float dot(const float* a, const float* b, int n) {
   return total;
 }
 
-// to += w[0] * a + w[1] * b + w[2] * c + w[3] * e, n a multiple of 8.
+#if defined(KVT_HOST_VECTORS)
+namespace detail {
+
+KVT_INLINE void add_eights(float* to, const float (&w)[4], const float* a, const float* b, const float* c, const float* e) {
+  Float8 x, sum;
+  load(a, x);
+  load(to, sum);
+  sum = w[0] * x + sum;
+  load(b, x);
+  sum = w[1] * x + sum;
+  load(c, x);
+  sum = w[2] * x + sum;
+  load(e, x);
+  sum = w[3] * x + sum;
+  std::memcpy(to, &sum, sizeof sum);
+}
+
+}  // namespace detail
+#endif
+
+// to += w[0] * a + w[1] * b + w[2] * c + w[3] * e, any n.
+KVT_HD KVT_INLINE void add_rows(float* to, const float (&w)[4], const float* a, const float* b, const float* c, const float* e,
+                                int n) {
+  int i = 0;
+#if defined(KVT_HOST_VECTORS)
+  for (; i + 8 <= n; i += 8) detail::add_eights(to + i, w, a + i, b + i, c + i, e + i);
+#endif
+  for (; i < n; ++i) to[i] = w[3] * e[i] + (w[2] * c[i] + (w[1] * b[i] + (w[0] * a[i] + to[i])));
+}
+// The same, n a multiple of 8.
 template <int n>
 KVT_HD KVT_INLINE void add_rows(float* to, const float (&w)[4], const float* a, const float* b, const float* c,
                                 const float* e) {
   static_assert(n % 8 == 0);
 #if defined(KVT_HOST_VECTORS)
-  const auto eight = [&](int i) {
-    detail::Float8 x, sum;
-    detail::load(a + i, x);
-    detail::load(to + i, sum);
-    sum = w[0] * x + sum;
-    detail::load(b + i, x);
-    sum = w[1] * x + sum;
-    detail::load(c + i, x);
-    sum = w[2] * x + sum;
-    detail::load(e + i, x);
-    sum = w[3] * x + sum;
-    std::memcpy(to + i, &sum, sizeof sum);
-  };
   KVT_UNROLL
-  for (int i = 0; i < n; i += 8) eight(i);
+  for (int i = 0; i < n; i += 8) detail::add_eights(to + i, w, a + i, b + i, c + i, e + i);
 #else
-  for (int i = 0; i < n; ++i) to[i] = w[3] * e[i] + (w[2] * c[i] + (w[1] * b[i] + (w[0] * a[i] + to[i])));
+  add_rows(to, w, a, b, c, e, n);
 #endif
 }
 
