@@ -84,8 +84,9 @@ void attend(benchmark::State& state, const kvt::Geometry& shape, int rows) {
 }
 
 template <template <int> class Codec>
-void add(const std::string& name) {
+void add(const std::string& name, int most_rows = 8192) {
   for (const int rows : {8192, 32768}) {
+    if (rows > most_rows) continue;
     const auto add_shape = [&](auto dim, const char* letter, const kvt::Geometry& shape) {
       benchmark::RegisterBenchmark(("attend/" + std::string(letter) + "/" + std::to_string(rows) + "/" + name).c_str(),
                                    attend<Codec<decltype(dim)::value>>, shape, rows);
@@ -96,16 +97,30 @@ void add(const std::string& name) {
 }
 
 const bool added = [] {
-  add<bench::Fp16>("fp16");
-  add<bench::Turbo4>("turbo4");
-  add<bench::Turbo3Turbo2>("turbo3/turbo2");
-  add<bench::Turbo2>("turbo2");
-  add<bench::Q8>("q8_0");
-  add<bench::RotatedQ4>("rotated_q4_0");
-  add<bench::Kivi2>("kivi2");
-  add<bench::Trellis2>("trellis2");
-  add<bench::LowRankTurbo2>("low_rank_turbo2");
-  add<bench::LowRankTrellis2>("low_rank_trellis2");
+  constexpr int long_context = 32768;
+  add<bench::Fp16>("fp16", long_context);
+  add<bench::Turbo<4>::Codec>("turbo4", long_context);
+  add<bench::Turbo3Turbo2>("turbo3/turbo2", long_context);
+  add<bench::Turbo<2>::Codec>("turbo2", long_context);
+  add<bench::Q8>("q8_0", long_context);
+  add<bench::RotatedQ4>("rotated_q4_0", long_context);
+  add<bench::Kivi2>("kivi2", long_context);
+  add<bench::Trellis<2>::Codec>("trellis2", long_context);
+  add<bench::LowRankTurbo2>("low_rank_turbo2", long_context);
+  add<bench::LowRankTrellis2>("low_rank_trellis2", long_context);
+  add<bench::BFloat16>("bf16");
+  add<bench::Turbo<1>::Codec>("turbo1");
+  add<bench::Turbo<3>::Codec>("turbo3");
+  add<bench::Turbo<5>::Codec>("turbo5");
+  add<bench::Turbo<6>::Codec>("turbo6");
+  add<bench::Turbo2Unbiased>("turbo2_unbiased");
+  add<bench::Q5>("q5_0");
+  add<bench::Q4WithZero>("q4_1");
+  add<bench::Kivi4>("kivi4");
+  add<bench::Trellis<1>::Codec>("trellis1");
+  add<bench::Trellis<3>::Codec>("trellis3");
+  add<bench::Trellis<4>::Codec>("trellis4");
+  add<bench::MeanTurbo2>("mean_turbo2");
   return true;
 }();
 

@@ -53,13 +53,13 @@ void add(const std::string& name, double bound) {
 
 const bool added = [] {
   add<bench::Fp16>("fp16", 1e-6);
-  add<bench::Turbo4>("turbo4", 1.1 * .0093);
+  add<bench::Turbo<4>::Codec>("turbo4", 1.1 * .0093);
   add<bench::Turbo3Turbo2>("turbo3/turbo2", 1.1 * (.034 + .116) / 2);
-  add<bench::Turbo2>("turbo2", 1.1 * .116);
+  add<bench::Turbo<2>::Codec>("turbo2", 1.1 * .116);
   add<bench::Q8>("q8_0", 1e-4);
   add<bench::RotatedQ4>("rotated_q4_0", .01);
   add<bench::Kivi2>("kivi2", .16);
-  add<bench::Trellis2>("trellis2", 1.1 * .0742);
+  add<bench::Trellis<2>::Codec>("trellis2", 1.1 * .0742);
   add<bench::LowRankTurbo2>("low_rank_turbo2", .7 * .116);
   add<bench::LowRankTrellis2>("low_rank_trellis2", .7 * .0742);
   return true;

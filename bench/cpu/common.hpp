@@ -9,7 +9,11 @@
 #include <cmath>
 #include <random>
 
+#include "kvtailor/codec/kivi.hpp"
 #include "kvtailor/codec/low_rank.hpp"
+#include "kvtailor/codec/shifted.hpp"
+#include "kvtailor/codec/trellis.hpp"
+#include "kvtailor/codec/turbo_quant_unbiased.hpp"
 #include "kvtailor/kvtailor.hpp"
 
 namespace bench {
@@ -20,22 +24,39 @@ using Cache = kvt::KvCache<kvt::Uniform, kvt::SinkRecent, Codec>;
 template <int dim>
 using Fp16 = kvt::KvCodec<kvt::Dense<kvt::Half, dim>>;
 template <int dim>
-using Turbo4 = kvt::KvCodec<kvt::TurboQuant<4, dim>>;
+using BFloat16 = kvt::KvCodec<kvt::Dense<kvt::BFloat16, dim>>;
+template <int bits>
+struct Turbo {
+  template <int dim>
+  using Codec = kvt::KvCodec<kvt::TurboQuant<bits, dim>>;
+};
 template <int dim>
 using Turbo3Turbo2 = kvt::KvCodec<kvt::TurboQuant<3, dim>, kvt::TurboQuant<2, dim>>;
 template <int dim>
-using Turbo2 = kvt::KvCodec<kvt::TurboQuant<2, dim>>;
+using Turbo2Unbiased = kvt::KvCodec<kvt::TurboQuantUnbiased<2, dim>>;
 template <int dim>
 using Q8 = kvt::KvCodec<kvt::Q8_0<dim>>;
+template <int dim>
+using Q5 = kvt::KvCodec<kvt::Q5_0<dim>>;
+template <int dim>
+using Q4WithZero = kvt::KvCodec<kvt::Q4_1<dim>>;
 template <int dim>
 using RotatedQ4 = kvt::KvCodec<kvt::Rotated<kvt::Q4_0<dim>>>;
 template <int dim>
 using Kivi2 = kvt::KvCodec<kvt::KiviKeys<2, dim>, kvt::KiviValues<2, dim>>;
 template <int dim>
-using Trellis2 = kvt::KvCodec<kvt::Rotated<kvt::Trellis<2, dim>>>;
+using Kivi4 = kvt::KvCodec<kvt::KiviKeys<4, dim>, kvt::Q4_1<dim>>;
+template <int bits>
+struct Trellis {
+  template <int dim>
+  using Codec = kvt::KvCodec<kvt::Rotated<kvt::Trellis<bits, dim>>>;
+};
 template <int dim>
-using LowRankTurbo2 =
-    kvt::KvCodec<kvt::Rotated<kvt::LowRank<kvt::LloydMax<2, dim, kvt::NormCorrection::least_squares, kvt::LogScale>>>>;
+using ShortLloydMax2 = kvt::LloydMax<2, dim, kvt::NormCorrection::least_squares, kvt::LogScale>;
+template <int dim>
+using MeanTurbo2 = kvt::KvCodec<kvt::Rotated<kvt::Shifted<ShortLloydMax2<dim>>>>;
+template <int dim>
+using LowRankTurbo2 = kvt::KvCodec<kvt::Rotated<kvt::LowRank<ShortLloydMax2<dim>>>>;
 template <int dim>
 using LowRankTrellis2 = kvt::KvCodec<kvt::Rotated<kvt::LowRank<kvt::Trellis<2, dim>>>>;
 

@@ -27,7 +27,7 @@ class Attention {
   struct Segment {
     bool near;
     const std::byte *keys, *values;
-    int rows;
+    int rows, key_bytes, value_bytes;
   };
   static int num_segments(const Head& store) {
     return pieces(store.sink().rows()) + static_cast<int>(store.blocks().size()) + pieces(store.recent().rows());
@@ -36,12 +36,13 @@ class Attention {
     const int sinks = pieces(store.sink().rows()), blocks = static_cast<int>(store.blocks().size());
     if (index >= sinks && index < sinks + blocks) {
       const BlockRef& block = store.blocks()[static_cast<std::size_t>(index - sinks)];
-      return {false, block.keys(), block.values(), block.rows};
+      return {false, block.keys(), block.values(), block.rows, block.key_bytes, block.value_bytes};
     }
     const auto& zone = index < sinks ? store.sink() : store.recent();
     const int first = (index < sinks ? index : index - sinks - blocks) * max_block_rows_limit;
     const auto at = static_cast<std::ptrdiff_t>(first) * Near::row_bytes;
-    return {true, zone.keys.data() + at, zone.values.data() + at, std::min(max_block_rows_limit, zone.rows() - first)};
+    const int rows = std::min(max_block_rows_limit, zone.rows() - first), bytes = rows * Near::row_bytes;
+    return {true, zone.keys.data() + at, zone.values.data() + at, rows, bytes, bytes};
   }
 
   // Adds the tasks of one head to a plan; throws what the plan's resource throws. Room for partial results is made here.
@@ -114,18 +115,23 @@ class Attention {
       const auto each_visible = [&](auto visit) {
         for (int k = first_segment, at = 0; k < i; ++k) {
           const Segment s = segment(store, k);
-          if (at < visible.to && at + s.rows > visible.from) visit(s, at);
+          if (at < visible.to && at + s.rows > visible.from) visit(s, at, k);
           at += s.rows;
         }
       };
       where += rows;
       if (visible.from >= visible.to) continue;
-      each_visible([&](const Segment& s, int at) {
+      each_visible([&](const Segment& s, int at, int k) {
         float* const to = tile.logits + at;
+        prefetch(s.values, s.value_bytes);
+        if (k + 1 < task.last_segment) {
+          const Segment next = segment(store, k + 1);
+          prefetch(next.keys, next.key_bytes);
+        }
         s.near ? add_logits(near, s, near_query, m, to, rows) : add_logits(codec.keys, s, body_query, m, to, rows);
       });
       tile.to_weights(rows);
-      each_visible([&](const Segment& s, int at) {
+      each_visible([&](const Segment& s, int at, int) {
         const float* const from = tile.logits + at;
         s.near ? add_values(near, s, from, m, rows, tile.near_sum) : add_values(codec.values, s, from, m, rows, tile.body_sum);
       });
@@ -173,6 +179,14 @@ class Attention {
   }
 
  private:
+  // Blocks of few bytes are over before the hardware sees where reading goes.
+  static void prefetch([[maybe_unused]] const std::byte* from, [[maybe_unused]] int bytes) {
+#if defined(__GNUC__)
+    constexpr int most = 12 << 10, line = 64, near_cache = 2;
+    if (bytes > most) return;
+    for (int i = 0; i < bytes; i += line) __builtin_prefetch(from + i, 0, near_cache);
+#endif
+  }
   // Functions of their own: inside others their loops get fewer registers.
   template <class Keys>
   [[gnu::noinline]] static void add_logits(const Keys& codec, const Segment& s, const float* query, int m, float* to,
