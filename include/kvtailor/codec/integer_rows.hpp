@@ -217,8 +217,8 @@ struct IntegerRows {
     for (int row = 0; row < n; row += 4) {
       __m128 logit[most_vectors];
       const auto at = [&](int r) { return first + std::min(row + r, n - 1); };
-      if constexpr (groups == 1 && registers > 4) {
-        products_by_two(rows, at, query, logit);
+      if constexpr (group_registers > 4) {
+        products_by_two(rows, at, query, lines, row, logit);
       } else {
         products_by_four(rows, at, query, lines, row, logit);
       }
@@ -241,32 +241,46 @@ struct IntegerRows {
       }
     }
   }
-  // Products with four rows of one scale, two at a time: both operands of most come from registers if the rows stay in them.
+  // Products with four rows, those of many groups times their scales. Two rows at a time, and as much of them as registers
+  // hold: both operands of most products come from registers then.
   template <class At>
-  KVT_INLINE static void products_by_two(const R& rows, At at, const Queries& query, __m128* logit) {
-    constexpr int near_registers = registers % 4 == 0 ? 4 : 2;
-    __m256i half[most_vectors][2];
+  KVT_INLINE static void products_by_two(const R& rows, At at, const Queries& query, const Lines& lines, int row,
+                                         __m128* logit) {
+#if defined(KVT_HOST_AVX512)
+    constexpr int near = group_registers % 8 == 0 ? 8 : group_registers % 4 == 0 ? 4 : 2;
+#else
+    constexpr int near = group_registers % 4 == 0 ? 4 : 2;
+#endif
+    __m256i half[groups][most_vectors][2];
     for (int r = 0; r < 4; r += 2) {
       __m256i even[registers], odd[registers];
       rows.load(at(r), even);
       rows.load(at(r + 1), odd);
-      for (int k = 0; k < registers; k += near_registers) {
-        __m256i x[2][near_registers];
-        for (int i = 0; i < near_registers; ++i) x[0][i] = even[k + i];
-        for (int i = 0; i < near_registers; ++i) x[1][i] = odd[k + i];
+      for (int k = 0; k < registers; k += near) {
+        __m256i x[2][near];
+        for (int i = 0; i < near; ++i) x[0][i] = even[k + i];
+        for (int i = 0; i < near; ++i) x[1][i] = odd[k + i];
         for (int j = 0; j < query.m; ++j) {
           const __m256i* const q = query.whole[j] + k;
           __m256i total[2] = {_mm256_madd_epi16(x[0][0], q[0]), _mm256_madd_epi16(x[1][0], q[0])};
-          for (int i = 1; i < near_registers; ++i) {
+          for (int i = 1; i < near; ++i) {
             total[0] = add_products(total[0], x[0][i], q[i]);
             total[1] = add_products(total[1], x[1][i], q[i]);
           }
           const __m256i sum = _mm256_hadd_epi32(total[0], total[1]);
-          half[j][r / 2] = k == 0 ? sum : _mm256_add_epi32(half[j][r / 2], sum);
+          __m256i& to = half[k / group_registers][j][r / 2];
+          to = k % group_registers == 0 ? sum : _mm256_add_epi32(to, sum);
         }
       }
     }
-    for (int j = 0; j < query.m; ++j) logit[j] = sums_of_two(half[j][0], half[j][1]);
+    for (int j = 0; j < query.m; ++j) {
+      logit[j] = sums_of_two(half[0][j][0], half[0][j][1]);
+      if constexpr (groups == 1) continue;
+      logit[j] = _mm_mul_ps(logit[j], _mm_load_ps(lines.scale[0] + row));
+      for (int g = 1; g < groups; ++g) {
+        logit[j] = _mm_fmadd_ps(sums_of_two(half[g][j][0], half[g][j][1]), _mm_load_ps(lines.scale[g] + row), logit[j]);
+      }
+    }
   }
   // Products with four rows at once, those of many groups times their scales.
   template <class At>
