@@ -86,3 +86,36 @@ TEST_CASE("options that cannot be compared are refused") {
   CHECK(choose_options(empty, 5, chosen).code == Errc::bad_shape);
   CHECK(choose_options(std::vector<std::vector<Option>>{{{1, 1}}}, std::nan(""), chosen).code == Errc::bad_budget);
 }
+
+TEST_CASE("pooled losses are a place's total times a share that the places agree on") {
+  // Exact products stay what they are.
+  std::vector<std::vector<Option>> places;
+  for (const double size : {3.0, .5, 40.0}) places.push_back({{1, .75 * size}, {2, .2 * size}, {3, .05 * size}});
+  auto pooled = places;
+  REQUIRE(pool_losses(pooled).ok());
+  for (std::size_t p = 0; p < places.size(); ++p) {
+    for (std::size_t k = 0; k < 3; ++k) {
+      CHECK(pooled[p][k].loss == doctest::Approx(places[p][k].loss));
+      CHECK(pooled[p][k].cost == places[p][k].cost);
+    }
+  }
+  // Noise that makes the dearest option of one place seem the worst one does not.
+  places[1][2].loss = .6;
+  pooled = places;
+  REQUIRE(pool_losses(pooled).ok());
+  CHECK(pooled[1][0].loss == doctest::Approx(.75 * (.5 - .025 + .6)));
+  CHECK(pooled[1][2].loss == doctest::Approx(.05 * (.5 - .025 + .6)));
+  CHECK(lower_hull(pooled[1]) == std::vector<int>{0, 1, 2});
+
+  // A place that seems to gain loses nothing, and says nothing about shares.
+  places[1] = {{1, -1e-7}, {2, 1e-8}, {3, 0}};
+  pooled = places;
+  REQUIRE(pool_losses(pooled).ok());
+  for (const Option& one : pooled[1]) CHECK(one.loss == 0);
+  CHECK(pooled[2][1].loss == doctest::Approx(.2 * 40));
+  places[0].pop_back();
+  CHECK(pool_losses(places).code == Errc::bad_shape);
+  places[0].push_back({3, NAN});
+  CHECK(pool_losses(places).code == Errc::bad_value);
+  CHECK(pool_losses({}).ok());
+}

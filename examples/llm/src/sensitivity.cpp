@@ -72,12 +72,15 @@ std::vector<std::string> Sensitivities::choose(double bits, const kvt::Geometry&
     throw std::runtime_error("the sensitivities are of a model with the shape " + shape_of(geometry).dump() +
                              "; this one has " + shape_of(wanted).dump());
   }
-  std::vector<std::vector<kvt::Option>> options;
-  for (const auto& place : places) {
-    auto& of_place = options.emplace_back();
-    // A loss below the noise of the measurement can come out negative; it is none.
-    for (const Entry& entry : place) of_place.push_back({entry.bits, std::max(0.0, entry.kl)});
+  // Keys lose in other proportions than values.
+  std::vector<std::vector<kvt::Option>> part[2];
+  for (std::size_t p = 0; p < places.size(); ++p) {
+    auto& of_place = part[p % 2].emplace_back();
+    for (const Entry& entry : places[p]) of_place.push_back({entry.bits, entry.kl});
   }
+  for (auto& each : part) check(kvt::pool_losses(each));
+  std::vector<std::vector<kvt::Option>> options;
+  for (std::size_t p = 0; p < places.size(); ++p) options.push_back(part[p % 2][p / 2]);
   std::vector<int> chosen;
   const kvt::Status status = kvt::choose_options(options, bits * static_cast<double>(places.size()), chosen);
   if (!status.ok()) {
@@ -198,7 +201,10 @@ void add_sensitivity(CLI::App& app) {
   o->common.zones.recent_rows = 0;
   o->common.add(*command, 128);
   command->add_option("--text", o->text, "text file")->required();
-  command->add_option("--codec", o->codecs, "codec to measure; repeat for more. Join parameters by +")->required();
+  command
+      ->add_option("--codec", o->codecs,
+                   "codec to measure; repeat for more of one family, whose losses are pooled. Join parameters by +")
+      ->required();
   command->add_option("--out", o->out, "file for the result, JSON")->required();
   command->add_option("--tokens", o->tokens, "length of the text; tokens after the first chunk are scored")
       ->capture_default_str()

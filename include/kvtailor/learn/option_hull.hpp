@@ -7,6 +7,8 @@
 // Steps along the lower convex hull of each place's (cost, loss), steepest first over all places. That is the optimum of every
 // limit the steps meet exactly; in between the loss is at most one step above it (Lagrange; Shoham and Gersho, IEEE Trans.
 // Acoust., Speech, Signal Process. 36, 1988).
+//
+// pool_losses: measured losses with most of their noise taken out, for places where the same options differ by a factor.
 #pragma once
 
 #include <algorithm>
@@ -41,6 +43,40 @@ inline std::vector<int> lower_hull(std::span<const Option> options) {
     hull.push_back(i);
   }
   return hull;
+}
+
+// Losses that were measured, at places that all have the same options, become products: all a place lost, with all options
+// together, times an option's share of that, the median over the places. One place's options then differ as they do at most
+// places, and what its sum says of the place stays; codecs of one family at several bits are such options.
+inline Status pool_losses(std::span<std::vector<Option>> places) {
+  if (places.empty()) return success();
+  const std::size_t num_options = places[0].size();
+  std::vector<double> total;
+  for (const auto& place : places) {
+    if (place.size() != num_options) {
+      return error(Errc::bad_shape, "places with {} and with {} options have none in common", static_cast<double>(num_options),
+                   static_cast<double>(place.size()));
+    }
+    double sum = 0;
+    for (const Option& one : place) sum += one.loss;
+    if (!std::isfinite(sum)) return error(Errc::bad_value, "the losses of a place add up to {}; they must be finite", sum);
+    total.push_back(std::max(0.0, sum));
+  }
+  std::vector<double> ratios;
+  for (std::size_t k = 0; k < num_options; ++k) {
+    ratios.clear();
+    for (std::size_t p = 0; p < places.size(); ++p) {
+      if (total[p] > 0) ratios.push_back(places[p][k].loss / total[p]);
+    }
+    double share = 0;
+    if (!ratios.empty()) {
+      const auto middle = ratios.begin() + static_cast<std::ptrdiff_t>(ratios.size() / 2);
+      std::nth_element(ratios.begin(), middle, ratios.end());
+      share = *middle;
+    }
+    for (std::size_t p = 0; p < places.size(); ++p) places[p][k].loss = total[p] * share;
+  }
+  return success();
 }
 
 // options[place]: not empty. chosen[place]: an index into options[place]. bad_budget if even the cheapest cost more.
