@@ -133,7 +133,10 @@ TEST_CASE("groups") {
   check_sizes<Q4_1<64>>(3);
   check_sizes<Q5_1<256>>(3);
 }
-TEST_CASE("codes and a sketch") { check_sizes<TurboQuantUnbiased<3, 64>>(); }
+TEST_CASE("codes and a sketch") {
+  check_sizes<TurboQuantUnbiased<3, 64>>();
+  check_sizes<TurboQuantUnbiased<3, 128>>();  // groups that are read in parts
+}
 
 TEST_CASE("equal rows with equal weights, whose sum of integers would not fit") {
   const LloydMax<6, 64> codec;
