@@ -64,9 +64,13 @@ KVT_INLINE __m256i plane_codes(const unsigned char* plane, int i) {
 KVT_INLINE __m256i spread_bits(const unsigned char* from) {
   int bits;
   std::memcpy(&bits, from, sizeof bits);
+#if defined(KVT_HOST_AVX512)
+  return _mm256_movm_epi8(static_cast<__mmask32>(bits));
+#else
   const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
   const __m256i place = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
   return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), place), place);
+#endif
 }
 // Bytes of an aligned table of `size` bytes, 16 to 128, at indices below it.
 template <int size>

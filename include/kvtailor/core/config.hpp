@@ -19,9 +19,9 @@
 #endif
 
 // Before a loop of constant length that is to become straight code.
-#if defined(__CUDACC__)
+#if defined(__CUDA_ARCH__)
 #define KVT_UNROLL _Pragma("unroll")
-#elif defined(__GNUC__)
+#elif defined(__GNUC__) && !defined(__CUDACC__)
 #define KVT_UNROLL _Pragma("GCC unroll 64")
 #else
 #define KVT_UNROLL
