@@ -169,12 +169,8 @@ struct IntegerRows {
     return factor != 0 ? 1 / factor : total < 3e38f ? 0.f : std::nanf("");
   }
 
-  // The sums of four vectors.
-  KVT_INLINE static __m128 sums_of_four(__m256i a, __m256i b, __m256i c, __m256i d) {
-    return sums_of_two(_mm256_hadd_epi32(a, b), _mm256_hadd_epi32(c, d));
-  }
-  // The same of what hadd made of the first two and the others.
-  KVT_INLINE static __m128 sums_of_two(__m256i ab, __m256i cd) {
+  // The sums of four vectors, given the hadd of two and that of the others.
+  KVT_INLINE static __m128 sums_of_four(__m256i ab, __m256i cd) {
     const __m256i four = _mm256_hadd_epi32(ab, cd);
     return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
   }
@@ -278,11 +274,11 @@ struct IntegerRows {
       }
     }
     for (int j = 0; j < query.m; ++j) {
-      logit[j] = sums_of_two(half[0][j][0], half[0][j][1]);
+      logit[j] = sums_of_four(half[0][j][0], half[0][j][1]);
       if constexpr (groups == 1) continue;
       logit[j] = _mm_mul_ps(logit[j], _mm_load_ps(lines.scale[0] + row));
       for (int g = 1; g < groups; ++g) {
-        logit[j] = _mm_fmadd_ps(sums_of_two(half[g][j][0], half[g][j][1]), _mm_load_ps(lines.scale[g] + row), logit[j]);
+        logit[j] = _mm_fmadd_ps(sums_of_four(half[g][j][0], half[g][j][1]), _mm_load_ps(lines.scale[g] + row), logit[j]);
       }
     }
   }
@@ -302,7 +298,7 @@ struct IntegerRows {
           total[r] = _mm256_madd_epi16(y[0], q[0]);
           for (int i = 1; i < group_registers; ++i) total[r] = add_products(total[r], y[i], q[i]);
         }
-        const __m128 sum = sums_of_four(total[0], total[1], total[2], total[3]);
+        const __m128 sum = sums_of_four(_mm256_hadd_epi32(total[0], total[1]), _mm256_hadd_epi32(total[2], total[3]));
         logit[j] = groups == 1 ? sum : g == 0 ? _mm_mul_ps(sum, scale) : _mm_fmadd_ps(sum, scale, logit[j]);
       }
     }

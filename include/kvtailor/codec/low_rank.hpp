@@ -93,7 +93,7 @@ struct FactorRun {
   }
 
   // The levels of `count` factors: these without their scale.
-  KVT_HD void decode(int count, float* to) const {
+  KVT_HD void decode_levels(int count, float* to) const {
     int i = 0;
 #if defined(KVT_HOST_AVX2)
     switch (bits) {
@@ -509,8 +509,8 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
       detail::FactorRun a, b;
       for (count = 0; count < 4 && parts.next(a, b); ++count) {
         scale[count] = a.scale * b.scale;
-        a.decode(dim, right[count]);
-        b.decode(n, left[count]);
+        a.decode_levels(dim, right[count]);
+        b.decode_levels(n, left[count]);
       }
       return count > 0;
     }

@@ -12,7 +12,8 @@
 //          head_dim 64: .281 / .073 / .0194 / .0052 at 1 .. 4 bits, window 8; .285 / .078 / .0215 at 1 .. 3 bits, window 6.
 //          At head_dim 128 up to 4 % more. Of any other row up to 1: see Rotated.
 // Cost:    head_dim * bits / 8 + sizeof(Scale) bytes a row: a ring has no beginning to be stored. Encoding takes eight times
-//          as long as that of LloydMax at window 8, four times at window 6; reading takes about as long.
+//          as long as that of LloydMax at window 8, four times at window 6; reading, twice as long with AVX2, and a third
+//          longer with AVX-512 (VBMI).
 // Source:  trellis-coded quantization: M. W. Marcellin and T. R. Fischer, IEEE Trans. Commun. 38, 1990; the bit-shift trellis,
 //          closed to a ring: QTIP, arXiv 2406.11235. Differs from QTIP: one table over all states, trained with the encoder.
 #pragma once
