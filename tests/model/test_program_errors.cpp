@@ -35,7 +35,9 @@ std::vector<std::string> ask(std::vector<std::string> more) {
 
 }  // namespace
 
-TEST_CASE("a model that is not there") { check_refused(ask({"--model", "no-such.gguf"}), "no-such.gguf"); }
+TEST_CASE("a model that is not there") {
+  check_refused(ask({"--model", "no-such.gguf"}), "there is no file no-such.gguf; --model and KVT_MODEL take a GGUF file");
+}
 
 TEST_CASE("a document that is not there") {
   check_refused({"generate", "--document", "no-such.txt", "--question", "What?"}, "no-such.txt");
@@ -50,7 +52,7 @@ TEST_CASE("a model file that was cut off, in its weights or in its head") {
     CAPTURE(length);
     std::filesystem::copy_file(model, cut, std::filesystem::copy_options::overwrite_existing);
     std::filesystem::resize_file(cut, length);
-    check_refused(ask({"--model", cut}), "cut.gguf");
+    check_refused(ask({"--model", cut}), "cut.gguf; it has to be a whole GGUF file");
   }
 }
 

@@ -6,6 +6,7 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <filesystem>
 #include <fstream>
 #include <sstream>
 #include <stdexcept>
@@ -29,6 +30,9 @@ void Common::add(CLI::App& app, int default_chunk) {
 const std::string& Common::model_path() const {
   if (model.empty()) {
     throw std::runtime_error("no model is given: use --model FILE.gguf or set KVT_MODEL (tools/bootstrap installs one)");
+  }
+  if (!std::filesystem::is_regular_file(model)) {
+    throw std::runtime_error("there is no file " + model + "; --model and KVT_MODEL take a GGUF file");
   }
   return model;
 }

@@ -14,7 +14,8 @@ Tokenizer::Tokenizer(const std::string& model_path) {
   auto how = llama_model_default_params();
   how.vocab_only = true;
   model_ = llama_model_load_from_file(model_path.c_str(), how);
-  if (model_ == nullptr) throw std::runtime_error("cannot read the vocabulary of " + model_path);
+  if (model_ == nullptr)
+    throw std::runtime_error("cannot read the vocabulary of " + model_path + "; it has to be a whole GGUF file");
 }
 
 Tokenizer::~Tokenizer() { llama_model_free(model_); }
