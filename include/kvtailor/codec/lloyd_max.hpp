@@ -109,6 +109,17 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<dim, lanes>& to) const {
     load_codes<lanes>(LloydMax::code_bytes_of(block, n, row), lane, to.x);
   }
+  // Of element d, in the codes of a row.
+  KVT_HD KVT_INLINE static int code_at(const unsigned char* codes, int d) {
+    int code = 0;
+    for (int width = 4; width > 0; width /= 2) {
+      if ((bits & width) == 0) continue;
+      const int stride = dim * width / 8;
+      const unsigned char* const plane = codes + dim * bits_above(width) / 8;
+      code = code << width | (plane[d % stride] >> (d / stride * width) & ((1 << width) - 1));
+    }
+    return code;
+  }
   // The levels of the codes of one row, as a LaneRow has them.
   template <int lanes>
   KVT_HD KVT_INLINE static void load_codes(const unsigned char* codes, int lane, float* to) {
@@ -260,16 +271,6 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
         }
       }
     }
-  }
-  KVT_HD KVT_INLINE static int code_at(const unsigned char* codes, int d) {
-    int code = 0;
-    for (int width = 4; width > 0; width /= 2) {
-      if ((bits & width) == 0) continue;
-      const int stride = dim * width / 8;
-      const unsigned char* const plane = codes + dim * bits_above(width) / 8;
-      code = code << width | (plane[d % stride] >> (d / stride * width) & ((1 << width) - 1));
-    }
-    return code;
   }
   // The level nearest to u; a tie goes to the lower one.
   KVT_HD KVT_INLINE static int nearest(float u) {

@@ -27,6 +27,15 @@
 #define KVT_UNROLL
 #endif
 
+// The same where registers of the device have to be named by constants, and the simulation has none; and its opposite.
+#if defined(__CUDA_ARCH__)
+#define KVT_UNROLL_ON_DEVICE _Pragma("unroll")
+#define KVT_LOOP_ON_DEVICE _Pragma("unroll 1")
+#else
+#define KVT_UNROLL_ON_DEVICE
+#define KVT_LOOP_ON_DEVICE
+#endif
+
 // Internal invariants only: nothing an engine or a file can cause. Off in release builds.
 #if !defined(KVT_ASSERT)
 #if defined(NDEBUG)

@@ -7,6 +7,8 @@
 //   SimulatedWarp  the same 32 lanes run one after another on the host, so that device code is tested without a device
 // Lane l of a group of n owns elements l, l + n, l + 2n, ... Between two each() calls all lanes have finished the first.
 // A value a lane owns is a Reg<T>, read and written as reg[lane] inside each().
+// Blocks of warps, alike: ThreadBlock and SimulatedBlock. Between two each_warp() calls all warps have finished the first; a
+// value a warp owns is a PerWarp<T>.
 #pragma once
 
 #include "kvtailor/core/config.hpp"
@@ -19,6 +21,7 @@ struct Serial {
   struct Reg {
     T value;
     KVT_HD KVT_INLINE T& operator[](int) { return value; }
+    KVT_HD KVT_INLINE const T& operator[](int) const { return value; }
   };
   template <class F>
   KVT_HD KVT_INLINE void each(F&& f) const {
@@ -44,6 +47,7 @@ struct SimulatedWarp {
   struct Reg {
     T value[size];
     T& operator[](int lane) { return value[lane]; }
+    const T& operator[](int lane) const { return value[lane]; }
   };
   template <class F>
   void each(F&& f) const {
@@ -79,6 +83,21 @@ struct SimulatedWarp {
   }
 };
 
+template <int num_warps>
+struct SimulatedBlock {
+  using Lanes = SimulatedWarp;
+  static constexpr int warps = num_warps;
+  template <class T>
+  struct PerWarp {
+    T value[num_warps];
+    T& operator[](int warp) { return value[warp]; }
+  };
+  template <class F>
+  void each_warp(F&& f) const {
+    for (int warp = 0; warp < num_warps; ++warp) f(SimulatedWarp{}, warp);
+  }
+};
+
 #if defined(__CUDACC__)
 struct Warp {
   static constexpr int size = 32;
@@ -86,6 +105,7 @@ struct Warp {
   struct Reg {
     T value;
     __host__ __device__ T& operator[](int) { return value; }
+    __host__ __device__ const T& operator[](int) const { return value; }
   };
   template <class F>
   __host__ __device__ void each(F&& f) const {
@@ -133,6 +153,24 @@ struct Warp {
     return __shfl_sync(0xffffffffu, x.value, lane);
 #else
     return x.value;
+#endif
+  }
+};
+
+template <int num_warps>
+struct ThreadBlock {
+  using Lanes = Warp;
+  static constexpr int warps = num_warps;
+  template <class T>
+  struct PerWarp {
+    T value;
+    __host__ __device__ T& operator[](int) { return value; }
+  };
+  template <class F>
+  __host__ __device__ void each_warp(F&& f) const {
+#if defined(__CUDA_ARCH__)
+    f(Warp{}, static_cast<int>(threadIdx.x / 32u));
+    __syncthreads();
 #endif
   }
 };

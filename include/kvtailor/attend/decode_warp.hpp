@@ -1,0 +1,415 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// DecodeWarp: attention of up to eight query vectors over slices of one head, by one warp with tensor cores.
+//
+// A slice's logits S^T = K q^T are a fragment D of 16 rows by 8 vectors; weights become a fragment B by two transpositions in
+// registers, and outputs O^T = V^T p^T stay in fragments D of 16 dims by 8 vectors. All vectors share each unpacked code.
+// Scales meet the logit and the weight, never an element. Words of the next slice are asked for as soon as those of this one
+// are used.
+//
+// The running maximum is raised only when a logit is above it by `slack`: rarely, and by all lanes together. Weights are at
+// most 2^slack, so that a weight times the largest scale of a value that caches take, 65504 / 8.188, is below the largest fp16.
+// Error: queries, and weights times scales, are rounded to fp16 (2^-11 of each, below 2^-14 to 2^-25).
+#pragma once
+
+#include "kvtailor/attend/slices.hpp"
+
+namespace kvt::inline v0 {
+
+// Rows of one head, in pages of four slices: slices, then the positions of their rows, int32. In device memory on the device.
+struct SlicePages {
+  static constexpr int page_slices = 4, page_rows = page_slices * slice_rows;
+
+  const std::byte* pool;
+  const int* page;       // [ceil(rows / page_rows)] a page's number in the pool
+  long long page_bytes;  // from page to page, a multiple of 128
+  int rows;
+
+  KVT_HD KVT_INLINE const std::byte* at(int slice, int slice_bytes) const {
+    return pool + page[slice / page_slices] * page_bytes + slice % page_slices * slice_bytes;
+  }
+  KVT_HD KVT_INLINE const int* positions(int slice, int slice_bytes) const {
+    return reinterpret_cast<const int*>(at(slice, 0) + page_slices * slice_bytes) + slice % page_slices * slice_rows;
+  }
+};
+
+// Up to eight query vectors as fragments B, made once for all warps of a block. A vector is divided by the power of two of its
+// largest element, so that fp16 holds it, and logits are multiplied by that again. Vectors that are not there are zeros.
+template <int dim>
+struct QueryFragments {
+  std::uint32_t word[dim / 16][2][32];
+  float unit[8];
+
+  // prepared [m, dim], m <= 8: in the codec's basis, times scale and log2(e).
+  template <class Lanes>
+  KVT_HD void pack(const Lanes& lanes, const float* prepared, int m) {
+    auto largest = map(lanes, [&](int lane) {
+      float most = 0;
+      for (int d = lane % 4; d < dim && lane / 4 < m; d += 4) most = std::fmax(most, std::fabs(prepared[lane / 4 * dim + d]));
+      return most;
+    });
+    for (int mask = 1; mask < 4; mask *= 2) {
+      largest = map(
+          lanes, [](int, float a, float b) { return std::fmax(a, b); }, largest, shuffle_xor(lanes, largest, mask));
+    }
+    map(
+        lanes,
+        [&](int lane, float most) {
+          const int vector = lane / 4;
+          const float power = power_of_two(most), inverse = 1 / power;
+          if (lane % 4 == 0) unit[vector] = power;
+          for (int k = 0; k < dim / 16; ++k) {
+            for (int i = 0; i < 2; ++i) {
+              const float* const from = prepared + vector * dim + 16 * k + 8 * i + 2 * (lane % 4);
+              word[k][i][lane] = vector < m ? pack_halves(from[0] * inverse, from[1] * inverse) : 0;
+            }
+          }
+          return 0;
+        },
+        largest);
+  }
+
+ private:
+  // 2^floor(log2(x)), or 1 of zero and of what is not finite.
+  KVT_HD static float power_of_two(float x) {
+    const std::uint32_t exponent = bits_from_float(x) & 0x7f800000u;
+    return exponent == 0 || exponent == 0x7f800000u ? 1.f : float_from_bits(exponent);
+  }
+};
+
+// What a warp attends with; memory that all lanes see.
+template <int dim>
+struct DecodeQueries {
+  const QueryFragments<dim>* vectors;
+  const int* position;  // [m]
+  int m;
+  float cap;   // soft cap of logits, times log2(e); 0 means none
+  int window;  // as AttendOptions::window
+};
+
+// limited: whether a window, positions or a soft cap are looked at; otherwise every row is seen.
+template <class Layout, class Lanes, bool limited = false>
+class DecodeWarp {
+ public:
+  using Keys = typename Layout::Keys;
+  using Values = typename Layout::Values;
+  template <class T>
+  using Reg = typename Lanes::template Reg<T>;
+  static constexpr int dim = Layout::dim, across = dim / 16;
+  static constexpr float slack = 3;
+  // Whether words of the next slice, and queries, wait in registers: where there are enough. Of the largest heads, words of 16
+  // rows are read at a time, in a loop: straight code of 32 would be reordered until it spills.
+  static constexpr bool ahead = dim <= 128, queries_wait = dim <= 128;
+  template <class Fragments>
+  static constexpr bool halved = dim > 192 && !Fragments::streamed;
+  template <class Fragments>
+  static constexpr int kept = Fragments::streamed ? 1
+                              : halved<Fragments> ? Fragments::words / 2
+                                                  : Fragments::words;
+
+  // Attends to slices first, first + step, ... below last. table: Layout::table_bytes, filled.
+  KVT_HD void run(const Lanes& lanes, const SlicePages& pages, const DecodeQueries<dim>& query, const std::byte* table,
+                  int first, int last, int step) {
+    start(lanes, query);
+    if (first >= last) return;
+    Reg<std::uint32_t> keys[kept<Keys>], values[kept<Values>], scales[4] = {};
+    const std::byte* at = pages.at(first, Layout::bytes);
+    fetch<Keys>(lanes, at, keys);
+    if constexpr (ahead) fetch<Values>(lanes, at + Layout::values_at, values);
+    load_scales(lanes, at, scales);
+    for (int slice = first; slice < last; slice += step) {
+      const bool more = slice + step < last;
+      const std::byte* const next = more ? pages.at(slice + step, Layout::bytes) : at;
+      Reg<Float4> logit[2];
+      multiply_keys(lanes, at, keys, table, query, logit);
+      const Reg<std::uint32_t> scale[4] = {scales[0], scales[1], scales[2], scales[3]};
+      if constexpr (!ahead) fetch<Values>(lanes, at + Layout::values_at, values);
+      if (ahead && more) {
+        fetch<Keys>(lanes, next, keys);
+        load_scales(lanes, next, scales);
+      }
+      scale_logits(lanes, scale, query, logit);
+      if (slice * slice_rows + slice_rows > pages.rows) hide_missing(lanes, pages.rows - slice * slice_rows, logit);
+      if constexpr (limited) hide_unseen(lanes, pages.positions(slice, Layout::bytes), query, logit);
+      raise_if_needed(lanes, logit);
+      Reg<std::uint32_t> weight[2][2];
+      to_weights(lanes, scale, logit, weight);
+      multiply_values(lanes, at + Layout::values_at, values, table, weight);
+      if (more) {
+        if constexpr (ahead) {
+          fetch<Values>(lanes, next + Layout::values_at, values);
+        } else {
+          fetch<Keys>(lanes, next, keys);
+          load_scales(lanes, next, scales);
+        }
+      }
+      at = next;
+    }
+    for (int c = 0; c < 2; ++c) {
+      for (int mask = 4; mask < 32; mask *= 2) {
+        sum_[c] = map(
+            lanes, [](int, float a, float b) { return a + b; }, sum_[c], shuffle_xor(lanes, sum_[c], mask));
+      }
+    }
+  }
+
+  // The maximum, and sum of 2^(logit - maximum), of each vector: max [8], sum [8].
+  KVT_HD void store_state(const Lanes& lanes, float* max, float* sum) const {
+    map(
+        lanes,
+        [&](int lane, float max0, float max1, float sum0, float sum1) {
+          if (lane < 4) {
+            max[2 * lane] = max0;
+            max[2 * lane + 1] = max1;
+            sum[2 * lane] = sum0;
+            sum[2 * lane + 1] = sum1;
+          }
+          return 0;
+        },
+        max_[0], max_[1], sum_[0], sum_[1]);
+  }
+  // rows [8, dim] = or += (if `add`) factor [8] times the weighted rows of each vector, in the codec's basis.
+  KVT_HD void store_rows(const Lanes& lanes, const float* factor, bool add, float* rows) const {
+    KVT_UNROLL_ON_DEVICE
+    for (int k = 0; k < across; ++k) {
+      map(
+          lanes,
+          [&](int lane, const Float4& x) {
+            const int vector = lane % 4 * 2;
+            float* const to = rows + vector * dim + 16 * k + lane / 4;
+            const float by0 = factor[vector] * Values::unit, by1 = factor[vector + 1] * Values::unit;
+            to[0] = x.x[0] * by0 + (add ? to[0] : 0.f);
+            to[dim] = x.x[1] * by1 + (add ? to[dim] : 0.f);
+            to[8] = x.x[2] * by0 + (add ? to[8] : 0.f);
+            to[dim + 8] = x.x[3] * by1 + (add ? to[dim + 8] : 0.f);
+            return 0;
+          },
+          acc_[k]);
+    }
+  }
+
+ private:
+  template <class Fragments>
+  KVT_HD KVT_INLINE static void fetch(const Lanes& lanes, const std::byte* from, Reg<std::uint32_t>* to) {
+    if constexpr (!Fragments::streamed && !halved<Fragments>) Layout::template load<Fragments>(lanes, from, to);
+  }
+  // Of a tile; `words` are those of the slice, unless they are read now.
+  template <class Fragments>
+  KVT_HD KVT_INLINE static void registers(const Lanes& lanes, const std::byte* from, const Reg<std::uint32_t>* words, int tile,
+                                          const std::byte* table, Reg<std::uint32_t> (&a)[4]) {
+    if constexpr (Fragments::streamed) {
+      load_words<4>(lanes, from + tile * 4 * Layout::word_bytes, map(lanes, [](int lane) { return lane * 16; }), a);
+    } else {
+      Fragments::unpack(lanes, words, tile, table, a);
+    }
+  }
+  // Of rows g, g + 8, g + 16 and g + 24: keys in the first two words, values in the others.
+  KVT_HD KVT_INLINE static void load_scales(const Lanes& lanes, const std::byte* from, Reg<std::uint32_t>* to) {
+    if constexpr (Layout::scale_words > 0) {
+      const auto at = map(lanes, [](int lane) { return Layout::scales_at + lane / 4 * 4 * Layout::scale_words; });
+      load_words<Layout::scale_words>(lanes, from, at, to + (Keys::scaled ? 0 : 2));
+    }
+  }
+  // The scale of row g + 8 `which`.
+  KVT_HD KVT_INLINE static float pick(std::uint32_t even, std::uint32_t odd, int which) {
+    const std::uint32_t both = which < 2 ? even : odd;
+    return which % 2 == 0 ? low_half(both) : high_half(both);
+  }
+
+  KVT_HD void start(const Lanes& lanes, const DecodeQueries<dim>& query) {
+    if constexpr (queries_wait) {
+      for (int k = 0; k < across; ++k) {
+        for (int i = 0; i < 2; ++i) query_[k][i] = map(lanes, [&](int lane) { return query.vectors->word[k][i][lane]; });
+      }
+    }
+    for (int c = 0; c < 2; ++c) {
+      unit_[c] = map(lanes, [&](int lane) { return query.vectors->unit[lane % 4 * 2 + c] * Keys::unit; });
+      max_[c] = map(lanes, [](int) { return -std::numeric_limits<float>::infinity(); });
+      sum_[c] = map(lanes, [](int) { return 0.f; });
+    }
+    for (int k = 0; k < across; ++k) acc_[k] = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
+  }
+
+  // What 16 rows are multiplied by: multiply(half), with the words of the half from tile `first` on.
+  template <class Fragments, class Multiply>
+  KVT_HD KVT_INLINE static void each_half(const Lanes& lanes, const std::byte* from, Reg<std::uint32_t>* words,
+                                          Multiply&& multiply) {
+    if constexpr (halved<Fragments>) {
+      KVT_LOOP_ON_DEVICE
+      for (int half = 0; half < 2; ++half) {
+        Layout::template load_half<Fragments>(lanes, from, half, words);
+        multiply(half, 0);
+      }
+    } else {
+      multiply(0, 0);
+      multiply(1, across);
+    }
+  }
+  KVT_HD KVT_INLINE void multiply_keys(const Lanes& lanes, const std::byte* from, Reg<std::uint32_t>* words,
+                                       const std::byte* table, const DecodeQueries<dim>& query, Reg<Float4> (&logit)[2]) const {
+    each_half<Keys>(lanes, from, words, [&](int half, int first) {
+      Reg<Float4> sum = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
+      KVT_UNROLL_ON_DEVICE
+      for (int k = 0; k < across; ++k) {
+        Reg<std::uint32_t> a[4];
+        registers<Keys>(lanes, from, words, first + k, table, a);
+        if constexpr (queries_wait) {
+          mma(lanes, sum, a, query_[k][0], query_[k][1]);
+        } else {
+          const auto part = [&](int i) { return map(lanes, [&](int lane) { return query.vectors->word[k][i][lane]; }); };
+          mma(lanes, sum, a, part(0), part(1));
+        }
+      }
+      (half == 0 ? logit[0] : logit[1]) = sum;
+    });
+  }
+  KVT_HD KVT_INLINE void multiply_values(const Lanes& lanes, const std::byte* from, Reg<std::uint32_t>* words,
+                                         const std::byte* table, const Reg<std::uint32_t> (&weight)[2][2]) {
+    each_half<Values>(lanes, from, words, [&](int half, int first) {
+      const Reg<std::uint32_t> low = half == 0 ? weight[0][0] : weight[1][0], high = half == 0 ? weight[0][1] : weight[1][1];
+      KVT_UNROLL_ON_DEVICE
+      for (int k = 0; k < across; ++k) {
+        Reg<std::uint32_t> a[4];
+        registers<Values>(lanes, from, words, first + k, table + value_table_offset, a);
+        mma(lanes, acc_[k], a, low, high);
+      }
+    });
+  }
+  KVT_HD KVT_INLINE void scale_logits(const Lanes& lanes, const Reg<std::uint32_t> (&scale)[4], const DecodeQueries<dim>& query,
+                                      Reg<Float4> (&logit)[2]) const {
+    KVT_UNROLL_ON_DEVICE
+    for (int j = 0; j < 2; ++j) {
+      logit[j] = map(
+          lanes,
+          [j](int, const Float4& x, std::uint32_t even, std::uint32_t odd, float unit0, float unit1) {
+            const float low = Keys::scaled ? pick(even, odd, 2 * j) : 1.f,
+                        high = Keys::scaled ? pick(even, odd, 2 * j + 1) : 1.f;
+            return Float4{{x.x[0] * low * unit0, x.x[1] * low * unit1, x.x[2] * high * unit0, x.x[3] * high * unit1}};
+          },
+          logit[j], scale[0], scale[1], unit_[0], unit_[1]);
+    }
+    if (limited && query.cap > 0) {
+      const float cap = query.cap, inverse = 1 / cap;
+      for (int j = 0; j < 2; ++j) {
+        logit[j] = map(
+            lanes,
+            [cap, inverse](int, Float4 x) {
+              for (float& each : x.x) each = cap * std::tanh(each * inverse);
+              return x;
+            },
+            logit[j]);
+      }
+    }
+  }
+  // Logits of rows that do not exist; the slice has `left` of them.
+  KVT_HD KVT_INLINE static void hide_missing(const Lanes& lanes, int left, Reg<Float4> (&logit)[2]) {
+    for (int j = 0; j < 2; ++j) {
+      logit[j] = map(
+          lanes,
+          [j, left](int lane, Float4 x) {
+            for (int i = 0; i < 4; ++i) {
+              if (16 * j + lane / 4 + i / 2 * 8 >= left) x.x[i] = -std::numeric_limits<float>::infinity();
+            }
+            return x;
+          },
+          logit[j]);
+    }
+  }
+  KVT_HD KVT_INLINE static void hide_unseen(const Lanes& lanes, const int* positions, const DecodeQueries<dim>& query,
+                                            Reg<Float4> (&logit)[2]) {
+    for (int j = 0; j < 2; ++j) {
+      logit[j] = map(
+          lanes,
+          [j, positions, &query](int lane, Float4 x) {
+            for (int i = 0; i < 4; ++i) {
+              const int vector = lane % 4 * 2 + i % 2;
+              if (vector >= query.m) continue;
+              const long long row = positions[16 * j + lane / 4 + i / 2 * 8], own = query.position[vector];
+              if (row > own || (query.window != 0 && row <= own - query.window))
+                x.x[i] = -std::numeric_limits<float>::infinity();
+            }
+            return x;
+          },
+          logit[j]);
+    }
+  }
+  KVT_HD KVT_INLINE void raise_if_needed(const Lanes& lanes, const Reg<Float4> (&logit)[2]) {
+    Reg<float> top[2];
+    for (int c = 0; c < 2; ++c) {
+      top[c] = map(
+          lanes,
+          [c](int, const Float4& a, const Float4& b) {
+            return std::fmax(std::fmax(a.x[c], a.x[c + 2]), std::fmax(b.x[c], b.x[c + 2]));
+          },
+          logit[0], logit[1]);
+    }
+    const auto above = map(
+        lanes, [](int, float a, float b, float max0, float max1) { return a > max0 + slack || b > max1 + slack; }, top[0],
+        top[1], max_[0], max_[1]);
+    if (any(lanes, above)) raise(lanes, top);
+  }
+  KVT_HD void raise(const Lanes& lanes, Reg<float> (&top)[2]) {
+    Reg<float> factor[2];
+    for (int c = 0; c < 2; ++c) {
+      for (int mask = 4; mask < 32; mask *= 2) {
+        top[c] = map(
+            lanes, [](int, float a, float b) { return std::fmax(a, b); }, top[c], shuffle_xor(lanes, top[c], mask));
+      }
+      top[c] = map(
+          lanes, [](int, float a, float b) { return std::fmax(a, b); }, top[c], max_[c]);
+      // A vector that has seen nothing stays so, and keeps its zeros.
+      factor[c] = map(
+          lanes, [](int, float before, float now) { return before == now ? 1.f : fast_exp2(before - now); }, max_[c], top[c]);
+      max_[c] = top[c];
+      sum_[c] = map(
+          lanes, [](int, float a, float b) { return a * b; }, sum_[c], factor[c]);
+    }
+    KVT_UNROLL_ON_DEVICE
+    for (int k = 0; k < across; ++k) {
+      acc_[k] = map(
+          lanes,
+          [](int, const Float4& x, float f0, float f1) {
+            return Float4{{x.x[0] * f0, x.x[1] * f1, x.x[2] * f0, x.x[3] * f1}};
+          },
+          acc_[k], factor[0], factor[1]);
+    }
+  }
+  KVT_HD KVT_INLINE void to_weights(const Lanes& lanes, const Reg<std::uint32_t> (&scale)[4], const Reg<Float4> (&logit)[2],
+                                    Reg<std::uint32_t> (&weight)[2][2]) {
+    KVT_UNROLL_ON_DEVICE
+    for (int j = 0; j < 2; ++j) {
+      const Reg<Float4> e = map(
+          lanes,
+          [](int, const Float4& x, float max0, float max1) {
+            return Float4{{weight_of(x.x[0], max0), weight_of(x.x[1], max1), weight_of(x.x[2], max0), weight_of(x.x[3], max1)}};
+          },
+          logit[j], max_[0], max_[1]);
+      for (int c = 0; c < 2; ++c) {
+        sum_[c] = map(
+            lanes, [c](int, float sum, const Float4& x) { return sum + (x.x[c] + x.x[c + 2]); }, sum_[c], e);
+      }
+      for (int i = 0; i < 2; ++i) {
+        weight[j][i] = transpose(lanes, map(
+                                            lanes,
+                                            [i, j](int, const Float4& x, std::uint32_t even, std::uint32_t odd) {
+                                              const float by = Values::scaled ? pick(even, odd, 2 * j + i) : 1.f;
+                                              return pack_halves(x.x[2 * i] * by, x.x[2 * i + 1] * by);
+                                            },
+                                            e, scale[2], scale[3]));
+      }
+    }
+  }
+  KVT_HD KVT_INLINE static float weight_of(float logit, float max) {
+    if constexpr (limited) {  // a vector may have seen no row yet
+      if (max == -std::numeric_limits<float>::infinity()) return 0.f;
+    }
+    return fast_exp2(logit - max);
+  }
+
+  Reg<std::uint32_t> query_[queries_wait ? across : 1][2];
+  Reg<Float4> acc_[across];
+  Reg<float> unit_[2], max_[2], sum_[2];
+};
+
+}  // namespace kvt::inline v0

@@ -1,0 +1,320 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Slices: 32 rows of keys and values as tensor cores want them. Codes are stored in the order of the fragments, so that a word
+// of a lane unpacks into the registers it multiplies, without shuffles and without a way through shared memory.
+//
+//   DenseFragments<dim>          fp16 elements
+//   CodeFragments<bits, dim>     codes of LloydMax, 1 .. 6 bits
+//   SliceLayout<Keys, Values>    key words, value words, scales of keys and values
+//
+// Tile s of a slice are rows 16 j .. 16 j + 15 and dims 16 k .. 16 k + 15, s = j dim / 16 + k: a fragment A of keys (rows by
+// dims), and of transposed values (dims by rows). What a lane has of a slice is `words` 32-bit words, kept so that four (then
+// two, then one) of them are one load of the warp. Codes are the host's codes: see pack() and code().
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+
+#include "kvtailor/codec/lloyd_max.hpp"
+#include "kvtailor/core/fragments.hpp"
+
+namespace kvt::inline v0 {
+
+inline constexpr int slice_rows = 32;
+
+// Where a half of a fragment's register lies in a slice.
+struct SlicePlace {
+  int row, dim;
+};
+template <int dim>
+KVT_HD KVT_INLINE SlicePlace key_place(int lane, int tile, int i, int h) {
+  constexpr int across = dim / 16;
+  return {tile / across * 16 + lane / 4 + 8 * (i % 2), tile % across * 16 + 2 * (lane % 4) + 8 * (i / 2) + h};
+}
+template <int dim>
+KVT_HD KVT_INLINE SlicePlace value_place(int lane, int tile, int i, int h) {
+  constexpr int across = dim / 16;
+  return {tile / across * 16 + 2 * (lane % 4) + 8 * (i / 2) + h, tile % across * 16 + lane / 4 + 8 * (i % 2)};
+}
+
+template <int size>
+struct DenseFragments {
+  static_assert(size % 16 == 0);
+  static constexpr int dim = size, tiles = dim / 8, words = 4 * tiles, table_entries = 0, element_bits = 16;
+  static constexpr bool scaled = false;
+  static constexpr bool streamed = true;  // too many words to hold those of the next slice
+  static constexpr float unit = 1;        // what registers are multiplied by
+
+  template <class Lanes>
+  KVT_HD KVT_INLINE static void unpack(const Lanes&, const typename Lanes::template Reg<std::uint32_t>* word, int tile,
+                                       const std::byte*, typename Lanes::template Reg<std::uint32_t> (&a)[4]) {
+    KVT_UNROLL_ON_DEVICE
+    for (int i = 0; i < 4; ++i) a[i] = word[4 * tile + i];
+  }
+  // The bits of an element among a lane's words [words].
+  KVT_HD KVT_INLINE static void pack(std::uint32_t* word, int tile, int i, int h, int bits) {
+    word[4 * tile + i] |= static_cast<std::uint32_t>(bits) << (16 * h);
+  }
+  KVT_HD KVT_INLINE static int code(const std::uint32_t* word, int tile, int i, int h) {
+    return static_cast<int>(word[4 * tile + i] >> (16 * h) & 0xffffu);
+  }
+};
+
+// Of one or two bits, registers are made by arithmetic. Other codes are indices of a table that every lane has a copy of: pairs
+// of 3 or 4 bits, one entry for both halves of a register, and single codes of 5 or 6. Such fields do not straddle words: as
+// many as fit lie in a word from the low bits up, and two bits of each word that are left over make up the last fields of four
+// tiles, so that nothing is wasted.
+template <int bits, int size>
+struct CodeFragments {
+  static_assert(bits >= 1 && bits <= 6 && size % 16 == 0);
+  using Codes = LloydMax<bits, size>;
+  static constexpr int dim = size, tiles = dim / 8, element_bits = bits;
+  static constexpr bool scaled = true, streamed = false;
+  static constexpr bool arithmetic = bits <= 2, in_pairs = bits == 3 || bits == 4;
+
+ private:
+  static constexpr int field_bits = in_pairs ? 2 * bits : bits, tile_fields = in_pairs ? 4 : 8;
+  static constexpr int word_fields = 32 / field_bits, group_words = 4 * tile_fields * field_bits / 32;
+  static constexpr int plain_fields = word_fields * group_words;  // of four tiles
+
+ public:
+  static constexpr int words =
+      arithmetic ? (tiles * bits + 3) / 4 : tiles / 4 * group_words + (tiles % 4 * tile_fields + word_fields - 1) / word_fields;
+  static constexpr int table_entries = arithmetic ? 0 : 1 << field_bits;
+
+ private:
+  // Of two bits, the magnitudes are the subnormal `small` and small + 2^10 units of fp16, chosen for the ratio of the levels.
+  static constexpr int low_level = Codes::integer_level((1 << bits) / 2), high_level = Codes::integer_level((1 << bits) - 1);
+  static constexpr int small =
+      bits != 2 ? 0 : (1024 * low_level * 2 + (high_level - low_level)) / (2 * (high_level - low_level));
+  static_assert(small < 1024);
+
+ public:
+  // The level that registers have as 1, or for two bits that makes both levels right to 5e-4 of themselves.
+  static constexpr float unit = bits == 1   ? static_cast<float>(low_level) / Codes::levels_of_one
+                                : bits == 2 ? static_cast<float>(high_level + low_level) / Codes::levels_of_one * 16777216.f /
+                                                  static_cast<float>(2 * small + 1024)
+                                            : 1.f;
+
+  // An entry of the table: two levels as fp16, or one twice.
+  KVT_HD static std::uint32_t table_entry(int index) {
+    static constexpr typename Codes::Levels levels;
+    constexpr int mask = (1 << bits) - 1;
+    return pack_halves(levels.value[index & mask], levels.value[in_pairs ? index >> bits : index & mask]);
+  }
+
+  // Registers of a tile; `table` begins at the first copy of entry 0.
+  template <class Lanes>
+  KVT_HD KVT_INLINE static void unpack(const Lanes& lanes, const typename Lanes::template Reg<std::uint32_t>* word, int tile,
+                                       const std::byte* table, typename Lanes::template Reg<std::uint32_t> (&a)[4]) {
+    KVT_UNROLL_ON_DEVICE
+    for (int i = 0; i < 4; ++i) {
+      if constexpr (arithmetic) {
+        constexpr int per_word = 4 / bits;
+        const int turn = bits * (tile % per_word * 4 + i);
+        a[i] = map(
+            lanes,
+            [turn](int, std::uint32_t w) {
+              const std::uint32_t x = turn == 0 ? w : rotate_left(w, turn);
+              constexpr std::uint32_t both = 0x10001u;
+              return bits == 1 ? and_or(x, 0x8000u * both, 0x3c00u * both) : and_or(x, 0x8400u * both, small * both);
+            },
+            word[tile / per_word]);
+      } else if constexpr (in_pairs) {
+        a[i] = look_up(lanes, word, tile, i, table);
+      } else {
+        a[i] = map(
+            lanes, [](int, std::uint32_t low, std::uint32_t high) { return low_and_high(low, high); },
+            look_up(lanes, word, tile, 2 * i, table), look_up(lanes, word, tile, 2 * i + 1, table));
+      }
+    }
+  }
+
+  // A code among a lane's words [words], which begin as zeros.
+  KVT_HD KVT_INLINE static void pack(std::uint32_t* word, int tile, int i, int h, int code) {
+    if constexpr (arithmetic) code = signs_first(code);
+    for (int b = 0; b < bits; ++b) {
+      const int at = place(tile, i, h, b);
+      word[at / 32] |= static_cast<std::uint32_t>(code >> b & 1) << at % 32;
+    }
+  }
+  KVT_HD KVT_INLINE static int code(const std::uint32_t* word, int tile, int i, int h) {
+    int code = 0;
+    for (int b = 0; b < bits; ++b) {
+      const int at = place(tile, i, h, b);
+      code |= static_cast<int>(word[at / 32] >> at % 32 & 1u) << b;
+    }
+    return arithmetic ? signs_last(code) : code;
+  }
+
+ private:
+  // Codes, whose levels rise, as the sign of fp16 and whether the magnitude is the larger one: 0 1 2 3 are 3 2 0 1. And back.
+  KVT_HD KVT_INLINE static int signs_first(int code) { return bits == 1 ? code ^ 1 : code >= 2 ? code - 2 : 3 - code; }
+  KVT_HD KVT_INLINE static int signs_last(int stored) { return bits == 1 ? stored ^ 1 : stored >= 2 ? 3 - stored : stored + 2; }
+
+  // Bit b of a code, counted in a lane's words.
+  KVT_HD KVT_INLINE static constexpr int place(int tile, int i, int h, int b) {
+    if constexpr (arithmetic) {
+      // Rotated to the left by bits * slot, the sign is at 15 + 16 h and the magnitude, of two bits, at 10 + 16 h.
+      constexpr int per_word = 4 / bits;
+      const int slot = tile % per_word * 4 + i, at = 16 * h + (bits == 2 && b == 0 ? 10 : 15) - bits * slot;
+      return 32 * (tile / per_word) + (at + 32) % 32;
+    } else if constexpr (in_pairs) {
+      return field_place(tile, i, bits * h + b);
+    } else {
+      return field_place(tile, 2 * i + h, b);
+    }
+  }
+  // Bit b of a tile's field.
+  KVT_HD KVT_INLINE static constexpr int field_place(int tile, int field, int b) {
+    const int first = tile / 4 * group_words, k = tile % 4 * tile_fields + field;
+    if (k < plain_fields) return 32 * (first + k / word_fields) + k % word_fields * field_bits + b;
+    const int rest = (k - plain_fields) * field_bits + b;  // two of these in each word
+    return 32 * (first + rest / 2) + 30 + rest % 2;
+  }
+  static constexpr std::uint32_t field_mask = ((1u << field_bits) - 1) << 8;  // of an offset in the table
+  KVT_HD KVT_INLINE static std::uint32_t entry(const std::byte* at) { return *reinterpret_cast<const std::uint32_t*>(at); }
+  // The entry that a field of a tile names.
+  template <class Lanes>
+  KVT_HD KVT_INLINE static auto look_up(const Lanes& lanes, const typename Lanes::template Reg<std::uint32_t>* word, int tile,
+                                        int field, const std::byte* table) {
+    const int first = tile / 4 * group_words, k = tile % 4 * tile_fields + field;
+    if (k < plain_fields) {
+      return map(
+          lanes,
+          [table, at = k % word_fields * field_bits](int lane, std::uint32_t w) {
+            const auto copy = static_cast<std::uint32_t>(4 * lane);
+            if constexpr (field_bits == 8) return entry(table + byte_above(w, at / 8, copy));
+            return entry(table + and_or(at <= 8 ? w << (8 - at) : w >> (at - 8), field_mask, copy));
+          },
+          word[first + k / word_fields]);
+    }
+    auto shifted = map(lanes, [](int) { return 0u; });
+    KVT_UNROLL_ON_DEVICE
+    for (int w = 0; w < group_words; ++w) {
+      shifted = map(
+          lanes,
+          [k, w](int, std::uint32_t bits_so_far, std::uint32_t from) {
+            for (int bit = 30; bit < 32; ++bit) {
+              const int b = 2 * w + bit - 30 - (k - plain_fields) * field_bits;  // of the field
+              if (b < 0 || b >= field_bits) continue;
+              bits_so_far = and_or(from >> (bit - 8 - b), 1u << (8 + b), bits_so_far);
+            }
+            return bits_so_far;
+          },
+          shifted, word[first + w]);
+    }
+    return map(
+        lanes,
+        [table](int lane, std::uint32_t at) {
+          return entry(table + and_or(at, field_mask, static_cast<std::uint32_t>(4 * lane)));
+        },
+        shifted);
+  }
+};
+
+// Entries for K and V lie side by side: 256 bytes hold 32 copies of each.
+inline constexpr int table_stride = 256, value_table_offset = 128;
+
+template <class KeyFragments, class ValueFragments>
+struct SliceLayout {
+  static_assert(KeyFragments::dim == ValueFragments::dim);
+  using Keys = KeyFragments;
+  using Values = ValueFragments;
+  static constexpr int dim = Keys::dim;
+  static constexpr int word_bytes = 4 * 32;
+  static constexpr int values_at = Keys::words * word_bytes, scales_at = values_at + Values::words * word_bytes;
+  // Scales of rows g, g + 8, g + 16 and g + 24, of keys then of values, lie together.
+  static constexpr int scale_words = 2 * (Keys::scaled ? 1 : 0) + 2 * (Values::scaled ? 1 : 0);
+  static constexpr int bytes = (scales_at + 32 * scale_words + 127) / 128 * 128;
+  static constexpr int tables = (Keys::table_entries > Values::table_entries ? Keys::table_entries : Values::table_entries);
+  static constexpr int table_bytes = tables * table_stride;
+
+  // Byte of a lane's word, from the first word of keys or of values.
+  template <class Fragments>
+  KVT_HD KVT_INLINE static constexpr int word_at(int lane, int word) {
+    constexpr int fours = Fragments::words / 4 * 4, twos = fours + (Fragments::words - fours) / 2 * 2;
+    if (word < fours) return word / 4 * 512 + lane * 16 + word % 4 * 4;
+    if (word < twos) return fours * word_bytes + lane * 8 + (word - fours) * 4;
+    return twos * word_bytes + lane * 4;
+  }
+  // Byte of a row's scale in a slice.
+  KVT_HD KVT_INLINE static constexpr int key_scale_at(int row) { return scales_at + row % 8 * 4 * scale_words + row / 8 * 2; }
+  KVT_HD KVT_INLINE static constexpr int value_scale_at(int row) { return key_scale_at(row) + (Keys::scaled ? 8 : 0); }
+
+  // All of a lane's words.
+  template <class Fragments, class Lanes>
+  KVT_HD KVT_INLINE static void load(const Lanes& lanes, const std::byte* from,
+                                     typename Lanes::template Reg<std::uint32_t>* to) {
+    constexpr int fours = Fragments::words / 4 * 4, twos = fours + (Fragments::words - fours) / 2 * 2;
+    const auto at = [&](int bytes) { return map(lanes, [bytes](int lane) { return lane * bytes; }); };
+    load_fours<fours>(lanes, from, to);
+    if constexpr (twos > fours) load_words<2>(lanes, from + fours * word_bytes, at(8), to + fours);
+    if constexpr (Fragments::words > twos) load_words<1>(lanes, from + twos * word_bytes, at(4), to + twos);
+  }
+  // Those of 16 rows, where they are a multiple of four.
+  template <class Fragments, class Lanes>
+  KVT_HD KVT_INLINE static void load_half(const Lanes& lanes, const std::byte* from, int half,
+                                          typename Lanes::template Reg<std::uint32_t>* to) {
+    constexpr int count = Fragments::words / 2;
+    static_assert(count % 4 == 0 && Fragments::tiles % 8 == 0);
+    load_fours<count>(lanes, from + half * count * word_bytes, to);
+  }
+  // Writes the keys (or the values) of a slice; element(row, dim) is a code, or the bits of a dense element, and 0 of rows that
+  // do not exist: they meet weights of zero and have to be finite.
+  template <bool keys, class Lanes, class Element>
+  KVT_HD static void pack(const Lanes& lanes, std::byte* slice, Element&& element) {
+    using Fragments = std::conditional_t<keys, Keys, Values>;
+    std::byte* const to = slice + (keys ? 0 : values_at);
+    map(lanes, [&](int lane) {
+      std::uint32_t word[Fragments::words] = {};
+      for (int tile = 0; tile < Fragments::tiles; ++tile) {
+        for (int i = 0; i < 4; ++i) {
+          for (int h = 0; h < 2; ++h) {
+            const SlicePlace at = keys ? key_place<dim>(lane, tile, i, h) : value_place<dim>(lane, tile, i, h);
+            Fragments::pack(word, tile, i, h, element(at.row, at.dim));
+          }
+        }
+      }
+      for (int w = 0; w < Fragments::words; ++w) std::memcpy(to + word_at<Fragments>(lane, w), &word[w], 4);
+      return 0;
+    });
+  }
+  // What pack() was given for one element.
+  template <bool keys>
+  KVT_HD static int element(const std::byte* slice, int row, int d) {
+    using Fragments = std::conditional_t<keys, Keys, Values>;
+    const int left = keys ? row : d, right = keys ? d : row;  // of the fragment
+    const int lane = left % 8 * 4 + right % 8 / 2, tile = row / 16 * (dim / 16) + d / 16;
+    std::uint32_t word[Fragments::words];
+    for (int w = 0; w < Fragments::words; ++w) {
+      std::memcpy(&word[w], slice + (keys ? 0 : values_at) + word_at<Fragments>(lane, w), 4);
+    }
+    return Fragments::code(word, tile, left % 16 / 8 + right % 16 / 8 * 2, right % 2);
+  }
+  // Copies of the tables for every lane: table_bytes, by `threads` threads.
+  KVT_HD static void fill_tables(std::byte* table, int thread, int threads) {
+    fill_table<Keys>(table, thread, threads);
+    fill_table<Values>(table + value_table_offset, thread, threads);
+  }
+
+ private:
+  template <int count, class Lanes>
+  KVT_HD KVT_INLINE static void load_fours(const Lanes& lanes, const std::byte* from,
+                                           typename Lanes::template Reg<std::uint32_t>* to) {
+    const auto at = map(lanes, [](int lane) { return 16 * lane; });
+    KVT_UNROLL_ON_DEVICE
+    for (int w = 0; w < count; w += 4) load_words<4>(lanes, from + w * word_bytes, at, to + w);
+  }
+  template <class Fragments>
+  KVT_HD static void fill_table(std::byte* table, int thread, int threads) {
+    if constexpr (Fragments::table_entries > 0) {
+      for (int k = thread; k < Fragments::table_entries * 32; k += threads) {
+        *reinterpret_cast<std::uint32_t*>(table + k / 32 * table_stride + k % 32 * 4) = Fragments::table_entry(k / 32);
+      }
+    }
+  }
+};
+
+}  // namespace kvt::inline v0

@@ -1,0 +1,52 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Every kernel as an engine would instantiate it, for tools/kernel_report to look at. Nothing runs.
+#include "kvtailor/codec/turbo_quant.hpp"
+#include "kvtailor/cuda/decode_attention.cuh"
+
+namespace {
+
+using namespace kvt;
+
+template <int bits, int dim>
+struct CodecOf {
+  using type = TurboQuant<bits, dim>;
+};
+template <int dim>
+struct CodecOf<16, dim> {
+  using type = Dense<Half, dim>;
+};
+
+template <int key_bits, int value_bits, int dim>
+void use_pair(const void** kernels) {
+  using Key = typename CodecOf<key_bits, dim>::type;
+  using Value = typename CodecOf<value_bits, dim>::type;
+  kernels[0] = reinterpret_cast<const void*>(&cuda::decode_kernel<Key, Value, false, Half>);
+  kernels[1] = reinterpret_cast<const void*>(&cuda::decode_kernel<Key, Value, true, Half>);
+  kernels[2] = reinterpret_cast<const void*>(&cuda::finish_kernel<Value, Half>);
+}
+template <int dim>
+void use_dim(const void** kernels) {
+  use_pair<1, 1, dim>(kernels);
+  use_pair<2, 2, dim>(kernels);
+  use_pair<3, 3, dim>(kernels);
+  use_pair<4, 4, dim>(kernels);
+  use_pair<5, 5, dim>(kernels);
+  use_pair<6, 6, dim>(kernels);
+  use_pair<3, 2, dim>(kernels);
+  use_pair<4, 3, dim>(kernels);
+  use_pair<16, 16, dim>(kernels);
+}
+
+}  // namespace
+
+void use_kernels(const void** kernels) {
+  use_dim<64>(kernels);
+  use_dim<80>(kernels);
+  use_dim<96>(kernels);
+  use_dim<112>(kernels);
+  use_dim<128>(kernels);
+  use_dim<192>(kernels);
+  use_dim<256>(kernels);
+}

@@ -1,0 +1,110 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Random rows in slices, as the codecs of the host encode them, and as those decode them.
+#pragma once
+
+#include <cstdio>
+#include <cstdlib>
+#include <random>
+#include <vector>
+
+#include "kvtailor/attend/split_decode.hpp"
+#include "kvtailor/codec/turbo_quant.hpp"
+
+namespace reference {
+
+using namespace kvt;
+
+// Codecs of the host and the fragments that hold their codes.
+template <int bits, int size>
+struct Format {
+  using Codec = TurboQuant<bits, size>;
+  using Fragments = CodeFragments<bits, size>;
+  static int element(const std::byte* block, int n, int row, int d) {
+    const auto* const codes = reinterpret_cast<const unsigned char*>(block) + n * Codec::scale_bytes + row * Codec::code_bytes;
+    return Codec::code_at(codes, d);
+  }
+};
+template <int size>
+struct Format<16, size> {
+  using Codec = Dense<Half, size>;
+  using Fragments = DenseFragments<size>;
+  static int element(const std::byte* block, int, int row, int d) {
+    Half x;
+    std::memcpy(&x, block + (row * size + d) * 2, 2);
+    return x.bits;
+  }
+};
+
+template <int key_bits, int value_bits, int dim>
+struct SliceRows {
+  using Key = Format<key_bits, dim>;
+  using Value = Format<value_bits, dim>;
+  using Layout = SliceLayout<typename Key::Fragments, typename Value::Fragments>;
+  static constexpr int page_bytes = SlicePages::page_slices * (Layout::bytes + slice_rows * 4);
+
+  std::vector<std::byte> pool;
+  std::vector<int> page;
+  std::vector<float> keys, values;  // as decoded [rows, dim]
+  SlicePages pages;
+
+  // Positions are first_position, first_position + 3, ...
+  SliceRows(int num_rows, float value_size, std::mt19937& random, int first_position = 0)
+      : keys(static_cast<std::size_t>(num_rows * dim)), values(keys.size()) {
+    std::normal_distribution<float> normal;
+    std::vector<float> k(keys.size()), v(keys.size());
+    for (float& x : k) x = normal(random);
+    for (float& x : v) x = value_size * normal(random);
+    std::vector<std::byte> key_block(static_cast<std::size_t>(typename Key::Codec{}.max_block_bytes(num_rows)));
+    std::vector<std::byte> value_block(static_cast<std::size_t>(typename Value::Codec{}.max_block_bytes(num_rows)));
+    const typename Key::Codec key_codec{};
+    const typename Value::Codec value_codec{};
+    key_codec.encode(k.data(), num_rows, key_block.data());
+    value_codec.encode(v.data(), num_rows, value_block.data());
+    for (int r = 0; r < num_rows; ++r) {
+      key_codec.decode(key_block.data(), num_rows, r, keys.data() + r * dim);
+      value_codec.decode(value_block.data(), num_rows, r, values.data() + r * dim);
+    }
+    const int slices = (num_rows + slice_rows - 1) / slice_rows,
+              num_pages = (num_rows + SlicePages::page_rows - 1) / SlicePages::page_rows;
+    pool.assign(static_cast<std::size_t>(num_pages * page_bytes), std::byte{0xff});
+    for (int p = num_pages; p-- > 0;) page.push_back(p);  // not in order
+    pages = {pool.data(), page.data(), page_bytes, num_rows};
+    for (int s = 0; s < slices; ++s) {
+      auto* const to = const_cast<std::byte*>(pages.at(s, Layout::bytes));
+      const auto exists = [&](int row) { return s * slice_rows + row < num_rows; };
+      const auto key = [&](int row, int d) {
+        return exists(row) ? Key::element(key_block.data(), num_rows, s * slice_rows + row, d) : 0;
+      };
+      const auto value = [&](int row, int d) {
+        return exists(row) ? Value::element(value_block.data(), num_rows, s * slice_rows + row, d) : 0;
+      };
+      Layout::template pack<true>(SimulatedWarp{}, to, key);
+      Layout::template pack<false>(SimulatedWarp{}, to, value);
+      for (int row = 0; row < slice_rows; ++row) {
+        for (int d = 0; d < dim; ++d) {
+          if (Layout::template element<true>(to, row, d) != key(row, d)) lost("keys");
+          if (Layout::template element<false>(to, row, d) != value(row, d)) lost("values");
+        }
+        Half scale[2] = {};
+        if (exists(row)) {
+          std::memcpy(&scale[0], key_block.data() + 2 * (s * slice_rows + row), 2);
+          std::memcpy(&scale[1], value_block.data() + 2 * (s * slice_rows + row), 2);
+        }
+        if (Layout::Keys::scaled) std::memcpy(to + Layout::key_scale_at(row), &scale[0], 2);
+        if (Layout::Values::scaled) std::memcpy(to + Layout::value_scale_at(row), &scale[1], 2);
+        const int position = first_position + 3 * (s * slice_rows + row);
+        std::memcpy(const_cast<int*>(pages.positions(s, Layout::bytes)) + row, &position, 4);
+      }
+    }
+  }
+
+ private:
+  static void lost(const char* what) {
+    std::printf("%s are not what was packed\n", what);
+    std::abort();
+  }
+};
+
+}  // namespace reference
