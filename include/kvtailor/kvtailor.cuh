@@ -8,5 +8,5 @@
 #error "kvtailor.cuh needs nvcc; plain C++ includes kvtailor/kvtailor.hpp"
 #endif
 
-#include "kvtailor/cuda/decode_attention.cuh"
+#include "kvtailor/cuda/kv_cache.cuh"
 #include "kvtailor/kvtailor.hpp"

@@ -3,7 +3,7 @@
 //
 // Every kernel as an engine would instantiate it, for tools/kernel_report to look at. Nothing runs.
 #include "kvtailor/codec/turbo_quant.hpp"
-#include "kvtailor/cuda/decode_attention.cuh"
+#include "kvtailor/cuda/kv_cache.cuh"
 
 namespace {
 
@@ -18,13 +18,18 @@ struct CodecOf<16, dim> {
   using type = Dense<Half, dim>;
 };
 
+template <class Work>
+void use(const void** kernels) {
+  kernels[0] = reinterpret_cast<const void*>(&cuda::work_kernel<Work>);
+}
 template <int key_bits, int value_bits, int dim>
 void use_pair(const void** kernels) {
   using Key = typename CodecOf<key_bits, dim>::type;
   using Value = typename CodecOf<value_bits, dim>::type;
-  kernels[0] = reinterpret_cast<const void*>(&cuda::decode_kernel<Key, Value, false, Half>);
-  kernels[1] = reinterpret_cast<const void*>(&cuda::decode_kernel<Key, Value, true, Half>);
-  kernels[2] = reinterpret_cast<const void*>(&cuda::finish_kernel<Value, Half>);
+  use<DecodeWork<Key, Value, false, Half>>(kernels);
+  use<DecodeWork<Key, Value, true, Half>>(kernels);
+  use<FinishWork<Value, Half>>(kernels);
+  use<AppendWork<Key, Value, Half>>(kernels);
 }
 template <int dim>
 void use_dim(const void** kernels) {
@@ -42,6 +47,7 @@ void use_dim(const void** kernels) {
 }  // namespace
 
 void use_kernels(const void** kernels) {
+  use<CountWork>(kernels);
   use_dim<64>(kernels);
   use_dim<80>(kernels);
   use_dim<96>(kernels);

@@ -3,7 +3,7 @@
 //
 // Decode steps with tensor cores, against double precision; without a device, the same blocks of warps simulated.
 #include "device.cuh"
-#include "kvtailor/cuda/decode_attention.cuh"
+#include "kvtailor/cuda/device.cuh"
 #include "reference/split_decode.hpp"
 
 namespace {
@@ -27,7 +27,9 @@ struct DeviceSide {
     std::vector<SlicePages> out;
     for (const Rows& one : all) {
       SlicePages p = one.pages;
-      if (p.rows > 0) {
+      tables.push_back(std::make_unique<device::Array<int>>(std::vector<int>{*one.rows}));
+      p.rows = tables.back()->data();
+      if (*one.rows > 0) {
         pools.push_back(std::make_unique<device::Array<std::byte>>(one.pool));
         tables.push_back(std::make_unique<device::Array<int>>(one.page));
         p.pool = pools.back()->data();
@@ -48,7 +50,6 @@ template <int key_bits, int value_bits, int dim, bool limited>
 int check(const reference::DecodeCase& c) {
   using Problem = reference::DecodeProblem<key_bits, value_bits, dim>;
   const Problem problem(c);
-  constexpr int warps = cuda::DecodeTuning<typename Problem::Key, typename Problem::Value, limited>::warps;
   int failures = 0;
   const auto expect = [&](const std::vector<Half>& out, const char* where) {
     const double error = problem.error(out);
@@ -57,11 +58,11 @@ int check(const reference::DecodeCase& c) {
     std::printf("%d and %d bits, head_dim %d, %s: %.2f times the bound\n", key_bits, value_bits, dim, where, error);
   };
   if (!device::present()) {
-    expect(problem.template simulate<warps, limited>(), "simulated");
+    expect(problem.template simulate<limited>(), "simulated");
     return failures;
   }
   typename Problem::Side body_side(problem.body, c.blocks), near_side(problem.near, c.blocks);
-  DecodeStep<Half> body = problem.step(body_side, 0), near = problem.step(near_side, 0);
+  DecodeStep<Half> body = problem.step(body_side), near = problem.step(near_side);
   const DeviceSide<typename Problem::Body> on_body(problem.body, body_side);
   const DeviceSide<typename Problem::Near> on_near(problem.near, near_side);
   const device::Array<Half> queries(problem.queries), out(problem.queries.size());
@@ -70,11 +71,8 @@ int check(const reference::DecodeCase& c) {
   on_near.point(near);
   body.queries = near.queries = queries.data();
   body.position = near.position = position.data();
-  int blocks = 0;
-  Status status = cuda::resident_blocks<typename Problem::Key, typename Problem::Value, limited, Half>(blocks);
-  if (status.ok()) {
-    status = cuda::decode_attention<typename Problem::Key, typename Problem::Value, limited>(body, near, out.data(), nullptr);
-  }
+  cuda::Device stream(nullptr);
+  const Status status = launch_decode<typename Problem::Key, typename Problem::Value, limited>(stream, body, near, out.data());
   if (!status.ok()) {
     std::printf("%s (%d)\n", status.message().c_str(), status.native);
     return failures + 1;

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <memory>
 
+#include "kvtailor/core/device.hpp"
 #include "reference/slice_rows.hpp"
 
 namespace reference {
@@ -47,55 +48,40 @@ struct DecodeProblem {
   // Rows of all entries of one kind, and room for partial results.
   struct Side {
     std::vector<SlicePages> pages;
-    std::vector<int> first_slice{0};
+    std::vector<int> first_slice;  // counted by the step
     std::vector<float> max, sum, rows;
 
     template <class Rows>
     Side(const std::vector<Rows>& all, int blocks) {
       for (const Rows& one : all) {
         pages.push_back(one.pages);
-        first_slice.push_back(first_slice.back() + (one.pages.rows + slice_rows - 1) / slice_rows);
       }
+      first_slice.assign(all.size() + 1, -1);
       const std::size_t slots = all.size() + static_cast<std::size_t>(blocks);
       max.assign(8 * slots, NAN);
       sum.assign(8 * slots, NAN);
       rows.assign(8 * slots * dim, NAN);
     }
   };
-  DecodeStep<Half> step(Side& side, int first_vector) const {
+  DecodeStep<Half> step(Side& side) const {
     return {{side.pages.data(), side.first_slice.data(), entries(), shape.blocks},
             {side.max.data(), side.sum.data(), side.rows.data()},
             queries.data(),
             position.data(),
+            1,
             shape.group,
-            first_vector,
+            0,
             shape.window,
             scale(),
             0};
   }
 
-  template <int warps, bool limited>
+  template <bool limited>
   std::vector<Half> simulate() const {
     Side coded(body, shape.blocks), dense(near, shape.blocks);
     std::vector<Half> out(queries.size());
-    using Layout = SliceLayout<typename FragmentsOf<Key>::type, typename FragmentsOf<Value>::type>;
-    const auto shared = std::make_unique<DecodeShared<dim, warps>>();
-    std::vector<std::uint32_t> table(static_cast<std::size_t>(Layout::table_bytes / 4 + 1));
-    for (int first = 0; first < shape.group; first += 8) {
-      const DecodeStep<Half> of_body = step(coded, first), of_near = step(dense, first);
-      for (int b = 0; b < shape.blocks; ++b) {
-        auto* const bytes = reinterpret_cast<std::byte*>(table.data());
-        decode_block<Key, Value, limited>(SimulatedBlock<warps>{}, of_body, b, *shared, bytes);
-        decode_block<Plain, Plain, limited>(SimulatedBlock<warps>{}, of_near, b, *shared, bytes);
-      }
-      float scratch[dim], row[dim];
-      for (int e = 0; e < entries(); ++e) {
-        for (int j = 0; j < of_body.vectors(); ++j) {
-          finish_vector<Value>(SimulatedWarp{}, of_body, of_near, e, j, scratch, row,
-                               out.data() + (e * shape.group + first + j) * dim);
-        }
-      }
-    }
+    SimulatedDevice device;
+    if (!launch_decode<Key, Value, limited>(device, step(coded), step(dense), out.data()).ok()) std::abort();
     return out;
   }
 
@@ -146,10 +132,10 @@ struct DecodeProblem {
   }
 };
 
-template <int key_bits, int value_bits, int dim, int warps, bool limited = false>
+template <int key_bits, int value_bits, int dim, bool limited = false>
 double decode_error(const DecodeCase& c) {
   const DecodeProblem<key_bits, value_bits, dim> problem(c);
-  return problem.error(problem.template simulate<warps, limited>());
+  return problem.error(problem.template simulate<limited>());
 }
 
 }  // namespace reference

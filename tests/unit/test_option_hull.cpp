@@ -87,10 +87,14 @@ TEST_CASE("options that cannot be compared are refused") {
   CHECK(choose_options(std::vector<std::vector<Option>>{{{1, 1}}}, std::nan(""), chosen).code == Errc::bad_budget);
 }
 
-TEST_CASE("pooled losses are a place's total times a share that the places agree on") {
+TEST_CASE("pooled losses are the size of a place times what is usual for an option") {
   // Exact products stay what they are.
+  const double share[] = {.75, .2, .05};
   std::vector<std::vector<Option>> places;
-  for (const double size : {3.0, .5, 40.0}) places.push_back({{1, .75 * size}, {2, .2 * size}, {3, .05 * size}});
+  for (const double size : {3.0, .5, 40.0, 1.0, 7.0, 2.0}) {
+    auto& place = places.emplace_back();
+    for (int k = 0; k < 3; ++k) place.push_back({k + 1.0, share[k] * size});
+  }
   auto pooled = places;
   REQUIRE(pool_losses(pooled).ok());
   for (std::size_t p = 0; p < places.size(); ++p) {
@@ -99,20 +103,37 @@ TEST_CASE("pooled losses are a place's total times a share that the places agree
       CHECK(pooled[p][k].cost == places[p][k].cost);
     }
   }
-  // Noise that makes the dearest option of one place seem the worst one does not.
+  // Places of a group meet: all the way at a share of 0, by logarithms, and keep to themselves at 1.
+  for (const double own : {0.0, .25, 1.0}) {
+    pooled = places;
+    REQUIRE(pool_losses(pooled, 3, own).ok());
+    const double mean = std::cbrt(3 * .5 * 40), other_mean = std::cbrt(14.0);
+    CHECK(pooled[0][1].loss == doctest::Approx(.2 * mean * std::pow(3 / mean, own)));
+    CHECK(pooled[1][2].loss == doctest::Approx(.05 * mean * std::pow(.5 / mean, own)));
+    CHECK(pooled[4][0].loss == doctest::Approx(.75 * other_mean * std::pow(7 / other_mean, own)));
+  }
+  // Noise that makes the dearest option of one place seem the worst one moves its size alone, by the cube root here.
   places[1][2].loss = .6;
   pooled = places;
   REQUIRE(pool_losses(pooled).ok());
-  CHECK(pooled[1][0].loss == doctest::Approx(.75 * (.5 - .025 + .6)));
-  CHECK(pooled[1][2].loss == doctest::Approx(.05 * (.5 - .025 + .6)));
+  const double size = .5 * std::cbrt(.6 / .025);
+  for (std::size_t k = 0; k < 3; ++k) CHECK(pooled[1][k].loss == doctest::Approx(share[k] * size));
   CHECK(lower_hull(pooled[1]) == std::vector<int>{0, 1, 2});
+  CHECK(pooled[4][1].loss == doctest::Approx(.2 * 7));
 
-  // A place that seems to gain loses nothing, and says nothing about shares.
+  // A place that seems to gain is the smallest a place can be; an option that loses nothing at most places loses nothing.
   places[1] = {{1, -1e-7}, {2, 1e-8}, {3, 0}};
+  for (auto& place : places) place.push_back({4, 0});
+  places[2][3].loss = 1;
   pooled = places;
   REQUIRE(pool_losses(pooled).ok());
-  for (const Option& one : pooled[1]) CHECK(one.loss == 0);
+  for (std::size_t k = 0; k < 3; ++k) CHECK(pooled[1][k].loss == doctest::Approx(1e-3 * pooled[0][k].loss).epsilon(.9));
+  for (const auto& place : pooled) CHECK(place[3].loss == 0);
   CHECK(pooled[2][1].loss == doctest::Approx(.2 * 40));
+
+  CHECK(pool_losses(places, 4).code == Errc::bad_shape);
+  CHECK(pool_losses(places, 0).code == Errc::bad_shape);
+  CHECK(pool_losses(places, 3, NAN).code == Errc::bad_value);
   places[0].pop_back();
   CHECK(pool_losses(places).code == Errc::bad_shape);
   places[0].push_back({3, NAN});

@@ -44,11 +44,11 @@ TEST_CASE("every slice of every entry belongs to one block, and no two results s
 TEST_CASE("a decode step over ragged heads") {
   // Encoded rows, dense rows; no rows at all in one entry and in another only dense ones.
   const DecodeCase ragged{{700, 0, 33, 1, 0, 129}, {36, 0, 4, 40, 17, 0}, 3, 5};
-  CHECK(reference::decode_error<4, 4, 64, 4>(ragged) <= 1);
-  CHECK(reference::decode_error<3, 2, 128, 8>(ragged) <= 1);
-  CHECK(reference::decode_error<16, 16, 64, 4>(ragged) <= 1);
-  CHECK(reference::decode_error<4, 4, 64, 4, true>({{700, 0, 33, 1, 0, 129}, {36, 0, 4, 40, 17, 0}, 3, 5, 60}) <= 1);
+  CHECK(reference::decode_error<4, 4, 64>(ragged) <= 1);
+  CHECK(reference::decode_error<3, 2, 128>(ragged) <= 1);
+  CHECK(reference::decode_error<16, 16, 64>(ragged) <= 1);
+  CHECK(reference::decode_error<4, 4, 64, true>({{700, 0, 33, 1, 0, 129}, {36, 0, 4, 40, 17, 0}, 3, 5, 60}) <= 1);
   // More query heads than a fragment has columns, more blocks than slices.
-  CHECK(reference::decode_error<2, 2, 64, 4>({{40, 65}, {4, 4}, 12, 50}) <= 1);
-  CHECK(reference::decode_error<2, 2, 64, 4>({{3000}, {1}, 1, 7}) <= 1);
+  CHECK(reference::decode_error<2, 2, 64>({{40, 65}, {4, 4}, 12, 50}) <= 1);
+  CHECK(reference::decode_error<2, 2, 64>({{3000}, {1}, 1, 7}) <= 1);
 }

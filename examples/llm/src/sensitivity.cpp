@@ -78,7 +78,7 @@ std::vector<std::string> Sensitivities::choose(double bits, const kvt::Geometry&
     auto& of_place = part[p % 2].emplace_back();
     for (const Entry& entry : places[p]) of_place.push_back({entry.bits, entry.kl});
   }
-  for (auto& each : part) check(kvt::pool_losses(each));
+  for (auto& each : part) check(kvt::pool_losses(each, geometry.num_kv_heads));
   std::vector<std::vector<kvt::Option>> options;
   for (std::size_t p = 0; p < places.size(); ++p) options.push_back(part[p % 2][p / 2]);
   std::vector<int> chosen;

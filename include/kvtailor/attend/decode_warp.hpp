@@ -17,20 +17,26 @@
 
 namespace kvt::inline v0 {
 
-// Rows of one head, in pages of four slices: slices, then the positions of their rows, int32. In device memory on the device.
+// Rows of one head, in pages of four slices: slices, then the positions of their rows, int32. In device memory on the device,
+// where the number of rows may change between two steps.
 struct SlicePages {
   static constexpr int page_slices = 4, page_rows = page_slices * slice_rows;
 
-  const std::byte* pool;
-  const int* page;       // [ceil(rows / page_rows)] a page's number in the pool
+  std::byte* pool;
+  const int* page;       // [ceil(rows / page_rows)] a page's number in the pool; null: pages lie in order
+  const int* rows;       // how many there are
   long long page_bytes;  // from page to page, a multiple of 128
-  int rows;
 
-  KVT_HD KVT_INLINE const std::byte* at(int slice, int slice_bytes) const {
-    return pool + page[slice / page_slices] * page_bytes + slice % page_slices * slice_bytes;
+  KVT_HD KVT_INLINE std::byte* at(int slice, int slice_bytes) const {
+    const int in_order = slice / page_slices;
+    return pool + (page != nullptr ? page[in_order] : in_order) * page_bytes + slice % page_slices * slice_bytes;
   }
-  KVT_HD KVT_INLINE const int* positions(int slice, int slice_bytes) const {
-    return reinterpret_cast<const int*>(at(slice, 0) + page_slices * slice_bytes) + slice % page_slices * slice_rows;
+  KVT_HD KVT_INLINE int* positions(int slice, int slice_bytes) const {
+    return reinterpret_cast<int*>(at(slice / page_slices * page_slices, slice_bytes) + page_slices * slice_bytes) +
+           slice % page_slices * slice_rows;
+  }
+  KVT_HD KVT_INLINE static constexpr long long bytes_of_page(int slice_bytes) {
+    return page_slices * (static_cast<long long>(slice_bytes) + slice_rows * static_cast<int>(sizeof(int)));
   }
 };
 
@@ -113,6 +119,7 @@ class DecodeWarp {
                   int first, int last, int step) {
     start(lanes, query);
     if (first >= last) return;
+    const int rows = *pages.rows;
     Reg<std::uint32_t> keys[kept<Keys>], values[kept<Values>], scales[4] = {};
     const std::byte* at = pages.at(first, Layout::bytes);
     fetch<Keys>(lanes, at, keys);
@@ -130,7 +137,7 @@ class DecodeWarp {
         load_scales(lanes, next, scales);
       }
       scale_logits(lanes, scale, query, logit);
-      if (slice * slice_rows + slice_rows > pages.rows) hide_missing(lanes, pages.rows - slice * slice_rows, logit);
+      if (slice * slice_rows + slice_rows > rows) hide_missing(lanes, rows - slice * slice_rows, logit);
       if constexpr (limited) hide_unseen(lanes, pages.positions(slice, Layout::bytes), query, logit);
       raise_if_needed(lanes, logit);
       Reg<std::uint32_t> weight[2][2];

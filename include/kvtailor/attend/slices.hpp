@@ -261,25 +261,36 @@ struct SliceLayout {
     static_assert(count % 4 == 0 && Fragments::tiles % 8 == 0);
     load_fours<count>(lanes, from + half * count * word_bytes, to);
   }
-  // Writes the keys (or the values) of a slice; element(row, dim) is a code, or the bits of a dense element, and 0 of rows that
-  // do not exist: they meet weights of zero and have to be finite.
+  // Writes the keys (or the values) of a slice from row `keep` on: element(row, dim) is a code, or the bits of a dense element,
+  // and negative for rows that do not exist. Those become zeros, since weights of zero meet them.
   template <bool keys, class Lanes, class Element>
-  KVT_HD static void pack(const Lanes& lanes, std::byte* slice, Element&& element) {
+  KVT_HD static void pack(const Lanes& lanes, std::byte* slice, int keep, Element&& element) {
     using Fragments = std::conditional_t<keys, Keys, Values>;
     std::byte* const to = slice + (keys ? 0 : values_at);
     map(lanes, [&](int lane) {
-      std::uint32_t word[Fragments::words] = {};
+      std::uint32_t word[Fragments::words] = {}, old[Fragments::words] = {};
+      for (int w = 0; w < Fragments::words && keep > 0; ++w) std::memcpy(&old[w], to + word_at<Fragments>(lane, w), 4);
       for (int tile = 0; tile < Fragments::tiles; ++tile) {
         for (int i = 0; i < 4; ++i) {
           for (int h = 0; h < 2; ++h) {
             const SlicePlace at = keys ? key_place<dim>(lane, tile, i, h) : value_place<dim>(lane, tile, i, h);
-            Fragments::pack(word, tile, i, h, element(at.row, at.dim));
+            const int code = at.row < keep ? Fragments::code(old, tile, i, h) : element(at.row, at.dim);
+            if (code >= 0) Fragments::pack(word, tile, i, h, code);
           }
         }
       }
       for (int w = 0; w < Fragments::words; ++w) std::memcpy(to + word_at<Fragments>(lane, w), &word[w], 4);
       return 0;
     });
+  }
+  // Byte of a dense element in a slice.
+  template <bool keys>
+  KVT_HD static constexpr int dense_at(int row, int d) {
+    using Fragments = std::conditional_t<keys, Keys, Values>;
+    const int left = keys ? row : d, right = keys ? d : row;  // of the fragment
+    const int lane = left % 8 * 4 + right % 8 / 2, tile = row / 16 * (dim / 16) + d / 16;
+    const int word = 4 * tile + left % 16 / 8 + right % 16 / 8 * 2;
+    return (keys ? 0 : values_at) + word_at<Fragments>(lane, word) + 2 * (right % 2);
   }
   // What pack() was given for one element.
   template <bool keys>

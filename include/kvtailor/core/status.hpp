@@ -63,8 +63,8 @@ KVT_HD constexpr Status error(Errc code, const char* text, double value = 0, dou
 
 }  // namespace kvt::inline v0
 
-// Leaves the enclosing function with the status of `expression` unless that is success.
-#define KVT_TRY(expression)                                                                 \
-  do {                                                                                      \
-    if (const ::kvt::Status kvt_status = (expression); !kvt_status.ok()) return kvt_status; \
+// Leaves the enclosing function with the status of an expression, which may have commas, unless that is success.
+#define KVT_TRY(...)                                                                         \
+  do {                                                                                       \
+    if (const ::kvt::Status kvt_status = (__VA_ARGS__); !kvt_status.ok()) return kvt_status; \
   } while (false)

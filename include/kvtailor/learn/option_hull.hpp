@@ -45,36 +45,60 @@ inline std::vector<int> lower_hull(std::span<const Option> options) {
   return hull;
 }
 
-// Losses that were measured, at places that all have the same options, become products: all a place lost, with all options
-// together, times an option's share of that, the median over the places. One place's options then differ as they do at most
-// places, and what its sum says of the place stays; codecs of one family at several bits are such options.
-inline Status pool_losses(std::span<std::vector<Option>> places) {
+// Losses that were measured, at places that all have the same options, become products: the size of a place times what is usual
+// for an option. The size is the geometric mean of the place's losses relative to the usual ones, so that one place's options
+// then differ as they do at most places; codecs of one family at several bits are such options. Sizes of the places of a group
+// (`group_size` that follow one another; KV heads of a layer) are drawn towards their geometric mean, to `own_share` of their
+// logarithms' distance from it: between two texts, all that layers differ by is kept and two fifths of what their heads do.
+// Losses below a thousandth of an option's median count as that.
+inline Status pool_losses(std::span<std::vector<Option>> places, int group_size = 1, double own_share = .4) {
   if (places.empty()) return success();
-  const std::size_t num_options = places[0].size();
-  std::vector<double> total;
+  const std::size_t num_places = places.size(), num_options = places[0].size(), group = static_cast<std::size_t>(group_size);
+  if (group_size < 1 || num_places % group != 0) {
+    return error(Errc::bad_shape, "{} places are not groups of {}", static_cast<double>(num_places), group_size);
+  }
+  if (!(own_share >= 0 && own_share <= 1)) return error(Errc::bad_value, "an own share of {} is not from 0 to 1", own_share);
   for (const auto& place : places) {
     if (place.size() != num_options) {
       return error(Errc::bad_shape, "places with {} and with {} options have none in common", static_cast<double>(num_options),
                    static_cast<double>(place.size()));
     }
-    double sum = 0;
-    for (const Option& one : place) sum += one.loss;
-    if (!std::isfinite(sum)) return error(Errc::bad_value, "the losses of a place add up to {}; they must be finite", sum);
-    total.push_back(std::max(0.0, sum));
+    for (const Option& one : place) {
+      if (!std::isfinite(one.loss)) return error(Errc::bad_value, "a loss is {}; losses must be finite", one.loss);
+    }
   }
-  std::vector<double> ratios;
+  const auto median = [](std::vector<double>& x) {
+    const auto middle = x.begin() + static_cast<std::ptrdiff_t>(x.size() / 2);
+    std::nth_element(x.begin(), middle, x.end());
+    return *middle;
+  };
+  std::vector<double> column(num_places), usual(num_options), size(num_places, 0);
+  std::vector<std::size_t> telling;  // options that lose something at most places
   for (std::size_t k = 0; k < num_options; ++k) {
-    ratios.clear();
-    for (std::size_t p = 0; p < places.size(); ++p) {
-      if (total[p] > 0) ratios.push_back(places[p][k].loss / total[p]);
+    for (std::size_t p = 0; p < num_places; ++p) column[p] = places[p][k].loss;
+    usual[k] = std::max(0.0, median(column));
+    if (usual[k] > 0) telling.push_back(k);
+  }
+  const auto loss = [&](std::size_t p, std::size_t k) { return std::max(places[p][k].loss, 1e-3 * usual[k]); };
+  std::vector<double> level(num_options);  // logarithms of what is usual at a place of size 1
+  for (const std::size_t k : telling) level[k] = std::log(usual[k]);
+  for (int pass = 0; pass < 16; ++pass) {  // Tukey's polish, with means along the places, of which options are few
+    for (std::size_t p = 0; p < num_places; ++p) {
+      size[p] = 0;
+      for (const std::size_t k : telling) size[p] += (std::log(loss(p, k)) - level[k]) / static_cast<double>(telling.size());
     }
-    double share = 0;
-    if (!ratios.empty()) {
-      const auto middle = ratios.begin() + static_cast<std::ptrdiff_t>(ratios.size() / 2);
-      std::nth_element(ratios.begin(), middle, ratios.end());
-      share = *middle;
+    for (const std::size_t k : telling) {
+      for (std::size_t p = 0; p < num_places; ++p) column[p] = std::log(loss(p, k)) - size[p];
+      level[k] = median(column);
     }
-    for (std::size_t p = 0; p < places.size(); ++p) places[p][k].loss = total[p] * share;
+  }
+  for (std::size_t first = 0; first < num_places; first += group) {
+    double mean = 0;
+    for (std::size_t p = first; p < first + group; ++p) mean += size[p] / static_cast<double>(group);
+    for (std::size_t p = first; p < first + group; ++p) {
+      if (group > 1) size[p] = mean + own_share * (size[p] - mean);
+      for (std::size_t k = 0; k < num_options; ++k) places[p][k].loss = usual[k] > 0 ? std::exp(size[p] + level[k]) : 0;
+    }
   }
   return success();
 }

@@ -1,0 +1,367 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// DeviceCache: the keys and values of one sequence on a device. PagePool: the pages of encoded rows that sequences share.
+// DecodePlan: attention of a batch of sequences, of any lengths, in one set of launches.
+//
+//   cuda::Device device(stream);
+//   KVT_TRY(pool.init(device, 4096));                                   // once
+//   KVT_TRY(cache.init(device, pool, geometry));                        // each sequence
+//   KVT_TRY(plan.init(device, caches));                                 // each batch
+//   KVT_TRY(cache.reserve(1));                                          // each step, or for many ahead
+//   KVT_TRY(cache.append(layer, keys, values, positions, 1));           // each layer of each step
+//   KVT_TRY(plan.attend(layer, queries, positions, {}, out));
+//
+// append() and attend() allocate nothing, wait for nothing and read nothing back: lengths are counted on the device, and a step
+// can be captured in a graph. Pointers to rows, positions, queries and outputs are of the device. Nothing can be said there of
+// elements that are not finite or do not fit fp16: the engine must not give such.
+// Failure: every call that returns a Status other than success leaves the cache as it was, unless a kernel failed.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <span>
+#include <vector>
+
+#include "kvtailor/core/device.hpp"
+#include "kvtailor/core/geometry.hpp"
+#include "kvtailor/store/append_work.hpp"
+
+namespace kvt::inline v0 {
+
+template <class Codec, class Device>
+class PagePool {
+ public:
+  using Layout = LayoutOf<typename Codec::key_type, typename Codec::value_type>;
+  static constexpr long long page_bytes = SlicePages::bytes_of_page(Layout::bytes);
+
+  // `pages` of 128 rows of one head each; what was in the pool is gone.
+  Status init(Device& device, int pages) {
+    if (pages < 1) return error(Errc::bad_shape, "a pool of {} pages holds nothing", pages);
+    std::vector<int> free;
+    for (int p = pages; p-- > 0;) free.push_back(p);
+    KVT_TRY(memory_.allocate(device, static_cast<std::size_t>(pages) * page_bytes));
+    free_ = std::move(free);
+    return success();
+  }
+  std::byte* data() const { return memory_.data(); }
+  int free_pages() const { return static_cast<int>(free_.size()); }
+  int take() {
+    const int page = free_.back();
+    free_.pop_back();
+    return page;
+  }
+  void give_back(std::span<const int> pages) { free_.insert(free_.end(), pages.begin(), pages.end()); }
+
+ private:
+  DeviceArray<std::byte, Device> memory_;
+  std::vector<int> free_;
+};
+
+struct DeviceCacheOptions {
+  int sink_rows = 4;      // first rows of the text: dense
+  int recent_rows = 32;   // newest rows: dense. The dense zone grows by a block of 128 rows before its oldest is encoded
+  int max_append = 512;   // rows of one append at most
+  int max_rows = 131072;  // rows of the sequence at most: room in the page tables, four bytes for 128 rows of a head
+};
+
+template <class Codec, class Device>
+class DeviceCache {
+ public:
+  using Key = typename Codec::key_type;
+  using Value = typename Codec::value_type;
+  static constexpr int head_dim = Codec::head_dim;
+  static_assert(std::is_same_v<typename Codec::near_type, Dense<Half, head_dim>>, "dense rows on a device are fp16");
+  using Plain = Dense<Half, head_dim>;
+  using Pool = PagePool<Codec, Device>;
+
+  DeviceCache() = default;
+  DeviceCache(const DeviceCache&) = delete;
+  DeviceCache& operator=(const DeviceCache&) = delete;
+  ~DeviceCache() { release(); }
+
+  // Device and pool must outlive the cache.
+  Status init(Device& device, Pool& pool, const Geometry& geometry, const DeviceCacheOptions& options = {}) {
+    KVT_TRY(geometry.validate());
+    if (geometry.head_dim != head_dim) {
+      return error(Errc::bad_shape, "head_dim is {}; this cache was composed for {}", geometry.head_dim, head_dim);
+    }
+    if (options.sink_rows < 0 || options.sink_rows > 1 << 16 || options.recent_rows < 0 || options.recent_rows > 1 << 16) {
+      return error(Errc::bad_shape, "sink_rows and recent_rows are {} and {}; they must be from 0 to 65536", options.sink_rows,
+                   options.recent_rows);
+    }
+    if (options.max_append < 1 || options.max_append > 1 << 16) {
+      return error(Errc::bad_shape, "max_append is {}; it must be from 1 to {}", options.max_append, 1 << 16);
+    }
+    if (options.max_rows < 1 || options.max_rows > 1 << 24) {
+      return error(Errc::bad_shape, "max_rows is {}; it must be from 1 to {}", options.max_rows, 1 << 24);
+    }
+    constexpr int page = SlicePages::page_rows;
+    const auto heads = static_cast<std::size_t>(geometry.num_heads());
+    const auto near_pages =
+        static_cast<std::size_t>((options.sink_rows + options.recent_rows + page - 1 + options.max_append + page - 1) / page);
+    const auto table = static_cast<std::size_t>((options.max_rows + page - 1) / page);
+    constexpr auto near_page_bytes = SlicePages::bytes_of_page(LayoutOf<Plain, Plain>::bytes);
+
+    DeviceArray<std::byte, Device> dense;
+    DeviceArray<int, Device> counts, tables;
+    DeviceArray<SlicePages, Device> entries;
+    KVT_TRY(dense.allocate(device, heads * near_pages * static_cast<std::size_t>(near_page_bytes)));
+    KVT_TRY(counts.allocate(device, 2 * heads));
+    KVT_TRY(tables.allocate(device, heads * table));
+    KVT_TRY(entries.allocate(device, 2 * heads));
+    std::vector<SlicePages> host(2 * heads);
+    for (std::size_t h = 0; h < heads; ++h) {
+      host[h] = {dense.data() + h * near_pages * static_cast<std::size_t>(near_page_bytes), nullptr, counts.data() + h,
+                 near_page_bytes};
+      host[heads + h] = {pool.data(), tables.data() + h * table, counts.data() + heads + h, Pool::page_bytes};
+    }
+    KVT_TRY(device.clear(counts.data(), 2 * heads * sizeof(int)));
+    KVT_TRY(device.copy_to(entries.data(), host.data(), host.size() * sizeof(SlicePages)));
+    release();
+    device_ = &device;
+    pool_ = &pool;
+    geometry_ = geometry;
+    options_ = options;
+    dense_ = std::move(dense);
+    counts_ = std::move(counts);
+    tables_ = std::move(tables);
+    entries_ = std::move(entries);
+    host_entries_ = std::move(host);
+    pages_.assign(heads, {});
+    appended_.assign(static_cast<std::size_t>(geometry.num_layers), 0);
+    reserved_ = 0;
+    return success();
+  }
+
+  const Geometry& geometry() const { return geometry_; }
+  // Rows a head of a layer has been given.
+  int num_rows(int layer) const { return appended_[static_cast<std::size_t>(layer)]; }
+
+  // Takes the pages that `rows` more rows in each layer may need from the pool. Nothing is taken if it has too few.
+  Status reserve(int rows) {
+    KVT_TRY(check_layer(0));
+    const long long wanted = static_cast<long long>(*std::min_element(appended_.begin(), appended_.end())) + rows;
+    if (rows < 0 || wanted > options_.max_rows) {
+      return error(Errc::bad_shape, "{} rows are too many for a cache with max_rows {}", static_cast<double>(wanted),
+                   options_.max_rows);
+    }
+    if (wanted <= reserved_) return success();
+    // Rows of the body, once as many have been appended.
+    const int body = static_cast<int>(std::max<long long>(0, wanted - options_.sink_rows - options_.recent_rows));
+    const auto each = static_cast<std::size_t>(body / SlicePages::page_rows), had = pages_[0].size();
+    const long long more = static_cast<long long>((each - std::min(each, had)) * pages_.size());
+    if (more > pool_->free_pages()) {
+      return error(Errc::out_of_memory, "{} pages are needed; the pool has {} left", static_cast<double>(more),
+                   pool_->free_pages());
+    }
+    const std::size_t table = tables_.size() / pages_.size();
+    for (std::size_t h = 0; h < pages_.size() && each > had; ++h) {
+      while (pages_[h].size() < each) pages_[h].push_back(pool_->take());
+      const Status copied =
+          device_->copy_to(tables_.data() + h * table + had, pages_[h].data() + had, (each - had) * sizeof(int));
+      if (!copied.ok()) {
+        for (std::size_t k = 0; k <= h; ++k) {
+          pool_->give_back(std::span(pages_[k]).subspan(had));
+          pages_[k].resize(had);
+        }
+        return copied;
+      }
+    }
+    reserved_ = static_cast<int>(wanted);
+    return success();
+  }
+
+  // Adds n rows [n, num_kv_heads, head_dim] at positions [n], which increase, and encodes the oldest dense rows first if there
+  // are too many. Room for them was reserved.
+  template <class T>
+  Status append(int layer, const T* keys, const T* values, const int* positions, int n) {
+    KVT_TRY(check_layer(layer));
+    if (n < 0 || n > options_.max_append) {
+      return error(Errc::bad_shape, "{} rows are appended at once; max_append is {}", n, options_.max_append);
+    }
+    if (n == 0) return success();
+    if (keys == nullptr || values == nullptr || positions == nullptr)
+      return error(Errc::bad_shape, "a pointer to rows is null");
+    int& rows = appended_[static_cast<std::size_t>(layer)];
+    if (rows + n > reserved_) {
+      return error(Errc::out_of_memory, "there would be {} rows and {} are reserved; call reserve()", rows + n, reserved_);
+    }
+    const int first = layer * geometry_.num_kv_heads, heads = geometry_.num_heads();
+    AppendWork<Key, Value, T> work{near(layer),
+                                   body(layer),
+                                   counts_.data() + first,
+                                   counts_.data() + heads + first,
+                                   keys,
+                                   values,
+                                   positions,
+                                   n,
+                                   geometry_.num_kv_heads,
+                                   options_.sink_rows,
+                                   options_.recent_rows};
+    KVT_TRY(device_->launch(work, geometry_.num_kv_heads));
+    rows += n;
+    return success();
+  }
+  // A captured append was run again for all layers: counts its rows.
+  void replayed(int n) {
+    for (int& rows : appended_) rows += n;
+  }
+
+  // Of the device: dense rows and pages as payload, tables and counts as index.
+  Memory memory() const {
+    Memory m;
+    m.payload_bytes = dense_.bytes();
+    for (const auto& pages : pages_) m.payload_bytes += static_cast<long long>(pages.size()) * Pool::page_bytes;
+    m.index_bytes = counts_.bytes() + tables_.bytes() + entries_.bytes();
+    for (const int rows : appended_) {
+      m.dense_fp16_bytes += static_cast<long long>(rows) * geometry_.num_kv_heads * head_dim * 2 * 2;
+    }
+    return m;
+  }
+
+  // Heads of a layer, on the device and as the host remembers them.
+  const SlicePages* near(int layer) const { return entries_.data() + layer * geometry_.num_kv_heads; }
+  const SlicePages* body(int layer) const { return near(layer) + geometry_.num_heads(); }
+  std::span<const SlicePages> host_near(int layer) const {
+    return std::span(host_entries_).subspan(static_cast<std::size_t>(layer * geometry_.num_kv_heads), kv_heads());
+  }
+  std::span<const SlicePages> host_body(int layer) const {
+    return std::span(host_entries_)
+        .subspan(static_cast<std::size_t>(geometry_.num_heads() + layer * geometry_.num_kv_heads), kv_heads());
+  }
+
+ private:
+  std::size_t kv_heads() const { return static_cast<std::size_t>(geometry_.num_kv_heads); }
+  Status check_layer(int layer) const {
+    if (layer >= 0 && layer < geometry_.num_layers) return success();
+    return error(Errc::bad_shape, "layer is {}; the cache has {}", layer, geometry_.num_layers);
+  }
+  void release() {
+    for (const auto& pages : pages_) pool_->give_back(pages);
+    pages_.clear();
+  }
+
+  Device* device_ = nullptr;
+  Pool* pool_ = nullptr;
+  Geometry geometry_ = {};
+  DeviceCacheOptions options_ = {};
+  DeviceArray<std::byte, Device> dense_;
+  DeviceArray<int, Device> counts_;          // dense rows [heads], encoded rows [heads]
+  DeviceArray<int, Device> tables_;          // [heads, max_rows / 128]
+  DeviceArray<SlicePages, Device> entries_;  // dense [heads], encoded [heads]
+  std::vector<SlicePages> host_entries_;
+  std::vector<std::vector<int>> pages_;  // [heads]
+  std::vector<int> appended_;            // [layers]
+  int reserved_ = 0;
+};
+
+// T: of queries and outputs.
+template <class Codec, class Device, class T>
+class DecodePlan {
+ public:
+  using Cache = DeviceCache<Codec, Device>;
+  using Key = typename Codec::key_type;
+  using Value = typename Codec::value_type;
+  using Plain = typename Cache::Plain;
+  static constexpr int head_dim = Codec::head_dim;
+
+  // The caches of a batch, of one geometry; they must outlive the plan, and init() comes again after theirs.
+  Status init(Device& device, std::span<const Cache* const> caches) {
+    if (caches.empty()) return error(Errc::bad_shape, "a batch of no caches");
+    const Geometry& geometry = caches[0]->geometry();
+    KVT_TRY(geometry.validate());
+    for (const Cache* cache : caches) {
+      if (!(cache->geometry() == geometry)) return error(Errc::bad_shape, "the caches of a batch have different geometries");
+    }
+    const auto entries = caches.size() * static_cast<std::size_t>(geometry.num_kv_heads);
+    const auto layers = static_cast<std::size_t>(geometry.num_layers);
+    std::vector<SlicePages> host;  // dense [layers, entries], encoded
+    for (const bool near : {true, false}) {
+      for (int layer = 0; layer < geometry.num_layers; ++layer) {
+        for (const Cache* cache : caches) {
+          const auto own = near ? cache->host_near(layer) : cache->host_body(layer);
+          host.insert(host.end(), own.begin(), own.end());
+        }
+      }
+    }
+    int body_blocks = 0, near_blocks = 0, limited = 0;
+    KVT_TRY(device.template resident_blocks<DecodeWork<Key, Value, false, T>>(body_blocks));
+    KVT_TRY(device.template resident_blocks<DecodeWork<Key, Value, true, T>>(limited));
+    KVT_TRY(device.template resident_blocks<DecodeWork<Plain, Plain, false, T>>(near_blocks));
+    DeviceArray<SlicePages, Device> pages;
+    Side body, near;
+    KVT_TRY(pages.allocate(device, 2 * layers * entries));
+    KVT_TRY(body.init(device, entries, std::min(body_blocks, limited)));
+    KVT_TRY(near.init(device, entries, near_blocks));
+    KVT_TRY(device.copy_to(pages.data(), host.data(), host.size() * sizeof(SlicePages)));
+    device_ = &device;
+    geometry_ = geometry;
+    entries_ = static_cast<int>(entries);
+    pages_ = std::move(pages);
+    body_ = std::move(body);
+    near_ = std::move(near);
+    return success();
+  }
+
+  // One decode step: a query of each sequence, queries and out [sequences, num_q_heads, head_dim]. positions [sequences] are
+  // those of the queries; rows after them are not seen. They may be null where there is no window and no row is later.
+  Status attend(int layer, const T* queries, const int* positions, const AttendOptions& options, T* out) {
+    if (device_ == nullptr || layer < 0 || layer >= geometry_.num_layers) {
+      return error(Errc::bad_shape, "layer is {}; the plan has {}", layer, geometry_.num_layers);
+    }
+    if (queries == nullptr || out == nullptr) return error(Errc::bad_shape, "a pointer to queries or outputs is null");
+    if (!std::isfinite(options.scale) || !std::isfinite(options.soft_cap) || options.soft_cap < 0 || options.window < 0) {
+      return error(Errc::bad_value, "scale, soft cap and window must be finite, and the latter two not negative");
+    }
+    if (!options.sink_logits.empty()) return error(Errc::bad_shape, "sink logits are not known to devices yet");
+    if (positions == nullptr && options.window > 0) return error(Errc::bad_shape, "a window needs positions");
+    const float scale = options.scale != 0 ? options.scale : 1.f / std::sqrt(static_cast<float>(head_dim));
+    const auto step = [&](Side& side, bool near) {
+      const SlicePages* const first =
+          pages_.data() + ((near ? 0 : geometry_.num_layers) + layer) * static_cast<std::ptrdiff_t>(entries_);
+      return DecodeStep<T>{side.split(first, entries_),
+                           side.partials(),
+                           queries,
+                           positions,
+                           geometry_.num_kv_heads,
+                           geometry_.group_size(),
+                           0,
+                           options.window,
+                           scale,
+                           options.soft_cap};
+    };
+    const DecodeStep<T> body = step(body_, false), near = step(near_, true);
+    return positions != nullptr || options.soft_cap > 0 ? launch_decode<Key, Value, true>(*device_, body, near, out)
+                                                        : launch_decode<Key, Value, false>(*device_, body, near, out);
+  }
+  long long workspace_bytes() const { return pages_.bytes() + body_.bytes() + near_.bytes(); }
+
+ private:
+  // Slices counted and partial results, of encoded or of dense rows; used by one layer after another.
+  struct Side {
+    DeviceArray<int, Device> first_slice;
+    DeviceArray<float, Device> max, sum, rows;
+    int blocks = 0;
+
+    Status init(Device& device, std::size_t entries, int num_blocks) {
+      blocks = num_blocks;
+      const std::size_t slots = entries + static_cast<std::size_t>(blocks);
+      KVT_TRY(first_slice.allocate(device, entries + 1));
+      KVT_TRY(max.allocate(device, 8 * slots));
+      KVT_TRY(sum.allocate(device, 8 * slots));
+      return rows.allocate(device, 8 * slots * head_dim);
+    }
+    SplitDecode split(const SlicePages* entry, int entries) const { return {entry, first_slice.data(), entries, blocks}; }
+    DecodePartials partials() const { return {max.data(), sum.data(), rows.data()}; }
+    long long bytes() const { return first_slice.bytes() + max.bytes() + sum.bytes() + rows.bytes(); }
+  };
+
+  Device* device_ = nullptr;
+  Geometry geometry_ = {};
+  int entries_ = 0;
+  DeviceArray<SlicePages, Device> pages_;
+  Side body_, near_;
+};
+
+}  // namespace kvt::inline v0

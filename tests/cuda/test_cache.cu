@@ -1,0 +1,134 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// A batch of sequences in device caches, step by step and as a captured graph, beside the same on a simulated device.
+#include <cmath>
+#include <memory>
+#include <random>
+
+#include "device.cuh"
+#include "kvtailor/cuda/kv_cache.cuh"
+
+namespace {
+
+using namespace kvt;
+
+constexpr int sequences = 2, replays = 140;  // replays: so many that rows are encoded
+
+// Memory of the host for a simulated device, and of the device for a real one.
+template <class T>
+T* place(SimulatedDevice&, const std::vector<T>& x, std::vector<std::shared_ptr<void>>& owners) {
+  auto copy = std::make_shared<std::vector<T>>(x);
+  owners.push_back(copy);
+  return copy->data();
+}
+template <class T>
+T* place(cuda::Device&, const std::vector<T>& x, std::vector<std::shared_ptr<void>>& owners) {
+  auto copy = std::make_shared<device::Array<T>>(x);
+  owners.push_back(copy);
+  return copy->data();
+}
+// Runs `step` so many times; on a real device as a graph, captured once.
+template <class Step>
+bool repeat(SimulatedDevice&, int times, Step step) {
+  for (int i = 0; i < times; ++i) {
+    if (!step().ok()) return false;
+  }
+  return true;
+}
+template <class Step>
+bool repeat(cuda::Device& device, int times, Step step) {
+  cudaGraph_t graph;
+  cudaGraphExec_t ready;
+  device::check(cudaStreamBeginCapture(device.stream(), cudaStreamCaptureModeThreadLocal), "capture");
+  const Status status = step();
+  device::check(cudaStreamEndCapture(device.stream(), &graph), "end of the capture");
+  if (!status.ok()) return false;
+  device::check(cudaGraphInstantiate(&ready, graph, 0), "graph");
+  for (int i = 0; i < times; ++i) device::check(cudaGraphLaunch(ready, device.stream()), "launch of the graph");
+  device::check(cudaStreamSynchronize(device.stream()), "graph");
+  cudaGraphExecDestroy(ready);
+  cudaGraphDestroy(graph);
+  return true;
+}
+
+template <class Codec, class Device>
+std::vector<float> run(Device& device) {
+  constexpr int dim = Codec::head_dim;
+  const Geometry geometry{1, 2, 6, dim};
+  std::mt19937 random(dim);
+  std::normal_distribution<float> normal;
+  const auto halves = [&](int n) {
+    std::vector<Half> x;
+    for (int i = 0; i < n; ++i) x.push_back(from_float<Half>(normal(random)));
+    return x;
+  };
+  std::vector<std::shared_ptr<void>> owners;
+  const auto expect = [](const Status& status) {
+    if (status.ok()) return;
+    std::printf("%s (%d)\n", status.message().c_str(), status.native);
+    std::exit(1);
+  };
+  PagePool<Codec, Device> pool;
+  expect(pool.init(device, 40));
+  std::vector<std::unique_ptr<DeviceCache<Codec, Device>>> caches;
+  std::vector<const DeviceCache<Codec, Device>*> batch;
+  for (int s = 0; s < sequences; ++s) {
+    caches.push_back(std::make_unique<DeviceCache<Codec, Device>>());
+    expect(caches.back()->init(device, pool, geometry, {4, 32, 400, 2048}));
+    const int n = s == 0 ? 390 : 7;
+    std::vector<int> positions;
+    for (int i = 0; i < n; ++i) positions.push_back(i);
+    expect(caches.back()->reserve(n + replays));
+    expect(caches.back()->append(0, place(device, halves(n * 2 * dim), owners), place(device, halves(n * 2 * dim), owners),
+                                 place(device, positions, owners), n));
+    batch.push_back(caches.back().get());
+  }
+  DecodePlan<Codec, Device, Half> plan;
+  expect(plan.init(device, batch));
+  const Half* const row = place(device, halves(2 * 2 * dim), owners);  // a key, then a value, again and again
+  const int* const position = place(device, std::vector<int>{1000, 1000}, owners);
+  const Half* const queries = place(device, halves(sequences * 6 * dim), owners);
+  Half* const out = place(device, std::vector<Half>(static_cast<std::size_t>(sequences * 6 * dim)), owners);
+  const bool done = repeat(device, replays, [&] {
+    for (auto& cache : caches) {
+      const Status status = cache->append(0, row, row + 2 * dim, position, 1);
+      if (!status.ok()) return status;
+    }
+    return plan.attend(0, queries, nullptr, {}, out);
+  });
+  if (!done) return {};
+  std::vector<Half> result(static_cast<std::size_t>(sequences * 6 * dim));
+  expect(device.copy_from(result.data(), out, result.size() * sizeof(Half)));
+  std::vector<float> floats;
+  for (const Half x : result) floats.push_back(to_float(x));
+  return floats;
+}
+
+template <class Codec>
+int check(const char* name) {
+  SimulatedDevice simulated;
+  const std::vector<float> expected = run<Codec>(simulated);
+  if (expected.empty() || !device::present()) return expected.empty();
+  cudaStream_t stream;
+  device::check(cudaStreamCreate(&stream), "stream");
+  cuda::Device real(stream);
+  const std::vector<float> got = run<Codec>(real);
+  device::check(cudaStreamDestroy(stream), "stream");
+  int failures = got.size() != expected.size();
+  for (std::size_t i = 0; i < got.size() && failures < 5; ++i) {
+    // Sums of tensor cores round otherwise than simulated ones, and outputs are fp16.
+    if (std::fabs(got[i] - expected[i]) <= 2e-3f * (1 + std::fabs(expected[i]))) continue;
+    ++failures;
+    std::printf("%s, output %zu: %g on the device, %g simulated\n", name, i, got[i], expected[i]);
+  }
+  return failures;
+}
+
+}  // namespace
+
+int main() {
+  return device::result(check<KvCodec<TurboQuant<4, 64>>>("turbo4, 64") +
+                        check<KvCodec<TurboQuant<3, 128>, TurboQuant<2, 128>>>("turbo3/turbo2, 128") +
+                        check<KvCodec<Dense<Half, 64>>>("fp16, 64"));
+}

@@ -1,0 +1,230 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The cache of devices on a simulated one, against the cache of the host.
+#include <doctest/doctest.h>
+
+#include <cmath>
+#include <memory>
+#include <random>
+
+#include "kvtailor/kvtailor.hpp"
+#include "kvtailor/store/device_cache.hpp"
+
+using namespace kvt;
+
+namespace {
+
+template <class Codec>
+using Cache = DeviceCache<Codec, SimulatedDevice>;
+template <class Codec>
+using Pool = PagePool<Codec, SimulatedDevice>;
+
+constexpr int sink_rows = 5, recent_rows = 20;
+
+// One sequence in both caches.
+template <class Codec>
+struct Twin {
+  static constexpr int dim = Codec::head_dim;
+  Geometry geometry;
+  Cache<Codec> device_cache;
+  KvCache<Uniform, SinkRecent, Codec> host_cache;
+  std::vector<int> next;  // position of each layer
+
+  Twin(SimulatedDevice& device, Pool<Codec>& pool, const Geometry& g)
+      : geometry(g), next(static_cast<std::size_t>(g.num_layers)) {
+    REQUIRE(device_cache.init(device, pool, g, {sink_rows, recent_rows, 300, 4096}).ok());
+    REQUIRE(host_cache.init(g, {sink_rows, recent_rows, 128, nullptr}).ok());
+  }
+  void append(int n, std::mt19937& random) {
+    std::normal_distribution<float> normal;
+    REQUIRE(device_cache.reserve(n).ok());
+    for (int layer = 0; layer < geometry.num_layers; ++layer) {
+      std::vector<float> keys(static_cast<std::size_t>(n * geometry.num_kv_heads * dim)), values(keys.size());
+      for (float& x : keys) x = normal(random);
+      for (float& x : values) x = normal(random);
+      std::vector<int> positions;
+      for (int i = 0; i < n; ++i)
+        positions.push_back(next[static_cast<std::size_t>(layer)] += 1 + static_cast<int>(random() % 2));
+      REQUIRE(host_cache.append(layer, keys.data(), values.data(), positions).ok());
+      REQUIRE(device_cache.append(layer, keys.data(), values.data(), positions.data(), n).ok());
+    }
+  }
+  // Rows of a head, as the device has them, are those of the host: how many in each zone, where, and what they are. Sums of
+  // squares are added in another order, so that a scale may be another fp16 number, and a code at a tie its neighbour.
+  void compare(int layer, int head) const {
+    using Body = typename Pool<Codec>::Layout;
+    using Near = LayoutOf<typename Cache<Codec>::Plain, typename Cache<Codec>::Plain>;
+    const SlicePages& near = device_cache.near(layer)[head];
+    const SlicePages& body = device_cache.body(layer)[head];
+    const int rows = host_cache.num_rows(layer, head), encoded = *body.rows;
+    REQUIRE(*near.rows + encoded == rows);
+    CHECK(encoded == std::max(0, (encoded + 127) / 128 * 128));
+    std::vector<float> keys(static_cast<std::size_t>(rows * dim)), values(keys.size());
+    host_cache.decode(layer, head, keys.data(), values.data());
+    const auto positions = host_cache.positions(layer, head);
+    int different = 0;
+    for (int r = 0; r < rows; ++r) {
+      const bool in_body = r >= sink_rows && r < sink_rows + encoded;
+      const int at = in_body ? r - sink_rows : r < sink_rows ? r : r - encoded, slice = at / slice_rows, row = at % slice_rows;
+      if (!in_body) {
+        CHECK(near.positions(slice, Near::bytes)[row] == positions[static_cast<std::size_t>(r)]);
+        for (int d = 0; d < dim; ++d) {
+          const auto element = [&](bool key) {
+            const int bits = key ? Near::template element<true>(near.at(slice, Near::bytes), row, d)
+                                 : Near::template element<false>(near.at(slice, Near::bytes), row, d);
+            return to_float(Half{static_cast<std::uint16_t>(bits)});
+          };
+          different += element(true) != keys[static_cast<std::size_t>(r * dim + d)];
+          different += element(false) != values[static_cast<std::size_t>(r * dim + d)];
+        }
+        continue;
+      }
+      CHECK(body.positions(slice, Body::bytes)[row] == positions[static_cast<std::size_t>(r)]);
+      const std::byte* const from = body.at(slice, Body::bytes);
+      const auto check = [&](auto codec, bool key, const std::vector<float>& exact) {
+        using One = decltype(codec);
+        float decoded[dim];
+        Half scale;
+        std::memcpy(&scale, from + (key ? Body::key_scale_at(row) : Body::value_scale_at(row)), 2);
+        for (int d = 0; d < dim; ++d) {
+          const int code = key ? Body::template element<true>(from, row, d) : Body::template element<false>(from, row, d);
+          decoded[d] = typename One::Levels{}.value[code] * to_float(scale);
+        }
+        One::Rotate::inverse(Serial{}, decoded);
+        double square = 0, size = 0;
+        for (int d = 0; d < dim; ++d) {
+          const double e = static_cast<double>(exact[static_cast<std::size_t>(r * dim + d)]);
+          square += std::pow(static_cast<double>(decoded[d]) - e, 2);
+          size += e * e;
+        }
+        different += !(std::sqrt(square / size) <= 1e-3);
+      };
+      check(typename Codec::key_type{}, true, keys);
+      check(typename Codec::value_type{}, false, values);
+    }
+    CHECK(different <= 1 + rows / 500);
+  }
+};
+
+}  // namespace
+
+TEST_CASE("rows on a device are those on the host, however they come") {
+  using Codec = KvCodec<TurboQuant<4, 64>, TurboQuant<3, 64>>;
+  SimulatedDevice device;
+  Pool<Codec> pool;
+  REQUIRE(pool.init(device, 100).ok());
+  Twin<Codec> twin(device, pool, {2, 2, 6, 64});
+  std::mt19937 random(3);
+  for (const int n : {1, 3, 2, 150, 1, 1, 300, 20, 7, 128, 33, 290}) {
+    twin.append(n, random);
+    for (int layer = 0; layer < 2; ++layer) {
+      for (int head = 0; head < 2; ++head) twin.compare(layer, head);
+    }
+  }
+  CHECK(pool.free_pages() == 100 - 4 * 7);  // 936 rows; room was taken for what a layer may have encoded
+}
+
+TEST_CASE("a batch of sequences attends as each does on the host") {
+  using Codec = KvCodec<TurboQuant<3, 64>, TurboQuant<2, 64>>;
+  SimulatedDevice device;
+  Pool<Codec> pool;
+  REQUIRE(pool.init(device, 200).ok());
+  const Geometry geometry{2, 2, 6, 64};
+  std::mt19937 random(4);
+  std::normal_distribution<float> normal;
+  std::vector<std::unique_ptr<Twin<Codec>>> twins;
+  std::vector<const Cache<Codec>*> caches;
+  for (const int rows : {700, 3, 260}) {
+    twins.push_back(std::make_unique<Twin<Codec>>(device, pool, geometry));
+    for (int left = rows; left > 0; left -= 130) twins.back()->append(std::min(left, 130), random);
+    caches.push_back(&twins.back()->device_cache);
+  }
+  DecodePlan<Codec, SimulatedDevice, float> plan;
+  REQUIRE(plan.init(device, caches).ok());
+  const long long allocations = device.allocations;
+  for (const AttendOptions& options : {AttendOptions{}, AttendOptions{.scale = .2f, .window = 100, .soft_cap = 5}}) {
+    for (int layer = 0; layer < 2; ++layer) {
+      const int width = 6 * 64;
+      std::vector<float> queries(static_cast<std::size_t>(3 * width)), out(queries.size(), NAN), expected(queries.size());
+      for (float& x : queries) x = normal(random);
+      std::vector<int> positions;
+      for (std::size_t s = 0; s < twins.size(); ++s) {
+        positions.push_back(twins[s]->host_cache.end_position(layer) - 1);
+        REQUIRE(twins[s]
+                    ->host_cache
+                    .attend(layer, queries.data() + s * width, std::span(&positions.back(), 1), options,
+                            expected.data() + s * width)
+                    .ok());
+      }
+      REQUIRE(plan.attend(layer, queries.data(), positions.data(), options, out.data()).ok());
+      // Rounding to fp16 as in test_decode_warp.cpp, with the whole weight on one row; levels of two bits, right to 5e-4; and
+      // 16-bit queries and weights on the host.
+      for (std::size_t i = 0; i < out.size(); ++i) CHECK(std::fabs(out[i] - expected[i]) <= 3e-3);
+      if (options.window == 0 && options.soft_cap == 0) {
+        std::vector<float> again(out.size());
+        REQUIRE(plan.attend(layer, queries.data(), nullptr, options, again.data()).ok());
+        CHECK(again == out);
+      }
+    }
+  }
+  CHECK(device.allocations == allocations);
+}
+
+TEST_CASE("memory that runs out, and calls that make no sense, change nothing") {
+  using Codec = KvCodec<TurboQuant<4, 64>>;
+  SimulatedDevice device;
+  Pool<Codec> pool;
+  CHECK(pool.init(device, 0).code == Errc::bad_shape);
+  REQUIRE(pool.init(device, 5).ok());
+  const long long of_pool = device.allocated_bytes;
+  const Geometry geometry{1, 2, 2, 64};
+  {
+    Cache<Codec> cache;
+    for (long long fail = 1; fail <= 4; ++fail) {
+      device.fail_at = device.allocations + fail;
+      CHECK(cache.init(device, pool, geometry).code == Errc::out_of_memory);
+      CHECK(device.allocated_bytes == of_pool);
+    }
+    device.fail_at = 0;
+    CHECK(cache.init(device, pool, {1, 2, 2, 128}).code == Errc::bad_shape);
+    CHECK(cache.init(device, pool, geometry, {-1}).code == Errc::bad_shape);
+    CHECK(cache.init(device, pool, geometry, {4, 32, 0}).code == Errc::bad_shape);
+    REQUIRE(cache.init(device, pool, geometry, {4, 32, 100, 1000}).ok());
+    CHECK(device.allocated_bytes == of_pool + cache.memory().total());
+
+    std::vector<float> rows(2 * 64 * 100, 1.f);
+    std::vector<int> positions(100);
+    for (int i = 0; i < 100; ++i) positions[static_cast<std::size_t>(i)] = i;
+    CHECK(cache.append(0, rows.data(), rows.data(), positions.data(), 1).code == Errc::out_of_memory);  // nothing reserved
+    CHECK(cache.reserve(1001).code == Errc::bad_shape);
+    CHECK(cache.reserve(4 + 32 + 3 * 128).code == Errc::out_of_memory);  // three pages of two heads, and there are five
+    CHECK(pool.free_pages() == 5);
+    REQUIRE(cache.reserve(4 + 32 + 2 * 128).ok());
+    CHECK(pool.free_pages() == 1);
+    CHECK(cache.append(1, rows.data(), rows.data(), positions.data(), 1).code == Errc::bad_shape);
+    CHECK(cache.append(0, rows.data(), rows.data(), positions.data(), 101).code == Errc::bad_shape);
+    CHECK(cache.append<float>(0, nullptr, rows.data(), positions.data(), 1).code == Errc::bad_shape);
+    REQUIRE(cache.append(0, rows.data(), rows.data(), positions.data(), 100).ok());
+    CHECK(cache.num_rows(0) == 100);
+
+    const Cache<Codec>* const caches[] = {&cache};
+    DecodePlan<Codec, SimulatedDevice, float> plan;
+    std::vector<float> out(2 * 64);
+    CHECK(plan.attend(0, rows.data(), nullptr, {}, out.data()).code == Errc::bad_shape);  // not prepared
+    CHECK(plan.init(device, {}).code == Errc::bad_shape);
+    for (long long fail = 1; fail <= 9; ++fail) {
+      device.fail_at = device.allocations + fail;
+      CHECK(plan.init(device, caches).code == Errc::out_of_memory);
+    }
+    device.fail_at = 0;
+    REQUIRE(plan.init(device, caches).ok());
+    CHECK(plan.attend(1, rows.data(), nullptr, {}, out.data()).code == Errc::bad_shape);
+    CHECK(plan.attend(0, rows.data(), nullptr, {.window = 3}, out.data()).code == Errc::bad_shape);
+    CHECK(plan.attend(0, rows.data(), nullptr, {.soft_cap = NAN}, out.data()).code == Errc::bad_value);
+    REQUIRE(plan.attend(0, rows.data(), nullptr, {}, out.data()).ok());
+    for (const float x : out) CHECK(x == doctest::Approx(1).epsilon(1e-3));
+  }
+  CHECK(device.allocated_bytes == of_pool);
+  CHECK(pool.free_pages() == 5);
+}
