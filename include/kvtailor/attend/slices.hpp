@@ -52,12 +52,15 @@ struct DenseFragments {
     KVT_UNROLL_ON_DEVICE
     for (int i = 0; i < 4; ++i) a[i] = word[4 * tile + i];
   }
-  // The bits of an element among a lane's words [words].
-  KVT_HD KVT_INLINE static void pack(std::uint32_t* word, int tile, int i, int h, int bits) {
-    word[4 * tile + i] |= static_cast<std::uint32_t>(bits) << (16 * h);
+  // A lane's word from code(tile, i, h), and a code from word(index): the bits of an element.
+  template <class Code>
+  KVT_HD KVT_INLINE static std::uint32_t make_word(int w, Code&& code) {
+    const int low = code(w / 4, w % 4, 0), high = code(w / 4, w % 4, 1);
+    return (low < 0 ? 0u : static_cast<std::uint32_t>(low)) | (high < 0 ? 0u : static_cast<std::uint32_t>(high)) << 16;
   }
-  KVT_HD KVT_INLINE static int code(const std::uint32_t* word, int tile, int i, int h) {
-    return static_cast<int>(word[4 * tile + i] >> (16 * h) & 0xffffu);
+  template <class Word>
+  KVT_HD KVT_INLINE static int code(Word&& word, int tile, int i, int h) {
+    return static_cast<int>(word(4 * tile + i) >> (16 * h) & 0xffffu);
   }
 };
 
@@ -131,19 +134,42 @@ struct CodeFragments {
     }
   }
 
-  // A code among a lane's words [words], which begin as zeros.
-  KVT_HD KVT_INLINE static void pack(std::uint32_t* word, int tile, int i, int h, int code) {
-    if constexpr (arithmetic) code = signs_first(code);
-    for (int b = 0; b < bits; ++b) {
-      const int at = place(tile, i, h, b);
-      word[at / 32] |= static_cast<std::uint32_t>(code >> b & 1) << at % 32;
+  // A lane's word from code(tile, i, h), and a code from word(index). Codes below zero are of rows that do not exist.
+  template <class Code>
+  KVT_HD KVT_INLINE static std::uint32_t make_word(int w, Code&& code) {
+    std::uint32_t word = 0;
+    if constexpr (arithmetic) {
+      constexpr int per_word = 4 / bits;
+      for (int k = 0; k < per_word * 8; ++k) {
+        const int tile = per_word * w + k / 8, i = k / 2 % 4, h = k % 2, own = tile < tiles ? code(tile, i, h) : -1;
+        for (int b = 0; b < bits && own >= 0; ++b) {
+          word |= static_cast<std::uint32_t>(signs_first(own) >> b & 1) << place(tile, i, h, b) % 32;
+        }
+      }
+    } else {
+      const int first = w / group_words * 4, own = w % group_words;  // tile; word of four tiles
+      const auto field = [&](int k) {
+        const int tile = first + k / tile_fields;
+        if (tile >= tiles) return std::uint32_t{0};
+        if constexpr (!in_pairs) return known(code(tile, k % tile_fields / 2, k % 2));
+        return known(code(tile, k % tile_fields, 0)) | known(code(tile, k % tile_fields, 1)) << bits;
+      };
+      for (int f = 0; f < word_fields; ++f) word |= field(own * word_fields + f) << (f * field_bits);
+      if (word_fields * field_bits < 32 && first + 4 <= tiles) {
+        for (int r = 0; r < 2; ++r) {
+          const int rest = 2 * own + r;
+          word |= (field(plain_fields + rest / field_bits) >> rest % field_bits & 1u) << (30 + r);
+        }
+      }
     }
+    return word;
   }
-  KVT_HD KVT_INLINE static int code(const std::uint32_t* word, int tile, int i, int h) {
+  template <class Word>
+  KVT_HD KVT_INLINE static int code(Word&& word, int tile, int i, int h) {
     int code = 0;
     for (int b = 0; b < bits; ++b) {
       const int at = place(tile, i, h, b);
-      code |= static_cast<int>(word[at / 32] >> at % 32 & 1u) << b;
+      code |= static_cast<int>(word(at / 32) >> at % 32 & 1u) << b;
     }
     return arithmetic ? signs_last(code) : code;
   }
@@ -151,6 +177,7 @@ struct CodeFragments {
  private:
   // Codes, whose levels rise, as the sign of fp16 and whether the magnitude is the larger one: 0 1 2 3 are 3 2 0 1. And back.
   KVT_HD KVT_INLINE static int signs_first(int code) { return bits == 1 ? code ^ 1 : code >= 2 ? code - 2 : 3 - code; }
+  KVT_HD KVT_INLINE static std::uint32_t known(int code) { return code < 0 ? 0u : static_cast<std::uint32_t>(code); }
   KVT_HD KVT_INLINE static int signs_last(int stored) { return bits == 1 ? stored ^ 1 : stored >= 2 ? 3 - stored : stored + 2; }
 
   // Bit b of a code, counted in a lane's words.
@@ -268,18 +295,16 @@ struct SliceLayout {
     using Fragments = std::conditional_t<keys, Keys, Values>;
     std::byte* const to = slice + (keys ? 0 : values_at);
     map(lanes, [&](int lane) {
-      std::uint32_t word[Fragments::words] = {}, old[Fragments::words] = {};
-      for (int w = 0; w < Fragments::words && keep > 0; ++w) std::memcpy(&old[w], to + word_at<Fragments>(lane, w), 4);
-      for (int tile = 0; tile < Fragments::tiles; ++tile) {
-        for (int i = 0; i < 4; ++i) {
-          for (int h = 0; h < 2; ++h) {
-            const SlicePlace at = keys ? key_place<dim>(lane, tile, i, h) : value_place<dim>(lane, tile, i, h);
-            const int code = at.row < keep ? Fragments::code(old, tile, i, h) : element(at.row, at.dim);
-            if (code >= 0) Fragments::pack(word, tile, i, h, code);
-          }
-        }
+      const auto old = [&](int w) { return word_of<Fragments>(to, lane, w); };
+      KVT_LOOP_ON_DEVICE
+      for (int w = 0; w < Fragments::words; ++w) {
+        // Codes of rows that are kept may be spread over words; those that are written already still have them.
+        const std::uint32_t word = Fragments::make_word(w, [&](int tile, int i, int h) {
+          const SlicePlace at = keys ? key_place<dim>(lane, tile, i, h) : value_place<dim>(lane, tile, i, h);
+          return at.row < keep ? Fragments::code(old, tile, i, h) : element(at.row, at.dim);
+        });
+        std::memcpy(to + word_at<Fragments>(lane, w), &word, sizeof word);
       }
-      for (int w = 0; w < Fragments::words; ++w) std::memcpy(to + word_at<Fragments>(lane, w), &word[w], 4);
       return 0;
     });
   }
@@ -298,10 +323,7 @@ struct SliceLayout {
     using Fragments = std::conditional_t<keys, Keys, Values>;
     const int left = keys ? row : d, right = keys ? d : row;  // of the fragment
     const int lane = left % 8 * 4 + right % 8 / 2, tile = row / 16 * (dim / 16) + d / 16;
-    std::uint32_t word[Fragments::words];
-    for (int w = 0; w < Fragments::words; ++w) {
-      std::memcpy(&word[w], slice + (keys ? 0 : values_at) + word_at<Fragments>(lane, w), 4);
-    }
+    const auto word = [&](int w) { return word_of<Fragments>(slice + (keys ? 0 : values_at), lane, w); };
     return Fragments::code(word, tile, left % 16 / 8 + right % 16 / 8 * 2, right % 2);
   }
   // Copies of the tables for every lane: table_bytes, by `threads` threads.
@@ -311,6 +333,12 @@ struct SliceLayout {
   }
 
  private:
+  template <class Fragments>
+  KVT_HD KVT_INLINE static std::uint32_t word_of(const std::byte* part, int lane, int w) {
+    std::uint32_t word;
+    std::memcpy(&word, part + word_at<Fragments>(lane, w), sizeof word);
+    return word;
+  }
   template <int count, class Lanes>
   KVT_HD KVT_INLINE static void load_fours(const Lanes& lanes, const std::byte* from,
                                            typename Lanes::template Reg<std::uint32_t>* to) {
