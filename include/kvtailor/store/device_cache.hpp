@@ -23,6 +23,7 @@
 #include <span>
 #include <vector>
 
+#include "kvtailor/codec/kv_codec.hpp"
 #include "kvtailor/core/device.hpp"
 #include "kvtailor/core/geometry.hpp"
 #include "kvtailor/store/append_work.hpp"

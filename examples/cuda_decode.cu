@@ -1,0 +1,92 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Decoding with the cache on a device: one sequence, 3-bit keys and 2-bit values, checked against the host's cache.
+#include <cmath>
+#include <cstdio>
+#include <random>
+#include <vector>
+
+#include "kvtailor/kvtailor.cuh"
+
+namespace {
+
+using Codec = kvt::KvCodec<kvt::TurboQuant<3, 128>, kvt::TurboQuant<2, 128>>;
+
+constexpr kvt::Geometry geometry{.num_layers = 1, .num_kv_heads = 2, .num_q_heads = 8, .head_dim = 128};
+constexpr int prompt = 1000, steps = 8;
+
+kvt::Status run() {
+  cudaStream_t stream = nullptr;  // the engine's
+  kvt::cuda::Device device(stream);
+  kvt::cuda::PagePool<Codec> pool;  // shared by all sequences: 64 pages of 128 rows of a head
+  kvt::cuda::KvCache<Codec> cache;
+  kvt::cuda::DecodePlan<Codec, float> plan;
+  KVT_TRY(pool.init(device, 64));
+  KVT_TRY(cache.init(device, pool, geometry, {.max_append = prompt}));
+  const kvt::cuda::KvCache<Codec>* const batch[] = {&cache};
+  KVT_TRY(plan.init(device, batch));
+  kvt::KvCache<kvt::Uniform, kvt::SinkRecent, Codec> host;
+  KVT_TRY(host.init(geometry));
+
+  constexpr int row = geometry.num_kv_heads * geometry.head_dim, query = geometry.num_q_heads * geometry.head_dim;
+  kvt::DeviceArray<float, kvt::cuda::Device> keys, values, queries, out;
+  kvt::DeviceArray<int, kvt::cuda::Device> positions;
+  KVT_TRY(keys.allocate(device, prompt * row));
+  KVT_TRY(values.allocate(device, prompt * row));
+  KVT_TRY(queries.allocate(device, query));
+  KVT_TRY(out.allocate(device, query));
+  KVT_TRY(positions.allocate(device, prompt));
+
+  std::mt19937 random(1);
+  std::normal_distribution<float> normal;
+  const auto draw = [&](int n) {
+    std::vector<float> x(static_cast<std::size_t>(n));
+    for (float& v : x) v = normal(random);
+    return x;
+  };
+  KVT_TRY(cache.reserve(prompt + steps));  // pages for all that follows; nothing below allocates
+  int next = 0;
+  for (int step = 0; step <= steps; ++step) {
+    const int n = step == 0 ? prompt : 1;
+    const std::vector<float> k = draw(n * row), v = draw(n * row), q = draw(query);
+    std::vector<int> where;
+    for (int i = 0; i < n; ++i) where.push_back(next++);
+    KVT_TRY(device.copy_to(keys.data(), k.data(), k.size() * sizeof(float)));
+    KVT_TRY(device.copy_to(values.data(), v.data(), v.size() * sizeof(float)));
+    KVT_TRY(device.copy_to(queries.data(), q.data(), q.size() * sizeof(float)));
+    KVT_TRY(device.copy_to(positions.data(), where.data(), where.size() * sizeof(int)));
+    KVT_TRY(cache.append(0, keys.data(), values.data(), positions.data(), n));
+    KVT_TRY(host.append(0, k.data(), v.data(), where));
+    if (step == 0) continue;  // a prompt is attended to by the engine's own kernels
+
+    KVT_TRY(plan.attend(0, queries.data(), nullptr, {}, out.data()));
+    std::vector<float> got(query), expected(query);
+    KVT_TRY(device.copy_from(got.data(), out.data(), got.size() * sizeof(float)));
+    KVT_TRY(host.attend(0, q.data(), std::span(&where.back(), 1), {}, expected.data()));
+    float worst = 0;
+    for (int i = 0; i < query; ++i) {
+      const float difference = std::fabs(got[static_cast<std::size_t>(i)] - expected[static_cast<std::size_t>(i)]);
+      if (!(difference <= worst)) worst = difference;
+    }
+    std::printf("position %d: differs from the host by at most %.1e\n", where.back(), static_cast<double>(worst));
+    if (!(worst <= 3e-3f)) return kvt::error(kvt::Errc::bad_value, "device and host differ by {}", static_cast<double>(worst));
+  }
+  const kvt::Memory memory = cache.memory();
+  std::printf("%d rows in %lld bytes of pages and dense rows\n", cache.num_rows(0), memory.payload_bytes);
+  return kvt::success();
+}
+
+}  // namespace
+
+int main() {
+  int devices = 0;
+  if (cudaGetDeviceCount(&devices) != cudaSuccess || devices == 0) {
+    std::puts("skipped: no CUDA device");
+    return 77;
+  }
+  const kvt::Status status = run();
+  if (status.ok()) return 0;
+  std::fprintf(stderr, "%s (%d)\n", status.message().c_str(), status.native);
+  return 1;
+}
