@@ -73,7 +73,7 @@ kvt::Status run() {
     if (!(worst <= 3e-3f)) return kvt::error(kvt::Errc::bad_value, "device and host differ by {}", static_cast<double>(worst));
   }
   const kvt::Memory memory = cache.memory();
-  std::printf("%d rows in %lld bytes of pages and dense rows\n", cache.num_rows(0), memory.payload_bytes);
+  std::printf("%d rows in %lld bytes of pages and dense rows\n", cache.most_rows(0, 0), memory.payload_bytes);
   return kvt::success();
 }
 

@@ -30,6 +30,8 @@ void use_pair(const void** kernels) {
   use<DecodeWork<Key, Value, true, Half>>(kernels);
   use<FinishWork<Value, Half>>(kernels);
   use<AppendWork<Key, Value, Half>>(kernels);
+  use<CutWork<Key, Value>>(kernels);
+  use<TruncateWork<Key, Value>>(kernels);
 }
 template <int dim>
 void use_dim(const void** kernels) {

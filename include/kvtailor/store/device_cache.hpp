@@ -11,11 +11,12 @@
 //   KVT_TRY(cache.reserve(1));                                          // each step, or for many ahead
 //   KVT_TRY(cache.append(layer, keys, values, positions, 1));           // each layer of each step
 //   KVT_TRY(plan.attend(layer, queries, positions, {}, out));
+//   KVT_TRY(cache.cut(keep, stride));                                   // drops rows; refresh() gives their pages back
 //
-// append() and attend() allocate nothing, wait for nothing and read nothing back: lengths are counted on the device, and a step
-// can be captured in a graph. Pointers to rows, positions, queries and outputs are of the device. Nothing can be said there of
-// elements that are not finite or do not fit fp16: the engine must not give such.
-// Failure: every call that returns a Status other than success leaves the cache as it was, unless a kernel failed.
+// append(), attend(), cut() and truncate() allocate nothing, wait for nothing and read nothing back: lengths are counted on the
+// device, and a step can be captured in a graph. Pointers to rows, positions, queries and outputs are of the device. Nothing
+// can be said there of elements that are not finite or do not fit fp16: the engine must not give such. Failure: every call that
+// returns a Status other than success leaves the cache as it was, unless a kernel failed.
 #pragma once
 
 #include <algorithm>
@@ -26,7 +27,7 @@
 #include "kvtailor/codec/kv_codec.hpp"
 #include "kvtailor/core/device.hpp"
 #include "kvtailor/core/geometry.hpp"
-#include "kvtailor/store/append_work.hpp"
+#include "kvtailor/store/head_work.hpp"
 
 namespace kvt::inline v0 {
 
@@ -130,46 +131,29 @@ class DeviceCache {
     entries_ = std::move(entries);
     host_entries_ = std::move(host);
     pages_.assign(heads, {});
+    bound_.assign(heads, 0);
+    room_.assign(heads, 0);
     appended_.assign(static_cast<std::size_t>(geometry.num_layers), 0);
-    reserved_ = 0;
+    uneven_ = false;
     return success();
   }
 
   const Geometry& geometry() const { return geometry_; }
-  // Rows a head of a layer has been given.
-  int num_rows(int layer) const { return appended_[static_cast<std::size_t>(layer)]; }
+  // Rows a head has at most: all it was given since the last refresh(), and what it had then.
+  int most_rows(int layer, int kv_head) const {
+    return bound_[static_cast<std::size_t>(layer * geometry_.num_kv_heads + kv_head)];
+  }
 
-  // Takes the pages that `rows` more rows in each layer may need from the pool. Nothing is taken if it has too few.
+  // Takes the pages that `rows` more rows of every head may need from the pool. Nothing is taken if it has too few.
   Status reserve(int rows) {
     KVT_TRY(check_layer(0));
-    const long long wanted = static_cast<long long>(*std::min_element(appended_.begin(), appended_.end())) + rows;
-    if (rows < 0 || wanted > options_.max_rows) {
-      return error(Errc::bad_shape, "{} rows are too many for a cache with max_rows {}", static_cast<double>(wanted),
+    const long long most = static_cast<long long>(*std::max_element(bound_.begin(), bound_.end())) + rows;
+    if (rows < 0 || most > options_.max_rows) {
+      return error(Errc::bad_shape, "{} rows are too many for a cache with max_rows {}", static_cast<double>(most),
                    options_.max_rows);
     }
-    if (wanted <= reserved_) return success();
-    // Rows of the body, once as many have been appended.
-    const int body = static_cast<int>(std::max<long long>(0, wanted - options_.sink_rows - options_.recent_rows));
-    const auto each = static_cast<std::size_t>(body / SlicePages::page_rows), had = pages_[0].size();
-    const long long more = static_cast<long long>((each - std::min(each, had)) * pages_.size());
-    if (more > pool_->free_pages()) {
-      return error(Errc::out_of_memory, "{} pages are needed; the pool has {} left", static_cast<double>(more),
-                   pool_->free_pages());
-    }
-    const std::size_t table = tables_.size() / pages_.size();
-    for (std::size_t h = 0; h < pages_.size() && each > had; ++h) {
-      while (pages_[h].size() < each) pages_[h].push_back(pool_->take());
-      const Status copied =
-          device_->copy_to(tables_.data() + h * table + had, pages_[h].data() + had, (each - had) * sizeof(int));
-      if (!copied.ok()) {
-        for (std::size_t k = 0; k <= h; ++k) {
-          pool_->give_back(std::span(pages_[k]).subspan(had));
-          pages_[k].resize(had);
-        }
-        return copied;
-      }
-    }
-    reserved_ = static_cast<int>(wanted);
+    KVT_TRY(take_pages(rows));
+    for (std::size_t h = 0; h < room_.size(); ++h) room_[h] = std::max(room_[h], bound_[h] + rows);
     return success();
   }
 
@@ -184,29 +168,65 @@ class DeviceCache {
     if (n == 0) return success();
     if (keys == nullptr || values == nullptr || positions == nullptr)
       return error(Errc::bad_shape, "a pointer to rows is null");
-    int& rows = appended_[static_cast<std::size_t>(layer)];
-    if (rows + n > reserved_) {
-      return error(Errc::out_of_memory, "there would be {} rows and {} are reserved; call reserve()", rows + n, reserved_);
+    const auto first = static_cast<std::size_t>(layer * geometry_.num_kv_heads);
+    for (std::size_t h = first; h < first + kv_heads(); ++h) {
+      if (bound_[h] + n > room_[h]) {
+        return error(Errc::out_of_memory, "a head may have {} rows then, and {} are reserved; call reserve()", bound_[h] + n,
+                     room_[h]);
+      }
     }
-    const int first = layer * geometry_.num_kv_heads, heads = geometry_.num_heads();
-    AppendWork<Key, Value, T> work{near(layer),
-                                   body(layer),
-                                   counts_.data() + first,
-                                   counts_.data() + heads + first,
-                                   keys,
-                                   values,
-                                   positions,
-                                   n,
-                                   geometry_.num_kv_heads,
-                                   options_.sink_rows,
-                                   options_.recent_rows};
-    KVT_TRY(device_->launch(work, geometry_.num_kv_heads));
-    rows += n;
+    KVT_TRY(device_->launch(AppendWork<Key, Value, T>{heads(layer), keys, values, positions, n, geometry_.num_kv_heads},
+                            geometry_.num_kv_heads));
+    count(layer, n);
     return success();
   }
   // A captured append was run again for all layers: counts its rows.
   void replayed(int n) {
-    for (int& rows : appended_) rows += n;
+    for (int layer = 0; layer < geometry_.num_layers; ++layer) count(layer, n);
+  }
+
+  // Drops rows of all heads and encodes what is left of the dense ones, but the newest. keep [num_layers, num_kv_heads,
+  // stride], on the device: row r of a head, in the order of positions, stays if its mark is not zero. Sink rows and the newest
+  // recent_rows stay in any case. Codes of rows that stay do not change.
+  Status cut(const unsigned char* keep, long long stride) {
+    KVT_TRY(check_layer(0));
+    if (keep == nullptr) return error(Errc::bad_shape, "the pointer to the marks is null");
+    const int most = *std::max_element(bound_.begin(), bound_.end());
+    if (stride < most)
+      return error(Errc::bad_shape, "there are marks for {} rows; a head may have {}", static_cast<double>(stride), most);
+    const bool before = uneven_;
+    uneven_ = true;
+    if (const Status status = take_pages(0); !status.ok()) {
+      uneven_ = before;
+      return status;
+    }
+    return device_->launch(CutWork<Key, Value>{heads(0), keep, stride}, geometry_.num_heads());
+  }
+  // Drops the rows at `position` and after it.
+  Status truncate(int position) {
+    KVT_TRY(check_layer(0));
+    const bool before = uneven_;
+    uneven_ = true;
+    if (const Status status = take_pages(0); !status.ok()) {
+      uneven_ = before;
+      return status;
+    }
+    return device_->launch(TruncateWork<Key, Value>{heads(0), position}, geometry_.num_heads());
+  }
+  // Waits for the device, reads how many rows heads have, and gives the pages back that they do not need. What was reserved and
+  // not used is gone.
+  Status refresh() {
+    KVT_TRY(check_layer(0));
+    std::vector<int> rows(2 * bound_.size());
+    KVT_TRY(device_->copy_from(rows.data(), counts_.data(), rows.size() * sizeof(int)));
+    for (std::size_t h = 0; h < bound_.size(); ++h) {
+      bound_[h] = room_[h] = rows[h] + rows[bound_.size() + h];
+      const auto pages = std::max(pages_for(bound_[h]), pages_of(rows[bound_.size() + h]));
+      if (pages_[h].size() <= pages) continue;
+      pool_->give_back(std::span(pages_[h]).subspan(pages));
+      pages_[h].resize(pages);
+    }
+    return success();
   }
 
   // Of the device: dense rows and pages as payload, tables and counts as index.
@@ -238,6 +258,49 @@ class DeviceCache {
     if (layer >= 0 && layer < geometry_.num_layers) return success();
     return error(Errc::bad_shape, "layer is {}; the cache has {}", layer, geometry_.num_layers);
   }
+  // Heads from the first of a layer on.
+  DeviceHeads heads(int layer) const {
+    const int first = layer * geometry_.num_kv_heads;
+    return {near(layer),        body(layer),         counts_.data() + first, counts_.data() + geometry_.num_heads() + first,
+            options_.sink_rows, options_.recent_rows};
+  }
+  void count(int layer, int n) {
+    appended_[static_cast<std::size_t>(layer)] += n;
+    for (std::size_t h = 0; h < kv_heads(); ++h) bound_[static_cast<std::size_t>(layer) * kv_heads() + h] += n;
+  }
+  static std::size_t pages_of(int rows) {
+    return static_cast<std::size_t>((rows + SlicePages::page_rows - 1) / SlicePages::page_rows);
+  }
+  // Pages of a head with so many rows. While only whole blocks have been encoded, there is no page that is not full.
+  std::size_t pages_for(int rows) const {
+    const int body = std::max(0, rows - options_.sink_rows - options_.recent_rows);
+    return uneven_ ? pages_of(body) : static_cast<std::size_t>(body / SlicePages::page_rows);
+  }
+  // Those for `rows` more rows of every head, or none.
+  Status take_pages(int rows) {
+    long long more = 0;
+    for (std::size_t h = 0; h < pages_.size(); ++h) {
+      more += std::max(0LL, static_cast<long long>(pages_for(bound_[h] + rows)) - static_cast<long long>(pages_[h].size()));
+    }
+    if (more > pool_->free_pages()) {
+      return error(Errc::out_of_memory, "{} pages are needed; the pool has {} left", static_cast<double>(more),
+                   pool_->free_pages());
+    }
+    const std::size_t table = tables_.size() / pages_.size();
+    for (std::size_t h = 0; h < pages_.size(); ++h) {
+      const std::size_t had = pages_[h].size(), wanted = std::min(table, pages_for(bound_[h] + rows));
+      if (wanted <= had) continue;
+      // A page that stays behind if a copy fails is of this head, and used later.
+      while (pages_[h].size() < wanted) pages_[h].push_back(pool_->take());
+      const Status copied =
+          device_->copy_to(tables_.data() + h * table + had, pages_[h].data() + had, (wanted - had) * sizeof(int));
+      if (copied.ok()) continue;
+      pool_->give_back(std::span(pages_[h]).subspan(had));
+      pages_[h].resize(had);
+      return copied;
+    }
+    return success();
+  }
   void release() {
     for (const auto& pages : pages_) pool_->give_back(pages);
     pages_.clear();
@@ -253,8 +316,9 @@ class DeviceCache {
   DeviceArray<SlicePages, Device> entries_;  // dense [heads], encoded [heads]
   std::vector<SlicePages> host_entries_;
   std::vector<std::vector<int>> pages_;  // [heads]
-  std::vector<int> appended_;            // [layers]
-  int reserved_ = 0;
+  std::vector<int> bound_, room_;        // rows of a head [heads] at most, and those there are pages for
+  std::vector<int> appended_;            // rows of a layer [layers], ever
+  bool uneven_ = false;                  // the last page of a head may not be full
 };
 
 // T: of queries and outputs.

@@ -1,0 +1,363 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What is done to the rows of heads on a device, by one block of threads a head:
+//   AppendWork     new rows of one layer, after the oldest dense ones have been encoded if there are too many
+//   CutWork        rows that are not kept are dropped; the others keep their codes
+//   TruncateWork   rows from a position on are dropped
+//
+// The dense rows of a head are one run of slices: sink rows, then the newest. Encoded rows are another, in pages. Where more
+// than recent_rows of the former are left after the sinks, whole blocks of 128 of the oldest are encoded behind the latter. As
+// on the host, this happens before new rows are written, so that these are dense until the next append.
+#pragma once
+
+#include "kvtailor/attend/split_decode.hpp"
+
+namespace kvt::inline v0 {
+
+// The rows of one layer, or of all, in device memory.
+struct DeviceHeads {
+  const SlicePages *near, *body;  // [heads]
+  int *near_rows, *body_rows;     // [heads], what near[h].rows and body[h].rows point to
+  int sink_rows, recent_rows;
+
+  // Dense rows that are to be encoded: whole blocks.
+  KVT_HD int blocks_over(int dense) const {
+    const int over = dense - sink_rows - recent_rows;
+    return over > 0 ? over / SlicePages::page_rows * SlicePages::page_rows : 0;
+  }
+};
+
+namespace detail {
+
+template <class Key, class Value>
+struct HeadRows {
+  static constexpr int dim = Key::head_dim, warps = 8;
+  using Body = LayoutOf<Key, Value>;
+  using Plain = Dense<Half, dim>;
+  using Near = LayoutOf<Plain, Plain>;
+  struct Shared {
+    union {
+      struct {
+        float row[warps][dim];
+        alignas(16) std::byte keys[slice_rows][(Key::row_bytes + 15) / 16 * 16];  // encoded one by one
+        alignas(16) std::byte values[slice_rows][(Value::row_bytes + 15) / 16 * 16];
+      } encoding;
+      struct {
+        std::uint16_t key[slice_rows][dim], value[slice_rows][dim];
+        Half scale[2][slice_rows];
+        int position[slice_rows], source[slice_rows];
+      } moving;
+    };
+    int next, count;
+  };
+  static_assert(sizeof(Shared) <= 48 << 10, "a block has no more unless it asks");
+
+  const SlicePages &near, &body;
+  Shared& shared;
+  int sink_rows;
+
+  // Encodes `count` dense rows, the oldest after the sinks, behind the `rows` that are encoded.
+  template <class Block>
+  KVT_HD void encode_oldest(const Block& block, int rows, int count) const {
+    for (int done = 0; done < count;) {
+      const int room = slice_rows - (rows + done) % slice_rows, left = count - done, n = room < left ? room : left;
+      encode_in_slice(block, rows + done, sink_rows + done, n);
+      done += n;
+    }
+  }
+  // Packs the rows r of `rows` with kept(r) to the front, without a change to their codes; returns how many they are. Slices
+  // are written from the first on: no row moves back, so what a slice takes is in it or in later ones. Sources are read before.
+  template <bool dense, class Block, class Kept>
+  KVT_HD int compact(const Block& block, int rows, Kept&& kept) const {
+    using Lanes = typename Block::Lanes;
+    using Layout = std::conditional_t<dense, Near, Body>;
+    const SlicePages& pages = dense ? near : body;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      if (warp == 0) lanes.once([&] { shared.next = 0; });
+    });
+    for (int done = 0;; done += slice_rows) {
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        if (warp == 0) find_sources(lanes, rows, kept);
+      });
+      const int count = shared.count;
+      if (count == 0) return done;
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        for (int k = warp; k < count; k += warps) read_row<Layout>(lanes, pages, k);
+      });
+      write_slice<Layout>(block, pages, done / slice_rows, count);
+      if (count < slice_rows) return done + count;
+    }
+  }
+
+ private:
+  // The next slice_rows rows that are kept, or those that are left: shared.source, shared.count; shared.next goes on.
+  template <class Lanes, class Kept>
+  KVT_HD void find_sources(const Lanes& lanes, int rows, Kept&& kept) const {
+    int next = shared.next, count = 0;
+    while (next < rows && count < slice_rows) {
+      typename Lanes::template Reg<int> own, before;
+      lanes.each([&](int lane) { own[lane] = before[lane] = next + lane < rows && kept(next + lane) ? 1 : 0; });
+      lanes.exclusive_scan(before);
+      // Lanes whose row finds no room any more come again.
+      typename Lanes::template Reg<int> taken;
+      lanes.each([&](int lane) {
+        taken[lane] = count + before[lane] + own[lane] <= slice_rows ? 1 : 0;
+        if (taken[lane] != 0 && own[lane] != 0) shared.moving.source[count + before[lane]] = next + lane;
+        before[lane] += own[lane];
+      });
+      int last = Lanes::size - 1;
+      while (lanes.shuffle(taken, last) == 0) --last;
+      count += lanes.shuffle(before, last);
+      next += last + 1;
+    }
+    lanes.once([&] {
+      shared.next = next;
+      shared.count = count;
+    });
+  }
+  template <class Layout, class Lanes>
+  KVT_HD void read_row(const Lanes& lanes, const SlicePages& pages, int k) const {
+    const int slice = shared.moving.source[k] / slice_rows, row = shared.moving.source[k] % slice_rows;
+    const std::byte* const from = pages.at(slice, Layout::bytes);
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) {
+        shared.moving.key[k][d] = static_cast<std::uint16_t>(Layout::template element<true>(from, row, d));
+        shared.moving.value[k][d] = static_cast<std::uint16_t>(Layout::template element<false>(from, row, d));
+      }
+    });
+    lanes.once([&] {
+      if constexpr (Layout::Keys::scaled)
+        std::memcpy(&shared.moving.scale[0][k], from + Layout::key_scale_at(row), sizeof(Half));
+      if constexpr (Layout::Values::scaled) {
+        std::memcpy(&shared.moving.scale[1][k], from + Layout::value_scale_at(row), sizeof(Half));
+      }
+      shared.moving.position[k] = pages.positions(slice, Layout::bytes)[row];
+    });
+  }
+  template <class Layout, class Block>
+  KVT_HD void write_slice(const Block& block, const SlicePages& pages, int slice, int count) const {
+    using Lanes = typename Block::Lanes;
+    std::byte* const to = pages.at(slice, Layout::bytes);
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      if (warp == 0) {
+        Layout::template pack<true>(lanes, to, 0, [&](int r, int d) { return r < count ? shared.moving.key[r][d] : -1; });
+      }
+      if (warp == 1) {
+        Layout::template pack<false>(lanes, to, 0, [&](int r, int d) { return r < count ? shared.moving.value[r][d] : -1; });
+      }
+      if (warp == 2) {
+        lanes.each([&](int r) {
+          if (r < count) pages.positions(slice, Layout::bytes)[r] = shared.moving.position[r];
+          write_scales<Layout>(to, r, r < count ? shared.moving.scale[0][r] : Half{0},
+                               r < count ? shared.moving.scale[1][r] : Half{0});
+        });
+      }
+    });
+  }
+  template <class Layout>
+  KVT_HD static void write_scales(std::byte* slice, int row, Half key, Half value) {
+    if constexpr (Layout::Keys::scaled) std::memcpy(slice + Layout::key_scale_at(row), &key, sizeof key);
+    if constexpr (Layout::Values::scaled) std::memcpy(slice + Layout::value_scale_at(row), &value, sizeof value);
+  }
+
+  // Dense rows from `row` on to rows of the body from `to` on, all in one slice; rows before are kept.
+  template <class Block>
+  KVT_HD void encode_in_slice(const Block& block, int to, int row, int count) const {
+    using Lanes = typename Block::Lanes;
+    const int slice = to / slice_rows, begin = to % slice_rows;
+    auto& encoding = shared.encoding;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      for (int i = warp; i < count; i += warps) {
+        const std::byte* const dense = near.at((row + i) / slice_rows, Near::bytes);
+        const int r = (row + i) % slice_rows;
+        encode_row<Key, true>(lanes, dense, r, encoding.row[warp], encoding.keys[begin + i]);
+        encode_row<Value, false>(lanes, dense, r, encoding.row[warp], encoding.values[begin + i]);
+      }
+    });
+    std::byte* const out = body.at(slice, Body::bytes);
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      const auto is_new = [&](int r) { return r >= begin && r < begin + count; };
+      if (warp == 0) {
+        Body::template pack<true>(
+            lanes, out, begin, [&](int r, int d) { return is_new(r) ? FragmentsOf<Key>::element(encoding.keys[r], d) : -1; });
+      }
+      if (warp == 1) {
+        Body::template pack<false>(lanes, out, begin, [&](int r, int d) {
+          return is_new(r) ? FragmentsOf<Value>::element(encoding.values[r], d) : -1;
+        });
+      }
+      if (warp == 2) {
+        lanes.each([&](int r) {
+          if (r < begin) return;
+          Half scale[2] = {};
+          if (is_new(r)) {
+            const int from = row + r - begin;
+            std::memcpy(&scale[0], encoding.keys[r], sizeof(Half));
+            std::memcpy(&scale[1], encoding.values[r], sizeof(Half));
+            body.positions(slice, Body::bytes)[r] = near.positions(from / slice_rows, Near::bytes)[from % slice_rows];
+          }
+          write_scales<Body>(out, r, scale[0], scale[1]);
+        });
+      }
+    });
+  }
+  template <class Codec, bool is_key, class Lanes>
+  KVT_HD static void encode_row(const Lanes& lanes, const std::byte* slice, int r, float* row, std::byte* to) {
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) {
+        Half x;
+        std::memcpy(&x, slice + Near::template dense_at<is_key>(r, d), sizeof x);
+        row[d] = to_float(x);
+      }
+    });
+    Codec{}.encode_row(lanes, row, to, 1, 0, row);
+  }
+};
+
+// Sets the counts of a head, once all warps have read them.
+template <class Block>
+KVT_HD void set_rows(const Block& block, const DeviceHeads& heads, int h, int dense, int encoded) {
+  block.each_warp([](const typename Block::Lanes&, int) {});
+  block.each_warp([&](const typename Block::Lanes& lanes, int warp) {
+    if (warp != 0) return;
+    lanes.once([&] {
+      heads.near_rows[h] = dense;
+      heads.body_rows[h] = encoded;
+    });
+  });
+}
+
+}  // namespace detail
+
+// One block for each KV head of a layer. T is Half, BFloat16 or float.
+template <class Key, class Value, class T>
+struct AppendWork {
+  using Rows = detail::HeadRows<Key, Value>;
+  using Near = typename Rows::Near;
+  using Shared = typename Rows::Shared;
+  static constexpr int dim = Key::head_dim, warps = Rows::warps, blocks = 1, dynamic_bytes = 0;
+
+  DeviceHeads heads;
+  const T *keys, *values;  // [n, num_heads, dim]
+  const int* positions;    // [n]
+  int n, num_heads;
+
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int h, Shared& shared, std::byte*) const {
+    const Rows rows{heads.near[h], heads.body[h], shared, heads.sink_rows};
+    int dense = heads.near_rows[h], encoded = heads.body_rows[h];
+    if (const int over = heads.blocks_over(dense); over > 0) {
+      rows.encode_oldest(block, encoded, over);
+      const int sinks = heads.sink_rows;
+      rows.template compact<true>(block, dense, [=](int r) { return r < sinks || r >= sinks + over; });
+      encoded += over;
+      dense -= over;
+    }
+    write(block, heads.near[h], h, dense);
+    detail::set_rows(block, heads, h, dense + n, encoded);
+  }
+
+ private:
+  template <class Block>
+  KVT_HD void write(const Block& block, const SlicePages& near, int h, int first) const {
+    using Lanes = typename Block::Lanes;
+    for (int slice = (first + slice_rows - 1) / slice_rows; slice * slice_rows < first + n; ++slice) {
+      std::byte* const at = near.at(slice, Near::bytes);
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        lanes.each([&](int lane) {
+          const unsigned char zeros[16] = {};
+          for (int k = warp * Lanes::size + lane; k < Near::bytes / 16; k += warps * Lanes::size)
+            std::memcpy(at + 16 * k, zeros, 16);
+        });
+      });
+    }
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      for (int i = warp; i < n; i += warps) {
+        const int slice = (first + i) / slice_rows, row = (first + i) % slice_rows;
+        std::byte* const to = near.at(slice, Near::bytes);
+        const long long from = (static_cast<long long>(i) * num_heads + h) * dim;
+        lanes.each([&](int lane) {
+          for (int d = lane; d < dim; d += Lanes::size) {
+            const Half key = from_float<Half>(to_float(keys[from + d])), value = from_float<Half>(to_float(values[from + d]));
+            std::memcpy(to + Near::template dense_at<true>(row, d), &key, sizeof key);
+            std::memcpy(to + Near::template dense_at<false>(row, d), &value, sizeof value);
+          }
+        });
+        lanes.once([&] { near.positions(slice, Near::bytes)[row] = positions[i]; });
+      }
+    });
+  }
+};
+
+// One block for each head. keep [heads, stride]: row r of head h, in the order of positions, stays if keep[h * stride + r] is
+// not zero. Sink rows and the newest recent_rows stay in any case. Afterwards all but these are encoded.
+template <class Key, class Value>
+struct CutWork {
+  using Rows = detail::HeadRows<Key, Value>;
+  using Shared = typename Rows::Shared;
+  static constexpr int warps = Rows::warps, blocks = 1, dynamic_bytes = 0;
+
+  DeviceHeads heads;
+  const unsigned char* keep;
+  long long stride;
+
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int h, Shared& shared, std::byte*) const {
+    const Rows rows{heads.near[h], heads.body[h], shared, heads.sink_rows};
+    const int dense = heads.near_rows[h], encoded = heads.body_rows[h];
+    const int sinks = dense < heads.sink_rows ? dense : heads.sink_rows;
+    const int newest = dense - heads.recent_rows > sinks ? dense - heads.recent_rows : sinks;
+    const int newest_encoded = encoded - (heads.recent_rows - (dense - newest));  // after a truncation
+    const unsigned char* const marks = keep + h * stride;
+    const int left_encoded =
+        rows.template compact<false>(block, encoded, [=](int r) { return r >= newest_encoded || marks[sinks + r] != 0; });
+    const int left_dense =
+        rows.template compact<true>(block, dense, [=](int r) { return r < sinks || r >= newest || marks[encoded + r] != 0; });
+    const int old = left_dense - sinks - (dense - newest);
+    if (old > 0) {
+      rows.encode_oldest(block, left_encoded, old);
+      rows.template compact<true>(block, left_dense, [=](int r) { return r < sinks || r >= sinks + old; });
+    }
+    detail::set_rows(block, heads, h, left_dense - old, left_encoded + old);
+  }
+};
+
+// One block for each head. Rows at `position` and after it are dropped.
+template <class Key, class Value>
+struct TruncateWork {
+  using Rows = detail::HeadRows<Key, Value>;
+  struct Shared {};
+  static constexpr int warps = 1, blocks = 1, dynamic_bytes = 0;
+
+  DeviceHeads heads;
+  int position;
+
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int h, Shared&, std::byte*) const {
+    const int dense = heads.near_rows[h], encoded = heads.body_rows[h];
+    // Sinks, encoded rows and the newest rows have rising positions, each and one after another.
+    const int sinks = dense < heads.sink_rows ? dense : heads.sink_rows;
+    const int left_sinks = rows_before<typename Rows::Near>(heads.near[h], 0, sinks);
+    const int left_encoded = rows_before<typename Rows::Body>(heads.body[h], 0, encoded);
+    const int left_newest = rows_before<typename Rows::Near>(heads.near[h], sinks, dense) - sinks;
+    detail::set_rows(block, heads, h, left_sinks + left_newest, left_encoded);
+  }
+
+ private:
+  // The first row from `first` on, before `last`, whose position is not before the one that is cut at.
+  template <class Layout>
+  KVT_HD int rows_before(const SlicePages& pages, int first, int last) const {
+    while (first < last) {
+      const int middle = first + (last - first) / 2;
+      if (pages.positions(middle / slice_rows, Layout::bytes)[middle % slice_rows] < position) {
+        first = middle + 1;
+      } else {
+        last = middle;
+      }
+    }
+    return first;
+  }
+};
+
+}  // namespace kvt::inline v0
