@@ -36,18 +36,20 @@ struct HeadRows {
   using Body = LayoutOf<Key, Value>;
   using Plain = Dense<Half, dim>;
   using Near = LayoutOf<Plain, Plain>;
+  struct Encoding {
+    float row[warps][dim];
+    alignas(16) std::byte keys[slice_rows][(Key::row_bytes + 15) / 16 * 16];  // encoded one by one
+    alignas(16) std::byte values[slice_rows][(Value::row_bytes + 15) / 16 * 16];
+  };
+  struct Moving {
+    std::uint16_t key[slice_rows][dim], value[slice_rows][dim];
+    Half scale[2][slice_rows];
+    int position[slice_rows], source[slice_rows];
+  };
   struct Shared {
     union {
-      struct {
-        float row[warps][dim];
-        alignas(16) std::byte keys[slice_rows][(Key::row_bytes + 15) / 16 * 16];  // encoded one by one
-        alignas(16) std::byte values[slice_rows][(Value::row_bytes + 15) / 16 * 16];
-      } encoding;
-      struct {
-        std::uint16_t key[slice_rows][dim], value[slice_rows][dim];
-        Half scale[2][slice_rows];
-        int position[slice_rows], source[slice_rows];
-      } moving;
+      Encoding encoding;
+      Moving moving;
     };
     int next, count;
   };
