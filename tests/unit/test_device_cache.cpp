@@ -210,7 +210,9 @@ TEST_CASE("a batch of sequences attends as each does on the host") {
   DecodePlan<Codec, SimulatedDevice, float> plan;
   REQUIRE(plan.init(device, caches).ok());
   const long long allocations = device.allocations;
-  for (const AttendOptions& options : {AttendOptions{}, AttendOptions{.scale = .2f, .window = 100, .soft_cap = 5}}) {
+  const float sinks[] = {0, 3, -2, 5, 1, 2};
+  for (const AttendOptions& options :
+       {AttendOptions{}, AttendOptions{.scale = .2f, .window = 100, .soft_cap = 5}, AttendOptions{.sink_logits = sinks}}) {
     for (int layer = 0; layer < 2; ++layer) {
       const int width = 6 * 64;
       std::vector<float> queries(static_cast<std::size_t>(3 * width)), out(queries.size(), NAN), expected(queries.size());
@@ -292,6 +294,7 @@ TEST_CASE("memory that runs out, and calls that make no sense, change nothing") 
     CHECK(plan.attend(1, rows.data(), nullptr, {}, out.data()).code == Errc::bad_shape);
     CHECK(plan.attend(0, rows.data(), nullptr, {.window = 3}, out.data()).code == Errc::bad_shape);
     CHECK(plan.attend(0, rows.data(), nullptr, {.soft_cap = NAN}, out.data()).code == Errc::bad_value);
+    CHECK(plan.attend(0, rows.data(), nullptr, {.sink_logits = std::span(rows.data(), 3)}, out.data()).code == Errc::bad_shape);
     REQUIRE(plan.attend(0, rows.data(), nullptr, {}, out.data()).ok());
     for (const float x : out) CHECK(x == doctest::Approx(1).epsilon(1e-3));
   }

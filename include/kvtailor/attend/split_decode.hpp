@@ -86,7 +86,8 @@ struct DecodeStep {
   const int* position;      // [sequences] of the query, or null; looked at where attention is limited
   int kv_heads;             // entries of a sequence
   int group, first_vector, window;
-  float scale, cap;  // of logits, as AttendOptions; scale is not 0
+  float scale, cap;                    // of logits, as AttendOptions; scale is not 0
+  const float* sink_logits = nullptr;  // [kv_heads, group] as AttendOptions, or null
 
   KVT_HD int vectors() const { return group - first_vector < 8 ? group - first_vector : 8; }
 };
@@ -222,10 +223,16 @@ KVT_HD void finish_vector(const Lanes& lanes, const DecodeStep<T>& body, const D
   constexpr float none = -std::numeric_limits<float>::infinity();
   const DecodeState dense = join_blocks<dim>(lanes, near, e, vector, out_row);
   const DecodeState coded = join_blocks<dim>(lanes, body, e, vector, scratch);
-  const float top = std::fmax(dense.max, coded.max);
+  float top = std::fmax(dense.max, coded.max), sink = none;
+  if (body.sink_logits != nullptr && top != none) {
+    constexpr float log2e = 1.44269504f;
+    sink = body.sink_logits[e % body.kv_heads * body.group + body.first_vector + vector] * log2e;
+    top = std::fmax(top, sink);
+  }
   const float of_dense = dense.max == none ? 0.f : fast_exp2(dense.max - top);
   const float of_coded = coded.max == none ? 0.f : fast_exp2(coded.max - top);
-  const float sum = of_dense * dense.sum + of_coded * coded.sum, inverse = sum > 0 ? 1 / sum : sum == 0 ? 0.f : sum;
+  const float of_sink = sink == none ? 0.f : fast_exp2(sink - top);
+  const float sum = of_dense * dense.sum + of_coded * coded.sum + of_sink, inverse = sum > 0 ? 1 / sum : sum == 0 ? 0.f : sum;
   lanes.each([&](int lane) {
     for (int d = lane; d < dim; d += Lanes::size) {
       out_row[d] *= of_dense * inverse;

@@ -202,7 +202,7 @@ class DeviceCache {
     }
     return device_->launch(CutWork<Key, Value>{heads(0), keep, stride}, geometry_.num_heads());
   }
-  // Drops the rows at `position` and after it.
+  // Drops the rows at `position` and after it. What a head may have stays as it was until refresh().
   Status truncate(int position) {
     KVT_TRY(check_layer(0));
     const bool before = uneven_;
@@ -370,7 +370,8 @@ class DecodePlan {
   }
 
   // One decode step: a query of each sequence, queries and out [sequences, num_q_heads, head_dim]. positions [sequences] are
-  // those of the queries; rows after them are not seen. They may be null where there is no window and no row is later.
+  // those of the queries; rows after them are not seen. They may be null where there is no window and no row is later. Sink
+  // logits are of the device too: the span is not looked into here.
   Status attend(int layer, const T* queries, const int* positions, const AttendOptions& options, T* out) {
     if (device_ == nullptr || layer < 0 || layer >= geometry_.num_layers) {
       return error(Errc::bad_shape, "layer is {}; the plan has {}", layer, geometry_.num_layers);
@@ -379,22 +380,26 @@ class DecodePlan {
     if (!std::isfinite(options.scale) || !std::isfinite(options.soft_cap) || options.soft_cap < 0 || options.window < 0) {
       return error(Errc::bad_value, "scale, soft cap and window must be finite, and the latter two not negative");
     }
-    if (!options.sink_logits.empty()) return error(Errc::bad_shape, "sink logits are not known to devices yet");
+    if (!options.sink_logits.empty() && options.sink_logits.size() != static_cast<std::size_t>(geometry_.num_q_heads)) {
+      return error(Errc::bad_shape, "there are {} sink logits for {} query heads",
+                   static_cast<double>(options.sink_logits.size()), geometry_.num_q_heads);
+    }
     if (positions == nullptr && options.window > 0) return error(Errc::bad_shape, "a window needs positions");
     const float scale = options.scale != 0 ? options.scale : 1.f / std::sqrt(static_cast<float>(head_dim));
     const auto step = [&](Side& side, bool near) {
       const SlicePages* const first =
           pages_.data() + ((near ? 0 : geometry_.num_layers) + layer) * static_cast<std::ptrdiff_t>(entries_);
-      return DecodeStep<T>{side.split(first, entries_),
-                           side.partials(),
-                           queries,
-                           positions,
-                           geometry_.num_kv_heads,
-                           geometry_.group_size(),
-                           0,
-                           options.window,
-                           scale,
-                           options.soft_cap};
+      return DecodeStep<T>{.split = side.split(first, entries_),
+                           .partials = side.partials(),
+                           .queries = queries,
+                           .position = positions,
+                           .kv_heads = geometry_.num_kv_heads,
+                           .group = geometry_.group_size(),
+                           .first_vector = 0,
+                           .window = options.window,
+                           .scale = scale,
+                           .cap = options.soft_cap,
+                           .sink_logits = options.sink_logits.empty() ? nullptr : options.sink_logits.data()};
     };
     const DecodeStep<T> body = step(body_, false), near = step(near_, true);
     return positions != nullptr || options.soft_cap > 0 ? launch_decode<Key, Value, true>(*device_, body, near, out)
