@@ -9,14 +9,16 @@
 //   dynamic_bytes       more of it, whose size would be too large for a type; 0 if none
 //   work(block, index, shared, dynamic)   what block `index` does, written over ThreadBlock and SimulatedBlock alike
 //
-// A Device has allocate, free, copy_to, copy_from, clear, launch, multiprocessors. All work in the order of one stream, and
-// return a Status. cuda::Device (cuda/device.cuh) is a CUDA stream; SimulatedDevice runs the same work on the host.
+// A Device has allocate, free, copy_to, copy_from, clear, launch and resident_blocks. All work in the order of one stream, and
+// but for free return a Status. cuda::Device (cuda/device.cuh) is a CUDA stream; SimulatedDevice runs the same work on the
+// host.
 #pragma once
 
 #include <cstddef>
 #include <cstring>
 #include <memory>
 #include <new>
+#include <utility>
 #include <vector>
 
 #include "kvtailor/core/lanes.hpp"
@@ -31,9 +33,11 @@ class SimulatedDevice {
 
   Status allocate(std::size_t bytes, void** to) {
     ++allocations;
-    if (fail_at != 0 && allocations >= fail_at) return error(Errc::out_of_memory, "the device has no memory for {} bytes", 0);
+    if (fail_at != 0 && allocations >= fail_at)
+      return error(Errc::out_of_memory, "the device has no memory for {} bytes", static_cast<double>(bytes));
     *to = ::operator new (bytes, std::align_val_t{256}, std::nothrow);
-    if (*to == nullptr) return error(Errc::out_of_memory, "there is no memory to simulate {} bytes of a device", 0);
+    if (*to == nullptr)
+      return error(Errc::out_of_memory, "there is no memory to simulate {} bytes of a device", static_cast<double>(bytes));
     std::memset(*to, 0xff, bytes);
     allocated_bytes += static_cast<long long>(bytes);
     return success();
