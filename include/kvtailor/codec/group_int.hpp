@@ -183,12 +183,12 @@ struct GroupInt
     const std::byte* block;
     int n;
 
+    template <int c>
     KVT_INLINE void load(int row, __m256i* to) const {
-      const unsigned char* from = GroupInt::code_bytes_of(block, n, row) + header_bytes;
-      for (int g = 0; g < dim / group_size; ++g, from += group_bytes, to += 2) {
-        const __m256i code = Codes<group_size>::bytes_at(from, 0);
-        detail::widen(bits == 8 && symmetric ? code : _mm256_sub_epi8(code, _mm256_set1_epi8(static_cast<char>(half))), to);
-      }
+      static_assert(group_size == 32);
+      const __m256i code =
+          Codes<group_size>::bytes_at(GroupInt::code_bytes_of(block, n, row) + c * group_bytes + header_bytes, 0);
+      detail::widen(bits == 8 && symmetric ? code : _mm256_sub_epi8(code, _mm256_set1_epi8(static_cast<char>(half))), to);
     }
     KVT_INLINE float scale(int row, int g) const { return header(row, g).scale; }
     KVT_INLINE float least(int row, int g) const { return header(row, g).value(half); }

@@ -6,7 +6,7 @@
 // Rows are seen through a type R:
 //   size, group           elements of a row, and of those that share a scale; both multiples of 32
 //   most                  the largest magnitude an integer has
-//   load(row, to)         the integers of a row as size / 16 registers of 16-bit numbers, in the order of widen()
+//   load<c>(row, to)      integers 32 c .. 32 c + 31 of a row as two registers of 16-bit numbers, in the order of widen()
 //   scale(row, g)         what the integers of group g are multiplied by; least(row, g), if has_least, what is added then
 //
 // Error:   queries are rounded to 2^-16 of their largest element, or 2^-31 dim most of their norm where that is more; weights
@@ -19,6 +19,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <type_traits>
+#include <utility>
 
 namespace kvt::inline v0::detail {
 
@@ -90,11 +92,145 @@ KVT_INLINE __m256i look_up_bytes(const std::int8_t* table, __m256i index) {
 }
 // sum + the products of 16-bit numbers, two by two
 KVT_INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) {
+  // Written out, since GCC copies the sums of built-in functions to and fro.
 #if defined(KVT_HOST_AVX512)
-  return _mm256_dpwssd_epi32(sum, a, b);
+  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
 #else
-  return _mm256_add_epi32(sum, _mm256_madd_epi16(a, b));
+  const __m256i two = _mm256_madd_epi16(a, b);
+  asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(two));
 #endif
+  return sum;
+}
+
+#if defined(KVT_HOST_AVX512)
+inline constexpr int registers_of_sums = 16;
+#else
+inline constexpr int registers_of_sums = 8;
+#endif
+
+// f<0>(), f<1>(), ... Compilers keep arrays in registers only if their indices are constants from the start.
+template <int count, class F>
+KVT_INLINE void each(F f) {
+  [&]<int... i>(std::integer_sequence<int, i...>) KVT_INLINE_LAMBDA { (f.template operator()<i>(), ...); }
+  (std::make_integer_sequence<int, count>{});
+}
+// f<many>(j) for vectors j .. j + many - 1: `most` at a time, and once for those that are left.
+template <int most, class F>
+KVT_INLINE void each_batch(int m, F f, int j = 0) {
+  for (; j + most <= m; j += most) f.template operator()<most>(j);
+  if constexpr (most > 1) {
+    if (j < m) each_batch<most - 1>(m, f, j);
+  }
+}
+
+struct FourSums {
+  __m256i of[4];
+  KVT_INLINE void clear() { of[0] = of[1] = of[2] = of[3] = _mm256_setzero_si256(); }
+  // To each sum its own products.
+  KVT_INLINE void add(const __m256i (&x)[4], __m256i y) {
+    of[0] = add_products(of[0], x[0], y);
+    of[1] = add_products(of[1], x[1], y);
+    of[2] = add_products(of[2], x[2], y);
+    of[3] = add_products(of[3], x[3], y);
+  }
+};
+
+// Products of rows that are unpacked already know nothing of codecs: one copy of each function serves all of them.
+
+// out[i * out_stride + row] = x[row] . q[i], of n rows, a multiple of 4, of `registers` registers each, every `apart`
+// registers. Those of more than one group are sums over groups of the products of the group times scale[g * scale_stride +
+// row].
+template <int many, int groups>
+[[gnu::noinline]] inline void row_products(const __m256i* x, int n, int registers, int apart, const __m256i* q,
+                                           const float* scale, int scale_stride, float* out, int out_stride) {
+  constexpr int near = registers_of_sums / 4;  // rows at a time
+  for (int row = 0; row < n; row += 4) {
+    __m256i half[many][2];
+    __m256 scaled[many][4];
+    each<4 / near>([&]<int part>() KVT_INLINE_LAMBDA {
+      constexpr int r = part * near;
+      const __m256i* const y = x + (row + r) * apart;
+      for (int g = 0; g < groups; ++g) {
+        __m256i sum[many][near];
+        each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+          each<near>([&]<int s>() KVT_INLINE_LAMBDA { sum[i][s] = _mm256_setzero_si256(); });
+        });
+        const int end = registers / groups * (g + 1);
+        for (int k = registers / groups * g; k < end; ++k) {
+          each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+            each<near>([&]<int s>()
+                           KVT_INLINE_LAMBDA { sum[i][s] = add_products(sum[i][s], y[s * apart + k], q[i * apart + k]); });
+          });
+        }
+        each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+          if constexpr (groups == 1) {
+            each<near / 2>([&]<int s>()
+                               KVT_INLINE_LAMBDA { half[i][r / 2 + s] = _mm256_hadd_epi32(sum[i][2 * s], sum[i][2 * s + 1]); });
+          } else {
+            each<near>([&]<int s>() KVT_INLINE_LAMBDA {
+              const __m256 by = _mm256_broadcast_ss(scale + g * scale_stride + row + r + s);
+              const __m256 whole = _mm256_cvtepi32_ps(sum[i][s]);
+              scaled[i][r + s] = g == 0 ? _mm256_mul_ps(whole, by) : _mm256_fmadd_ps(whole, by, scaled[i][r + s]);
+            });
+          }
+        });
+      }
+    });
+    each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+      __m128 logit;
+      if constexpr (groups == 1) {
+        const __m256i four = _mm256_hadd_epi32(half[i][0], half[i][1]);
+        logit = _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
+      } else {
+        const __m256 four =
+            _mm256_hadd_ps(_mm256_hadd_ps(scaled[i][0], scaled[i][1]), _mm256_hadd_ps(scaled[i][2], scaled[i][3]));
+        logit = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
+      }
+      _mm_store_ps(out + i * out_stride + row, logit);
+    });
+  }
+}
+
+// to[i * to_stride + 0 .. 31] += unit[i] * sum over n rows of weight[i * weight_stride + row] * row; pairs(row, x) gives the
+// elements of rows row and row + 1, one beside the other, as four registers.
+template <int many, class Pairs>
+KVT_INLINE void add_pairs(const Pairs& pairs, int n, const std::int16_t* weight, int weight_stride, const float* unit,
+                          float* to, int to_stride) {
+  FourSums sum[many];
+  each<many>([&]<int i>() KVT_INLINE_LAMBDA { sum[i].clear(); });
+  for (int row = 0; row < n; row += 2) {
+    __m256i x[4];
+    pairs(row, x);
+    each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+      int both;
+      std::memcpy(&both, weight + i * weight_stride + row, sizeof both);
+      sum[i].add(x, _mm256_set1_epi32(both));
+    });
+  }
+  each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+    const __m256 by = _mm256_set1_ps(unit[i]);
+    const auto add_eight = [&](__m256i whole, float* eight) KVT_INLINE_LAMBDA {
+      _mm256_storeu_ps(eight, _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), by, _mm256_loadu_ps(eight)));
+    };
+    float* const at = to + i * to_stride;
+    add_eight(_mm256_permute2x128_si256(sum[i].of[0], sum[i].of[1], 0x20), at);
+    add_eight(_mm256_permute2x128_si256(sum[i].of[2], sum[i].of[3], 0x20), at + 8);
+    add_eight(_mm256_permute2x128_si256(sum[i].of[0], sum[i].of[1], 0x31), at + 16);
+    add_eight(_mm256_permute2x128_si256(sum[i].of[2], sum[i].of[3], 0x31), at + 24);
+  });
+}
+
+// The same for pairs that were unpacked before.
+template <int many>
+[[gnu::noinline]] inline void add_stored_pairs(const __m256i* pair, int n, const std::int16_t* weight, int weight_stride,
+                                               const float* unit, float* to, int to_stride) {
+  const auto load = [pair](int row, __m256i* x) KVT_INLINE_LAMBDA {
+    x[0] = pair[2 * row];
+    x[1] = pair[2 * row + 1];
+    x[2] = pair[2 * row + 2];
+    x[3] = pair[2 * row + 3];
+  };
+  add_pairs<many>(load, n, weight, weight_stride, unit, to, to_stride);
 }
 
 template <class R>
@@ -124,7 +260,6 @@ struct IntegerRows {
 
  private:
   static constexpr float largest_sum = 2147000000.f / R::most;
-
   // Elements 32 k .. of [dim], in the order of widen().
   KVT_INLINE static __m256 eight(const float* from, int k, int part) {
     const float* const at = from + 32 * k + 4 * part;
@@ -169,12 +304,6 @@ struct IntegerRows {
     return factor != 0 ? 1 / factor : total < 3e38f ? 0.f : std::nanf("");
   }
 
-  // The sums of four vectors, given the hadd of two and that of the others.
-  KVT_INLINE static __m128 sums_of_four(__m256i ab, __m256i cd) {
-    const __m256i four = _mm256_hadd_epi32(ab, cd);
-    return _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
-  }
-
   // Scales, and least elements, of up to most_rows rows; zeros up to a multiple of 8 of them.
   struct Lines {
     alignas(32) float scale[groups][most_rows];
@@ -214,92 +343,47 @@ struct IntegerRows {
 
   static void some_logits(const R& rows, int first, int n, const Queries& query, float* out, int stride) {
     const Lines lines(rows, first, n);
-    for (int row = 0; row < n; row += 4) {
-      __m128 logit[most_vectors];
-      const auto at = [&](int r) { return first + std::min(row + r, n - 1); };
-      if constexpr (group_registers > 4) {
-        products_by_two(rows, at, query, lines, row, logit);
-      } else {
-        products_by_four(rows, at, query, lines, row, logit);
+    constexpr int strip = std::max(8, 256 / registers / 8 * 8);  // rows at once: 8 KiB of them
+    for (int from = 0; from < n; from += strip) {
+      const int count = std::min(strip, n - from), fours = (count + 3) / 4 * 4;
+      __m256i x[strip][registers];
+      for (int row = 0; row < fours; ++row) {
+        const int at = first + from + std::min(row, count - 1);
+        each<dim / 32>([&]<int c>() { rows.template load<c>(at, x[row] + 2 * c); });
       }
+      // Sums of long groups are made one group after the other: joining the lanes of each is cheaper than scaling them.
+      constexpr int sums = R::group >= 128 ? groups : 1;
+      alignas(32) float logit[most_vectors][sums][strip];
+      each_batch<4>(query.m, [&]<int many>(int j) {
+        for (int k = 0; k < sums; ++k) {
+          constexpr int length = registers / sums;
+          row_products<many, groups / sums>(x[0] + k * length, fours, length, registers, query.whole[j] + k * length,
+                                            lines.scale[0] + from, most_rows, logit[j][k], sums * strip);
+        }
+      });
       for (int j = 0; j < query.m; ++j) {
-        logit[j] = _mm_mul_ps(logit[j], _mm_set1_ps(query.unit[j]));
-        if constexpr (groups == 1) logit[j] = _mm_mul_ps(logit[j], _mm_load_ps(lines.scale[0] + row));
-        if constexpr (R::has_least) {
-          for (int g = 0; g < groups; ++g) {
-            logit[j] = _mm_fmadd_ps(_mm_load_ps(lines.least[g] + row), _mm_set1_ps(query.total[j][g]), logit[j]);
+        const __m256 unit = _mm256_set1_ps(query.unit[j]);
+        float* const to = out + j * stride + from;
+        for (int row = 0; row < count; row += 8) {
+          __m256 eight = _mm256_mul_ps(_mm256_load_ps(logit[j][0] + row), unit);
+          if constexpr (sums == groups) eight = _mm256_mul_ps(eight, _mm256_load_ps(lines.scale[0] + from + row));
+          for (int k = 1; k < sums; ++k) {
+            const __m256 next = _mm256_mul_ps(_mm256_load_ps(logit[j][k] + row), unit);
+            eight = _mm256_fmadd_ps(next, _mm256_load_ps(lines.scale[k] + from + row), eight);
+          }
+          if constexpr (R::has_least) {
+            for (int g = 0; g < groups; ++g) {
+              eight = _mm256_fmadd_ps(_mm256_load_ps(lines.least[g] + from + row), _mm256_set1_ps(query.total[j][g]), eight);
+            }
+          }
+          if (row + 8 <= count) {
+            _mm256_storeu_ps(to + row, eight);
+          } else {
+            alignas(32) float some[8];
+            _mm256_store_ps(some, eight);
+            std::copy_n(some, count - row, to + row);
           }
         }
-        float* const to = out + j * stride + row;
-        if (row + 4 <= n) {
-          _mm_storeu_ps(to, logit[j]);
-        } else {
-          alignas(16) float four[4];
-          _mm_store_ps(four, logit[j]);
-          std::copy_n(four, n - row, to);
-        }
-      }
-    }
-  }
-  // Products with four rows, those of many groups times their scales. Two rows at a time, and as much of them as registers
-  // hold: both operands of most products come from registers then.
-  template <class At>
-  KVT_INLINE static void products_by_two(const R& rows, At at, const Queries& query, const Lines& lines, int row,
-                                         __m128* logit) {
-#if defined(KVT_HOST_AVX512)
-    constexpr int near = group_registers % 8 == 0 ? 8 : group_registers % 4 == 0 ? 4 : 2;
-#else
-    constexpr int near = group_registers % 4 == 0 ? 4 : 2;
-#endif
-    __m256i half[groups][most_vectors][2];
-    for (int r = 0; r < 4; r += 2) {
-      __m256i even[registers], odd[registers];
-      rows.load(at(r), even);
-      rows.load(at(r + 1), odd);
-      for (int k = 0; k < registers; k += near) {
-        __m256i x[2][near];
-        for (int i = 0; i < near; ++i) x[0][i] = even[k + i];
-        for (int i = 0; i < near; ++i) x[1][i] = odd[k + i];
-        for (int j = 0; j < query.m; ++j) {
-          const __m256i* const q = query.whole[j] + k;
-          __m256i total[2] = {_mm256_madd_epi16(x[0][0], q[0]), _mm256_madd_epi16(x[1][0], q[0])};
-          for (int i = 1; i < near; ++i) {
-            total[0] = add_products(total[0], x[0][i], q[i]);
-            total[1] = add_products(total[1], x[1][i], q[i]);
-          }
-          const __m256i sum = _mm256_hadd_epi32(total[0], total[1]);
-          __m256i& to = half[k / group_registers][j][r / 2];
-          to = k % group_registers == 0 ? sum : _mm256_add_epi32(to, sum);
-        }
-      }
-    }
-    for (int j = 0; j < query.m; ++j) {
-      logit[j] = sums_of_four(half[0][j][0], half[0][j][1]);
-      if constexpr (groups == 1) continue;
-      logit[j] = _mm_mul_ps(logit[j], _mm_load_ps(lines.scale[0] + row));
-      for (int g = 1; g < groups; ++g) {
-        logit[j] = _mm_fmadd_ps(sums_of_four(half[g][j][0], half[g][j][1]), _mm_load_ps(lines.scale[g] + row), logit[j]);
-      }
-    }
-  }
-  // Products with four rows at once, those of many groups times their scales.
-  template <class At>
-  KVT_INLINE static void products_by_four(const R& rows, At at, const Queries& query, const Lines& lines, int row,
-                                          __m128* logit) {
-    __m256i x[4][registers];
-    for (int r = 0; r < 4; ++r) rows.load(at(r), x[r]);
-    for (int g = 0; g < groups; ++g) {
-      const __m128 scale = _mm_load_ps(lines.scale[g] + row);
-      for (int j = 0; j < query.m; ++j) {
-        const __m256i* const q = query.whole[j] + g * group_registers;
-        __m256i total[4];
-        for (int r = 0; r < 4; ++r) {
-          const __m256i* const y = x[r] + g * group_registers;
-          total[r] = _mm256_madd_epi16(y[0], q[0]);
-          for (int i = 1; i < group_registers; ++i) total[r] = add_products(total[r], y[i], q[i]);
-        }
-        const __m128 sum = sums_of_four(_mm256_hadd_epi32(total[0], total[1]), _mm256_hadd_epi32(total[2], total[3]));
-        logit[j] = groups == 1 ? sum : g == 0 ? _mm_mul_ps(sum, scale) : _mm_fmadd_ps(sum, scale, logit[j]);
       }
     }
   }
@@ -308,60 +392,44 @@ struct IntegerRows {
     const Lines lines(rows, first, n);
     const int padded = (n + 7) / 8 * 8;
     alignas(32) std::int16_t weight[most_vectors][groups][most_rows];
-    float unit[most_vectors][groups];
-    __m256i whole[most_vectors][2 * registers];
+    float unit[groups][most_vectors];
     for (int j = 0; j < m; ++j) {
       alignas(32) float own[most_rows];
       std::copy_n(weights + j * stride, n, own);
       std::fill_n(own + n, padded - n, 0.f);
       for (int g = 0; g < groups; ++g) {
-        unit[j][g] = weights_to_integers(own, lines.scale[g], padded, weight[j][g]);
+        unit[g][j] = weights_to_integers(own, lines.scale[g], padded, weight[j][g]);
         if constexpr (R::has_least) {
           const float shift = dot(own, lines.least[g], n);
           for (int d = 0; d < R::group; ++d) acc[j * dim + g * R::group + d] += shift;
         }
       }
-      for (__m256i& s : whole[j]) s = _mm256_setzero_si256();
     }
-    for (int row = 0; row < n; row += 4) {
-      __m256i near[2 * registers], far[2 * registers];  // rows 0 and 1, and 2 and 3, element by element
-      pairs(rows, first + row, first + n, near);
-      pairs(rows, first + row + 2, first + n, far);
-      for (int k = 0; k < 2 * registers; k += 4) {
-        __m256i x[2][4];
-        for (int i = 0; i < 4; ++i) x[0][i] = near[k + i];
-        for (int i = 0; i < 4; ++i) x[1][i] = far[k + i];
-        for (int j = 0; j < m; ++j) {
-          const std::int16_t* const w = weight[j][k / (2 * group_registers)] + row;
-          const __m256i a = two_weights(w), b = two_weights(w + 2);
-          for (int i = 0; i < 4; ++i) {
-            whole[j][k + i] = add_products(add_products(whole[j][k + i], x[0][i], a), x[1][i], b);
-          }
-        }
+    // 32 elements of all rows at a time, so that their sums stay in registers.
+    each<dim / 32>([&]<int c>() {
+      constexpr int g = 32 * c / R::group;
+      const auto load = [&](int row, __m256i* to) KVT_INLINE_LAMBDA {
+        __m256i even[2], odd[2];
+        rows.template load<c>(first + row, even);
+        rows.template load<c>(first + std::min(row + 1, n - 1), odd);
+        to[0] = _mm256_unpacklo_epi16(even[0], odd[0]);
+        to[1] = _mm256_unpackhi_epi16(even[0], odd[0]);
+        to[2] = _mm256_unpacklo_epi16(even[1], odd[1]);
+        to[3] = _mm256_unpackhi_epi16(even[1], odd[1]);
+      };
+      constexpr int most = registers_of_sums / 4;
+      if (m == most - 1) {
+        add_pairs<most - 1>(load, n, weight[0][g], groups * most_rows, unit[g], acc + 32 * c, dim);
+      } else if (m == most) {
+        add_pairs<most>(load, n, weight[0][g], groups * most_rows, unit[g], acc + 32 * c, dim);
+      } else {
+        __m256i pair[most_rows / 2][4];
+        for (int row = 0; row < n; row += 2) load(row, pair[row / 2]);
+        each_batch<most>(m, [&]<int many>(int j) {
+          add_stored_pairs<many>(pair[0], n, weight[j][g], groups * most_rows, unit[g] + j, acc + j * dim + 32 * c, dim);
+        });
       }
-    }
-    for (int j = 0; j < m; ++j) {
-      for (int k = 0; k < 2 * registers; ++k) {
-        const __m256 part = _mm256_mul_ps(_mm256_cvtepi32_ps(whole[j][k]), _mm256_set1_ps(unit[j][k / (2 * group_registers)]));
-        float* const to = acc + j * dim + 32 * (k / 4) + 4 * (k % 4);
-        _mm_storeu_ps(to, _mm_add_ps(_mm_loadu_ps(to), _mm256_castps256_ps128(part)));
-        _mm_storeu_ps(to + 16, _mm_add_ps(_mm_loadu_ps(to + 16), _mm256_extractf128_ps(part, 1)));
-      }
-    }
-  }
-  KVT_INLINE static void pairs(const R& rows, int row, int end, __m256i* to) {
-    __m256i even[registers], odd[registers];
-    rows.load(std::min(row, end - 1), even);
-    rows.load(std::min(row + 1, end - 1), odd);
-    for (int k = 0; k < registers; ++k) {
-      to[2 * k] = _mm256_unpacklo_epi16(even[k], odd[k]);
-      to[2 * k + 1] = _mm256_unpackhi_epi16(even[k], odd[k]);
-    }
-  }
-  KVT_INLINE static __m256i two_weights(const std::int16_t* from) {
-    int both;
-    std::memcpy(&both, from, sizeof both);
-    return _mm256_set1_epi32(both);
+    });
   }
   static float weights_to_integers(const float* weights, const float* scale, int n, std::int16_t* to) {
     __m256 total = _mm256_setzero_ps(), largest = total;

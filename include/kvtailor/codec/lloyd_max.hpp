@@ -163,19 +163,21 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     const std::byte* block;
     int n;
 
-    KVT_INLINE void load(int row, __m256i* to) const { load_integers(LloydMax::code_bytes_of(block, n, row), to); }
+    template <int c>
+    KVT_INLINE void load(int row, __m256i* to) const {
+      load_integers<c>(LloydMax::code_bytes_of(block, n, row), to);
+    }
     KVT_INLINE float scale(int row, int) const { return LloydMax{}.row_scale(block, row) / levels_of_one; }
   };
+  template <int c>
   KVT_INLINE static void load_integers(const unsigned char* codes, __m256i* to) {
     static constexpr LevelBytes bytes;
-    for (int i = 0; i < dim; i += 32) {
-      __m256i code = _mm256_setzero_si256();
-      append_bytes<4>(codes, i, code);
-      append_bytes<2>(codes, i, code);
-      append_bytes<1>(codes, i, code);
-      detail::widen(detail::look_up_bytes<LevelBytes::size>(bytes.low, code),
-                    detail::look_up_bytes<LevelBytes::size>(bytes.high, code), to + i / 16);
-    }
+    __m256i code = _mm256_setzero_si256();
+    append_bytes<4>(codes, 32 * c, code);
+    append_bytes<2>(codes, 32 * c, code);
+    append_bytes<1>(codes, 32 * c, code);
+    detail::widen(detail::look_up_bytes<LevelBytes::size>(bytes.low, code),
+                  detail::look_up_bytes<LevelBytes::size>(bytes.high, code), to);
   }
 #endif
 

@@ -102,7 +102,10 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     const std::byte* block;
     int n;
 
-    KVT_INLINE void load(int row, __m256i* to) const { load_integers(Trellis::code_bytes_of(block, n, row), to); }
+    template <int c>
+    KVT_INLINE void load(int row, __m256i* to) const {
+      load_integers<c>(Trellis::code_bytes_of(block, n, row), to);
+    }
     KVT_INLINE float scale(int row, int) const { return Trellis{}.row_scale(block, row) / Search::table_grid; }
   };
 #endif
@@ -196,35 +199,33 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     std::memcpy(&bytes, codes, Sources::read);
     return bytes;
   }
+  template <int c>
   KVT_INLINE static void load_integers(const unsigned char* codes, __m256i* to) {
     static constexpr Sources source;
     static constexpr ValueBytes values;
-    for (int c = 0; c < dim / 32; ++c) {
-      const auto half_of = [&](int k) {
-        const __m128i bytes = sixteen_bytes(codes + source.from[k]);
-        return source.wraps[k] ? _mm_insert_epi8(bytes, codes[0], 0) : bytes;
-      };
-      const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(half_of(2 * c)), half_of(2 * c + 1), 1);
+    const auto half_of = [&](int k) {
+      const __m128i bytes = sixteen_bytes(codes + source.from[k]);
+      return source.wraps[k] ? _mm_insert_epi8(bytes, codes[0], 0) : bytes;
+    };
+    const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(half_of(2 * c)), half_of(2 * c + 1), 1);
 #if defined(KVT_HOST_AVX512)
-      const __m256i eights = _mm256_shuffle_epi8(bytes, detail::load_bytes(source.eight[c]));
-      // The masked form: gcc 12 warns of an uninitialised value inside the plain one.
-      const __m256i near = _mm256_maskz_multishift_epi64_epi8(0xffffffff, detail::load_bytes(source.shift), eights);
-      const __m256i state = _mm256_and_si256(near, _mm256_set1_epi8(static_cast<char>(num_states - 1)));
+    const __m256i eights = _mm256_shuffle_epi8(bytes, detail::load_bytes(source.eight[c]));
+    // The masked form: gcc 12 warns of an uninitialised value inside the plain one.
+    const __m256i near = _mm256_maskz_multishift_epi64_epi8(0xffffffff, detail::load_bytes(source.shift), eights);
+    const __m256i state = _mm256_and_si256(near, _mm256_set1_epi8(static_cast<char>(num_states - 1)));
 #else
-      const auto sixteen_states = [&](int part) {
-        const __m256i near = _mm256_shuffle_epi8(bytes, detail::load_bytes(source.byte[c][part]));
-        return _mm256_srli_epi16(_mm256_mullo_epi16(near, detail::load_bytes(source.factor)), 16 - window);
-      };
-      const __m256i state = _mm256_packus_epi16(sixteen_states(0), sixteen_states(1));
+    const auto sixteen_states = [&](int part) {
+      const __m256i near = _mm256_shuffle_epi8(bytes, detail::load_bytes(source.byte[c][part]));
+      return _mm256_srli_epi16(_mm256_mullo_epi16(near, detail::load_bytes(source.factor)), 16 - window);
+    };
+    const __m256i state = _mm256_packus_epi16(sixteen_states(0), sixteen_states(1));
 #endif
-      // The complement of a state above the middle stands for the opposite value.
-      const __m256i above = window == 8 ? _mm256_cmpgt_epi8(_mm256_setzero_si256(), state)
-                                        : _mm256_cmpgt_epi8(state, _mm256_set1_epi8(num_states / 2 - 1));
-      const __m256i index =
-          _mm256_xor_si256(state, _mm256_and_si256(above, _mm256_set1_epi8(static_cast<char>(num_states - 1))));
-      const __m256i size = detail::look_up_bytes<num_states / 2>(values.half, index);
-      detail::widen(_mm256_sub_epi8(_mm256_xor_si256(size, above), above), to + 2 * c);
-    }
+    // The complement of a state above the middle stands for the opposite value.
+    const __m256i above = window == 8 ? _mm256_cmpgt_epi8(_mm256_setzero_si256(), state)
+                                      : _mm256_cmpgt_epi8(state, _mm256_set1_epi8(num_states / 2 - 1));
+    const __m256i index = _mm256_xor_si256(state, _mm256_and_si256(above, _mm256_set1_epi8(static_cast<char>(num_states - 1))));
+    const __m256i size = detail::look_up_bytes<num_states / 2>(values.half, index);
+    detail::widen(_mm256_sub_epi8(_mm256_xor_si256(size, above), above), to);
   }
 #endif
   // The values of the eight states that begin at bits 0, bits, 2 * bits, ... of a word.

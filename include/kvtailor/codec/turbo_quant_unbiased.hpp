@@ -216,22 +216,24 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
     const std::byte* block;
     int n;
 
+    template <int c>
     KVT_INLINE void load(int row, __m256i* to) const {
       const unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
-      if constexpr (bits > 1) {
-        Codes::load_integers(codes, to);
+      if constexpr (32 * c >= dim) {
+        const __m256i set = detail::spread_bits(codes + sign_offset + (32 * c - dim) / 8);
+        // Both bytes of 1 or -1.
+        const __m256i minus = _mm256_xor_si256(set, _mm256_set1_epi8(-1));
+        detail::widen(_mm256_or_si256(minus, _mm256_set1_epi8(1)), minus, to);
+      } else if constexpr (bits > 1) {
+        Codes::template load_integers<c>(codes, to);
       } else {
-        std::fill_n(to, dim / 16, _mm256_setzero_si256());
-      }
-      for (int i = 0; i < dim; i += 32) {
-        const __m256i negative = _mm256_xor_si256(detail::spread_bits(codes + sign_offset + i / 8), _mm256_set1_epi8(-1));
-        detail::widen(_mm256_or_si256(negative, _mm256_set1_epi8(1)), to + (dim + i) / 16);
+        to[0] = to[1] = _mm256_setzero_si256();
       }
     }
     KVT_INLINE float scale(int row, int g) const {
       Half scales[2];
       std::memcpy(scales, block + 4 * row, 4);
-      return g == 0 ? to_float(scales[0]) / Codes::levels_of_one : to_float(scales[1]) / root();
+      return g == 0 ? to_float(scales[0]) / Codes::levels_of_one : to_float(scales[1]) * (1 / root());
     }
   };
 #endif

@@ -12,10 +12,25 @@
 #define KVT_HD
 #endif
 
-#if defined(__GNUC__)
-#define KVT_INLINE inline __attribute__((always_inline))
-#else
+#if defined(__has_feature)
+#if __has_feature(address_sanitizer) || __has_feature(thread_sanitizer)
+#define KVT_SANITIZED
+#endif
+#elif defined(__SANITIZE_ADDRESS__) || defined(__SANITIZE_THREAD__)
+#define KVT_SANITIZED
+#endif
+
+// The second belongs after the parameters of a lambda. Under a sanitizer straight code of thousands of instructions would take
+// minutes to compile.
+#if !defined(__GNUC__)
 #define KVT_INLINE inline
+#define KVT_INLINE_LAMBDA
+#elif defined(KVT_SANITIZED)
+#define KVT_INLINE inline __attribute__((always_inline))
+#define KVT_INLINE_LAMBDA
+#else
+#define KVT_INLINE inline __attribute__((always_inline))
+#define KVT_INLINE_LAMBDA __attribute__((always_inline))
 #endif
 
 // Before a loop of constant length that is to become straight code.
