@@ -89,7 +89,13 @@ KVT_HD KVT_INLINE void load_floats(const float* from, float* to) {
 template <int n>
 KVT_HD KVT_INLINE void load_floats(const BFloat16* from, float* to) {
 #if defined(__AVX2__) && !defined(__CUDA_ARCH__)
-  for (int i = 0; i < n; i += 8) {
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {  // three instructions, not four
+    const __m256i x = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)), 0xd8);
+    _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), x)));
+    _mm256_storeu_ps(to + i + 8, _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), x)));
+  }
+  for (; i < n; i += 8) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
     _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
   }
