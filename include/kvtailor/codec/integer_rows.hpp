@@ -19,7 +19,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <type_traits>
 #include <utility>
 
 namespace kvt::inline v0::detail {
@@ -235,7 +234,7 @@ template <int many>
 
 template <class R>
 struct IntegerRows {
-  static constexpr int dim = R::size, groups = dim / R::group, registers = dim / 16, group_registers = R::group / 16;
+  static constexpr int dim = R::size, groups = dim / R::group, registers = dim / 16;
   static constexpr int most_vectors = 16, most_rows = 128;  // at once
   static_assert(dim % 32 == 0 && R::group % 32 == 0);
 
