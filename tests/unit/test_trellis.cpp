@@ -4,6 +4,7 @@
 // Trellis codes: the bit layout against a plain reading of it, the search against all paths, errors against recorded figures.
 #include <doctest/doctest.h>
 
+#include <bit>
 #include <cstdio>
 #include <random>
 #include <string>
@@ -61,20 +62,24 @@ Error relative_error(int n, unsigned seed = 7) {
 
 template <int bits, int window>
 float value_of(int state) {
-  const int last = (1 << window) - 1;
-  return static_cast<float>(state <= last / 2 ? TrellisTable<bits, window>::half[state]
-                                              : -TrellisTable<bits, window>::half[last - state]) /
-         TrellisSearch<bits, window>::table_grid;
+  using Table = TrellisTable<bits, window>;
+  const auto odd = [&](int mask) { return std::popcount(unsigned(state & mask)) % 2; };
+  int k = 0;
+  for (int i = 0; i < bits + 2; ++i) k += odd(Table::index[i]) << i;
+  const float size = static_cast<float>(Table::size[k]) / TrellisSearch<bits, window>::table_grid;
+  return odd(Table::sign) ? -size : size;
 }
 
 // Bit by bit, as the head of the header has it.
 template <int bits, int dim, int window>
 std::vector<float> plain_decode(const unsigned char* codes, float scale) {
   std::vector<float> row;
-  for (int i = 0; i < dim; ++i) {
+  constexpr int bytes = dim * bits / 8;
+  for (int d = 0; d < dim; ++d) {
     int state = 0;
     for (int k = 0; k < window; ++k) {
-      const int at = (i * bits + k) % (dim * bits);
+      const int first = bits == 3 ? 3 * d : d % bytes * 8 + d / bytes * bits;
+      const int at = (first + k) % (dim * bits);
       if ((codes[at / 8] >> (at % 8) & 1) != 0) state |= 1 << k;
     }
     row.push_back(value_of<bits, window>(state) * scale);
@@ -121,7 +126,7 @@ void check_layouts() {
   check_layout<bits, 256, 8, LogScale>();
 }
 
-// The recorded error, less than `share` of Lloyd-Max's, and 8-bit scales cost at most a fortieth more.
+// The recorded error, less than `share` of Lloyd-Max's, and 8-bit scales add a fortieth at most, or 1.8e-4 of the squared norm.
 template <int bits, int window>
 void check_error(double share) {
   CAPTURE(bits);
@@ -132,7 +137,7 @@ void check_error(double share) {
   CAPTURE(log.mean);
   CHECK(std::fabs(half.mean - TrellisTable<bits, window>::distortion) <= 4 * half.sigma);
   CHECK(half.mean <= share * HalfLevels<64, bits>::distortion);
-  CHECK(log.mean <= 1.025 * half.mean);
+  CHECK(log.mean <= half.mean + std::max(.025 * half.mean, 1.8e-4));
 }
 
 // All rings of codes of a short row.
@@ -262,7 +267,7 @@ TEST_CASE("the ring closes: the last elements read the first bits") {
   Codec{}.decode(block.data(), 1, 0, after);
   for (int d = 0; d < 64; ++d) {
     CAPTURE(d);
-    if (d == 0 || d > 60) {
+    if (d == 0 || d == 31 || d == 47 || d == 63) {  // the beginning of byte 0, and what lies above the lowest code of byte 15
       CHECK(before[d] != after[d]);
     } else {
       CHECK(before[d] == after[d]);
@@ -281,13 +286,13 @@ TEST_CASE("the search finds the best path that closes in a group, and mostly the
 }
 
 TEST_CASE("errors are those recorded beside the tables, below those of scalar codes") {
-  check_error<1, 8>(.80);
-  check_error<2, 8>(.65);
-  check_error<3, 8>(.60);
-  check_error<4, 8>(.57);
-  check_error<1, 6>(.81);
-  check_error<2, 6>(.70);
-  check_error<3, 6>(.66);
+  check_error<1, 8>(.78);
+  check_error<2, 8>(.64);
+  check_error<3, 8>(.57);
+  check_error<4, 8>(.55);
+  check_error<1, 6>(.80);
+  check_error<2, 6>(.67);
+  check_error<3, 6>(.63);
 }
 
 TEST_CASE("a rotation makes rows of any kind as good as random ones") {

@@ -5,17 +5,20 @@
 // that at the bits of a scalar code the values are denser, and the encoder searches for the best sequence of codes.
 //
 // Block:   n rows: Scale scale[n]; then per row head_dim * bits / 8 bytes, a ring of bits: bit k is bit k % 8 of byte k / 8,
-//          and after the last comes the first. Bits i * bits .. (i + 1) * bits - 1 are the code of element i.
-// Value:   scale * value[state] of a table of 2^window values; the state is bits i * bits .. i * bits + window - 1 of the ring,
-//          the first of them the lowest. See trellis_tables.hpp.
+//          and after the last comes the first. Element d has a code of `bits` bits, from bit first_bit(d) on: those of 1, 2 and
+//          4 bits lie in planes, elements j, j + bytes, j + 2 bytes, ... in byte j from the low bits up, those of 3 bits in a
+//          line.
+// Value:   scale * value[state] of a table of 2^window values; the state is the `window` bits from first_bit(d) on, the first
+// of
+//          them the lowest. See trellis_tables.hpp.
 // Error:   of a row whose elements are spread like those of a random one, relative to its squared norm, on average, for
-//          head_dim 64: .281 / .073 / .0194 / .0052 at 1 .. 4 bits, window 8; .285 / .078 / .0215 at 1 .. 3 bits, window 6.
+//          head_dim 64: .279 / .072 / .0187 / .0050 at 1 .. 4 bits, window 8; .285 / .075 / .0205 at 1 .. 3 bits, window 6.
 //          At head_dim 128 up to 4 % more. Of any other row up to 1: see Rotated.
 // Cost:    head_dim * bits / 8 + sizeof(Scale) bytes a row: a ring has no beginning to be stored. Encoding takes eight times
-//          as long as that of LloydMax at window 8, four times at window 6; reading, twice as long with AVX2, and a third
-//          longer with AVX-512 (VBMI).
+//          as long as that of LloydMax at window 8, four times at window 6; reading, @R.
 // Source:  trellis-coded quantization: M. W. Marcellin and T. R. Fischer, IEEE Trans. Commun. 38, 1990; the bit-shift trellis,
-//          closed to a ring: QTIP, arXiv 2406.11235. Differs from QTIP: one table over all states, trained with the encoder.
+//          closed to a ring: QTIP, arXiv 2406.11235. Differs from QTIP: sizes and signs are numbered by parities of a state's
+//          bits, as by a convolutional code (G. Ungerboeck, IEEE Trans. Inf. Theory 28, 1982), trained with the encoder.
 #pragma once
 
 #include <algorithm>
@@ -31,18 +34,24 @@ namespace kvt::inline v0 {
 
 template <int bits, int dim, int window = 8, class Scale = LogScale>
 struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<int>(sizeof(Scale)), dim * bits / 8> {
-  static_assert(bits >= 1 && bits <= 4, "codes have 1 to 4 bits");
+  static_assert(bits >= 1 && bits <= 4 && window <= 8, "codes have 1 to 4 bits, and states at most 8");
   using Search = TrellisSearch<bits, window>;
+  using Table = TrellisTable<bits, window>;
   static constexpr int num_states = 1 << window;
+
+  // Where in a row's ring the code of an element begins.
+  KVT_HD static constexpr int first_bit(int d) {
+    return 8 % bits == 0 ? 8 * (d % Trellis::code_bytes) + bits * (d / Trellis::code_bytes) : bits * d;
+  }
 
   static constexpr double max_row_norm() { return static_cast<double>(Scale::max); }
 
   struct Values {
     float of[num_states] = {};
     constexpr Values() {
-      for (int s = 0; s < num_states / 2; ++s) {
-        of[s] = static_cast<float>(TrellisTable<bits, window>::half[s]) / Search::table_grid;
-        of[num_states - 1 - s] = -of[s];
+      for (int s = 0; s < num_states; ++s) {
+        of[s] = static_cast<float>(Table::size[index_of(s)]) / Search::table_grid;
+        if (parity(s & Table::sign)) of[s] = -of[s];
       }
     }
   };
@@ -51,7 +60,8 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     std::vector<std::uint8_t> memory(Search::memory(dim));
     Search search;
     for (int row = 0; row < n; ++row) {
-      const float* const x = rows + static_cast<long long>(row) * dim;
+      float x[dim];  // in the order of the ring
+      for (int d = 0; d < dim; ++d) x[first_bit(d) / bits] = rows[static_cast<long long>(row) * dim + d];
       // Squares of the smallest rows are lost; they are zero for any scale.
       const float size = std::sqrt(dot<dim>(x, x) / dim);
       Path best;
@@ -68,24 +78,39 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
   template <int lanes>
   KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<dim, lanes>& to) const {
     const unsigned char* const codes = Trellis::code_bytes_of(block, n, row);
+    static constexpr Values value;
     if constexpr (lanes == 1) {
-      // Eight elements at a time are read from eight bytes; those that would pass the end, from a copy with the row's first
-      // bytes after it.
-      constexpr int copied = std::min(8, Trellis::code_bytes), copied_from = Trellis::code_bytes - copied;
-      unsigned char end[16] = {};
-      std::memcpy(end, codes + copied_from, copied);
-      std::memcpy(end + copied, codes, copied);
-      for (int d = 0; d < dim; d += 8) {
-        const int at = d / 8 * bits;
-        std::uint64_t word;
-        std::memcpy(&word, at + 8 <= Trellis::code_bytes ? codes + at : end + (at - copied_from), sizeof word);
-        load_eight(word, to.x + d);
+      unsigned char ring[Trellis::code_bytes + 1];
+      std::memcpy(ring, codes, Trellis::code_bytes);
+      ring[Trellis::code_bytes] = ring[0];
+#if defined(KVT_HOST_AVX2)
+      if constexpr (8 % bits == 0 && Trellis::code_bytes % 4 == 0) {
+        for (int d = 0; d < dim; d += 8) {
+          // Four and four: a plane may end between them.
+          const auto four = [&](int element) {
+            int now, next;
+            std::memcpy(&now, ring + element % Trellis::code_bytes, 4);
+            std::memcpy(&next, ring + element % Trellis::code_bytes + 1, 4);
+            const __m128i near = _mm_unpacklo_epi8(_mm_cvtsi32_si128(now), _mm_cvtsi32_si128(next));
+            return _mm_srl_epi32(_mm_cvtepu16_epi32(near), _mm_cvtsi32_si128(element / Trellis::code_bytes * bits));
+          };
+          const __m256i near = _mm256_inserti128_si256(_mm256_castsi128_si256(four(d)), four(d + 4), 1);
+          const __m256i state = _mm256_and_si256(near, _mm256_set1_epi32(num_states - 1));
+          _mm256_storeu_ps(to.x + d, _mm256_i32gather_ps(value.of, state, 4));
+        }
+        return;
       }
+#endif
+      for (int d = 0; d < dim; ++d) to.x[d] = value.of[state_in(ring[first_bit(d) / 8], ring[first_bit(d) / 8 + 1], d)];
     } else {
-      static constexpr Values value;
       for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) {
         const int d = i * lanes + lane;
-        to.x[i] = d < dim ? value.of[state_at(codes, d)] : 0.f;
+        if (d < dim) {
+          const int at = first_bit(d) / 8, next = at + 1 < Trellis::code_bytes ? at + 1 : 0;
+          to.x[i] = value.of[state_in(codes[at], codes[next], d)];
+        } else {
+          to.x[i] = 0;
+        }
       }
     }
   }
@@ -111,6 +136,17 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
 #endif
 
  private:
+  static constexpr bool parity(int x) {
+    bool odd = false;
+    for (; x != 0; x &= x - 1) odd = !odd;
+    return odd;
+  }
+  static constexpr int index_of(int state) {
+    int k = 0;
+    for (int i = 0; i < bits + 2; ++i) k |= parity(state & Table::index[i]) << i;
+    return k;
+  }
+
   struct Path {
     Scale scale{0};
     double change = 0;  // of the squared error, from that of zeros
@@ -146,113 +182,105 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
       std::memcpy(codes + d / 8 * bits, &word, bits);
     }
   }
-  KVT_HD KVT_INLINE static int state_at(const unsigned char* codes, int d) {
-    constexpr int last_bit = (bits % 2 == 1 ? 7 : 8 - bits) + window - 1;  // of a window that begins in byte 0
-    const int first = d * bits / 8;
-    int word = 0;
-    for (int k = 0; k <= last_bit / 8; ++k) {
-      const int at = first + k;
-      word |= codes[at < Trellis::code_bytes ? at : at - Trellis::code_bytes] << (8 * k);
-    }
-    return word >> (d * bits % 8) & (num_states - 1);
+  // The state of element d, whose code begins in the first of two bytes.
+  KVT_HD KVT_INLINE static int state_in(unsigned char first, unsigned char second, int d) {
+    return (first | second << 8) >> first_bit(d) % 8 & (num_states - 1);
   }
 
 #if defined(KVT_HOST_AVX2)
-  // The table by bytes: what stands for states below half of them.
-  struct ValueBytes {
-    alignas(16) std::int8_t half[num_states / 2] = {};
-    constexpr ValueBytes() {
-      for (int s = 0; s < num_states / 2; ++s) half[s] = TrellisTable<bits, window>::half[s];
+  // The table by bytes. The numbers that belong to the lower and to the upper four bits of a state, joined by exclusive or,
+  // have the number of its size below and its sign as their highest bit; the next is always set, so that none is zero.
+  struct Bytes {
+    static constexpr int num_sizes = 1 << (bits + 2);
+    alignas(16) std::int8_t low[16] = {}, high[16] = {};
+    alignas(32) std::int8_t size[std::max(16, num_sizes)] = {};
+    constexpr Bytes() {
+      for (int b = 0; b < 16; ++b) {
+        low[b] = part(b, 64);
+        high[b] = part(b << 4 & (num_states - 1), 0);
+      }
+      for (int k = 0; k < num_sizes; ++k) size[k] = Table::size[k];
+    }
+    static constexpr std::int8_t part(int state, int more) {
+      return static_cast<std::int8_t>(index_of(state) + more - (parity(state & Table::sign) ? 128 : 0));
     }
   };
-  // Where elements 16 k .. 16 k + 15 lie in 16 bytes that hold their codes.
+  // Where states 16 k .. 16 k + 15 lie in 16 bytes that hold them.
   struct Sources {
-    static constexpr int loads = dim / 16, read = std::min(16, Trellis::code_bytes);
-    int from[loads] = {};                                 // the first of these bytes
-    bool wraps[loads] = {};                               // the row's first byte takes the place of that one
-    alignas(32) std::int8_t byte[loads / 2][2][32] = {};  // of each 32 elements: 0 .. 7 and 16 .. 23, then the others
-    alignas(32) std::int16_t factor[16] = {};             // moves a state to the top of its 16 bits
-    alignas(32) std::int8_t eight[loads / 2][32] = {};    // the bytes that states 8 k .. 8 k + 7 come from, in eight bytes
-    alignas(32) std::int8_t shift[32] = {};               // where they begin in these
+    static constexpr int read = std::min(16, Trellis::code_bytes);
+    int from[dim / 16] = {};                                // the first of these bytes
+    bool wraps[dim / 16] = {};                              // the row's first byte takes the place of that one
+    alignas(32) std::int8_t byte[dim / 32][2][32] = {};     // of each 32 states: two for each even one, and for each odd one
+    alignas(32) std::int16_t factor[dim / 32][2][16] = {};  // moves a state to the upper byte
 
     constexpr Sources() {
-      for (int k = 0; k < loads; ++k) {
-        const int first = 2 * bits * k;
-        from[k] = std::min(first, Trellis::code_bytes - read);
-        wraps[k] = k + 1 == loads && Trellis::code_bytes > 16;
+      for (int k = 0; k < dim / 16; ++k) {
+        const int last = Trellis::code_bytes - read;
+        from[k] = std::min(first_bit(16 * k) / 8, last);
+        wraps[k] = k + 1 == dim / 16 && last > 0;
         for (int i = 0; i < 16; ++i) {
-          const int at = first + i * bits / 8;
-          const auto place = [&](int b) {
-            return static_cast<std::int8_t>(at + b < Trellis::code_bytes ? at + b - from[k] : at + b - Trellis::code_bytes);
-          };
-          for (int b = 0; b < 2; ++b) byte[k / 2][i / 8][16 * (k % 2) + 2 * (i % 8) + b] = place(b);
-          if (i % 8 != 0) continue;
-          for (int b = 0; 8 * b < 7 * bits + window; ++b) eight[k / 2][16 * (k % 2) + i + b] = place(b);
+          const int bit = first_bit(16 * k + i);
+          for (int b = 0; b < 2; ++b) {
+            const int at = (bit / 8 + b) % Trellis::code_bytes - from[k];
+            byte[k / 2][i % 2][16 * (k % 2) + i / 2 * 2 + b] = static_cast<std::int8_t>(std::max(at, 0));
+          }
+          factor[k / 2][i % 2][8 * (k % 2) + i / 2] = static_cast<std::int16_t>(1 << (8 - bit % 8));
         }
       }
-      for (int i = 0; i < 16; ++i) factor[i] = static_cast<std::int16_t>(1 << (16 - window - i * bits % 8));
-      for (int i = 0; i < 32; ++i) shift[i] = static_cast<std::int8_t>(i % 8 * bits);
     }
   };
-  KVT_INLINE static __m128i sixteen_bytes(const unsigned char* codes) {
-    __m128i bytes = _mm_setzero_si128();
-    std::memcpy(&bytes, codes, Sources::read);
-    return bytes;
+  // Elements 32 c .. 32 c + 31, one a byte; more bits than those of a state may be left above them.
+  template <int c>
+  KVT_INLINE static __m256i states(const unsigned char* codes) {
+    constexpr int stride = Trellis::code_bytes;
+    if constexpr (8 % bits == 0 && stride % 8 == 0) {
+      // Eight elements of a plane are eight bytes, shifted, and the lowest bits of the byte after them.
+      const auto place = [](int k) { return (32 * c + 8 * k) % stride; };
+      const auto shift = [](int k) { return (32 * c + 8 * k) / stride * bits; };
+      const auto eight = [&](int at) {
+        long long bytes;
+        std::memcpy(&bytes, codes + at % stride, 8);
+        return bytes;
+      };
+      __m256i now, next;
+      if constexpr (stride % 32 == 0) {
+        now = detail::load_bytes(codes + place(0));
+        const __m256i last = _mm256_set1_epi64x(eight(place(3) + 8));
+        next = _mm256_blend_epi32(_mm256_permute4x64_epi64(now, 0x39), last, 0xc0);
+      } else {
+        now = _mm256_setr_epi64x(eight(place(0)), eight(place(1)), eight(place(2)), eight(place(3)));
+        next = _mm256_setr_epi64x(eight(place(0) + 8), eight(place(1) + 8), eight(place(2) + 8), eight(place(3) + 8));
+      }
+      const __m256i down = _mm256_setr_epi64x(shift(0), shift(1), shift(2), shift(3));
+      const __m256i up = _mm256_setr_epi64x(64 - shift(0), 64 - shift(1), 64 - shift(2), 64 - shift(3));
+      return _mm256_or_si256(_mm256_srlv_epi64(now, down), _mm256_sllv_epi64(next, up));
+    } else {
+      static constexpr Sources source;
+      const auto sixteen_bytes = [&](int k) {
+        __m128i bytes = _mm_setzero_si128();
+        std::memcpy(&bytes, codes + source.from[k], Sources::read);
+        return source.wraps[k] ? _mm_insert_epi8(bytes, codes[0], 0) : bytes;
+      };
+      const __m256i bytes = _mm256_setr_m128i(sixteen_bytes(2 * c), sixteen_bytes(2 * c + 1));
+      const auto every_other = [&](int odd) {
+        const __m256i near = _mm256_shuffle_epi8(bytes, detail::load_bytes(source.byte[c][odd]));
+        return _mm256_mullo_epi16(near, detail::load_bytes(source.factor[c][odd]));
+      };
+      return _mm256_blendv_epi8(_mm256_srli_epi16(every_other(0), 8), every_other(1), _mm256_set1_epi16(-256));
+    }
   }
   template <int c>
   KVT_INLINE static void load_integers(const unsigned char* codes, __m256i* to) {
-    static constexpr Sources source;
-    static constexpr ValueBytes values;
-    const auto half_of = [&](int k) {
-      const __m128i bytes = sixteen_bytes(codes + source.from[k]);
-      return source.wraps[k] ? _mm_insert_epi8(bytes, codes[0], 0) : bytes;
-    };
-    const __m256i bytes = _mm256_inserti128_si256(_mm256_castsi128_si256(half_of(2 * c)), half_of(2 * c + 1), 1);
-#if defined(KVT_HOST_AVX512)
-    const __m256i eights = _mm256_shuffle_epi8(bytes, detail::load_bytes(source.eight[c]));
-    // The masked form: gcc 12 warns of an uninitialised value inside the plain one.
-    const __m256i near = _mm256_maskz_multishift_epi64_epi8(0xffffffff, detail::load_bytes(source.shift), eights);
-    const __m256i state = _mm256_and_si256(near, _mm256_set1_epi8(static_cast<char>(num_states - 1)));
-#else
-    const auto sixteen_states = [&](int part) {
-      const __m256i near = _mm256_shuffle_epi8(bytes, detail::load_bytes(source.byte[c][part]));
-      return _mm256_srli_epi16(_mm256_mullo_epi16(near, detail::load_bytes(source.factor)), 16 - window);
-    };
-    const __m256i state = _mm256_packus_epi16(sixteen_states(0), sixteen_states(1));
-#endif
-    // The complement of a state above the middle stands for the opposite value.
-    const __m256i above = window == 8 ? _mm256_cmpgt_epi8(_mm256_setzero_si256(), state)
-                                      : _mm256_cmpgt_epi8(state, _mm256_set1_epi8(num_states / 2 - 1));
-    const __m256i index = _mm256_xor_si256(state, _mm256_and_si256(above, _mm256_set1_epi8(static_cast<char>(num_states - 1))));
-    const __m256i size = detail::look_up_bytes<num_states / 2>(values.half, index);
-    detail::widen(_mm256_sub_epi8(_mm256_xor_si256(size, above), above), to);
+    static constexpr Bytes table;
+    const __m256i state = states<c>(codes);
+    const auto four_bits = [](__m256i x, int width) { return _mm256_and_si256(x, _mm256_set1_epi8((1 << width) - 1)); };
+    const __m256i low = detail::look_up_bytes<16>(table.low, four_bits(state, 4));
+    const __m256i high = detail::look_up_bytes<16>(table.high, four_bits(_mm256_srli_epi16(state, 4), window - 4));
+    const __m256i both = _mm256_xor_si256(low, high);
+    const __m256i index = _mm256_and_si256(both, _mm256_set1_epi8(static_cast<char>(Bytes::num_sizes - 1)));
+    detail::widen(_mm256_sign_epi8(detail::look_up_bytes<sizeof table.size>(table.size, index), both), to);
   }
 #endif
-  // The values of the eight states that begin at bits 0, bits, 2 * bits, ... of a word.
-  KVT_HD KVT_INLINE static void load_eight(std::uint64_t word, float* to) {
-    static constexpr Values value;
-#if defined(KVT_HOST_VECTORS) && defined(__AVX2__)
-    // Byte k * bits / 8 of the word and the three after it, shifted, for state k.
-    static constexpr Windows window_of;
-    const __m256i from = _mm256_load_si256(reinterpret_cast<const __m256i*>(window_of.byte));
-    const __m256i shift = _mm256_load_si256(reinterpret_cast<const __m256i*>(window_of.shift));
-    const __m256i near = _mm256_shuffle_epi8(_mm256_set1_epi64x(static_cast<long long>(word)), from);
-    const __m256i state = _mm256_and_si256(_mm256_srlv_epi32(near, shift), _mm256_set1_epi32(num_states - 1));
-    _mm256_storeu_ps(to, _mm256_i32gather_ps(value.of, state, 4));
-#else
-    for (int k = 0; k < 8; ++k) to[k] = value.of[static_cast<unsigned>(word >> (k * bits)) & (num_states - 1)];
-#endif
-  }
-  struct Windows {
-    alignas(32) char byte[32] = {};
-    alignas(32) std::int32_t shift[8] = {};
-    constexpr Windows() {
-      for (int k = 0; k < 8; ++k) {
-        shift[k] = k * bits % 8;
-        for (int b = 0; b < 4; ++b) byte[4 * k + b] = static_cast<char>(k * bits / 8 + b);
-      }
-    }
-  };
 };
 
 static_assert(RowWiseCodec<Trellis<3, 64>> && RowWiseCodec<Trellis<1, 40, 6>>);

@@ -1,76 +1,69 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Values of the states of Trellis, and the mean squared error of rows of 64 normal numbers relative to their squared norm if
-// scales are exact. Written by tools/trellis_tables.cpp.
+// What the states of Trellis stand for, and the mean squared error of rows of 64 normal numbers relative to their squared norm
+// if scales are exact. Written by tools/trellis_tables.cpp.
 #pragma once
 
 namespace kvt::inline v0 {
 
-// State s < 2^(window-1) stands for half[s] / 32; its complement for the opposite.
+// A state stands for size[k] / 32: bit i of k is the parity of the bits of the state that are set in index[i]. It is negative
+// if the parity of those in `sign` is odd. The complement of a state stands for the opposite.
 template <int bits, int window>
 struct TrellisTable;
 
 template <>
 struct TrellisTable<1, 8> {
-  static constexpr double distortion = 0.280014;
-  static constexpr signed char half[128] = {
-      35,  46,  -1,  -51, 14,  -28, -16, 25,  22,  -13, -15, -52, -21, 19,  -9,  30,  8,   11,  16,  11,  32,  -45,
-      -10, -6,  1,   47,  21,  -27, -23, 25,  8,   -9,  -2,  6,   -31, 63,  20,  2,   -19, -64, 44,  -19, 11,  -22,
-      23,  39,  -16, -23, 4,   -3,  -22, 32,  -42, -21, -13, 19,  36,  -4,  -30, -8,  23,  14,  -35, -20, -25, -7,
-      15,  38,  -56, -25, -10, 39,  19,  -42, -17, 2,   69,  -12, 18,  -15, -3,  -30, 56,  13,  -10, 9,   -32, 25,
-      -42, -14, -5,  27,  5,   -15, 37,  -48, -34, 33,  16,  -15, -13, 27,  25,  -20, -6,  -13, -57, 24,  20,  -1,
-      32,  22,  -4,  44,  15,  -17, 3,   -17, -46, 39,  9,   -51, -11, 18,  -19, 58,  11,  15};
+  static constexpr double distortion = 0.279110;
+  static constexpr int sign = 143;
+  static constexpr int index[3] = {45, 198, 221};
+  static constexpr signed char size[8] = {3, 8, 13, 17, 24, 28, 38, 54};
 };
 template <>
 struct TrellisTable<2, 8> {
-  static constexpr double distortion = 0.072832;
-  static constexpr signed char half[128] = {
-      27, 63, -14, -57, 44,  -5,  -29, 17,  37,  4,  3,   -41, 5,   -24, -37, 34,  -7,  -17, 49,  21,  -1,  -30,
-      46, 20, 29,  63,  -9,  7,   9,   36,  -23, 1,  -39, -2,  -77, 57,  10,  -10, -24, -56, 93,  -25, 7,   45,
-      29, 9,  -13, -30, 8,   -12, -33, 32,  8,   39, -29, 14,  27,  62,  -59, -4,  20,  -3,  -24, 8,   -67, -13,
-      27, 11, -20, -53, 6,   50,  9,   -26, -14, 26, 34,  10,  -9,  -42, 3,   -58, 23,  56,  -16, 45,  -20, 11,
-      -9, 7,  -51, -29, -17, 7,   33,  -32, -17, 41, 8,   -38, -40, 30,  12,  -6,  16,  -69, -19, -22, -2,  55,
-      26, 30, -14, 83,  10,  -76, -6,  -32, 15,  43, 2,   -43, 31,  -17, -40, 26,  48,  -13};
+  static constexpr double distortion = 0.071414;
+  static constexpr int sign = 229;
+  static constexpr int index[4] = {71, 149, 201, 90};
+  static constexpr signed char size[16] = {1, 4, 6, 9, 13, 14, 17, 20, 28, 27, 30, 34, 44, 46, 54, 74};
 };
 template <>
 struct TrellisTable<3, 8> {
-  static constexpr double distortion = 0.019129;
-  static constexpr signed char half[128] = {
-      26,  48,  -35, -5,  0,   -53, -19, 13,  1,   -14, 28,   61,  -37, 11,  -21, 38,  18,  -21, -48, -10, -35, 0,
-      -67, -31, 41,  1,   -41, -65, 17,  -13, -27, -46, 31,   -47, -8,  -22, 7,   -33, 18,  56,  -11, -28, -38, -81,
-      22,  -61, 38,  7,   -54, -6,  8,   -32, 29,  -17, 52,   20,  4,   38,  11,  78,  -28, -43, -13, -2,  -7,  -70,
-      25,  52,  35,  12,  7,   -19, -29, -9,  44,  -41, -54,  -92, -1,  23,  -19, -50, 36,  21,  7,   -66, -7,  -84,
-      26,  -16, -28, -48, 42,  -5,  11,  59,  15,  -2,  -21,  4,   -32, 60,  30,  37,  23,  34,  -12, 11,  67,  -21,
-      -39, -3,  33,  14,  -73, 2,   53,  19,  -23, -11, -105, 6,   23,  45,  -13, 4,   28,  17};
+  static constexpr double distortion = 0.018326;
+  static constexpr int sign = 140;
+  static constexpr int index[5] = {166, 144, 132, 195, 249};
+  static constexpr signed char size[32] = {1,  2,  3,  4,  6,  7,  8,  10, 11, 12, 14, 15, 16, 18, 19, 21,
+                                           22, 24, 26, 27, 29, 31, 33, 36, 39, 41, 44, 47, 55, 57, 69, 88};
 };
 template <>
 struct TrellisTable<4, 8> {
-  static constexpr double distortion = 0.005082;
-  static constexpr signed char half[128] = {
-      32,  47,  -23, -77, 55,  16,  -31, -14, 41,  -3, 3,   -47, 11,  7,   -63, 24,  -30, -45, 43,  20,  27,  10,
-      60,  -10, 32,  68,  -5,  39,  1,   53,  -17, 8,  -42, 7,   -84, 58,  13,  21,  -22, -64, 72,  -52, 11,  88,
-      1,   36,  -35, -11, 25,  -5,  -17, 16,  30,  47, -40, 10,  20,  79,  -69, 3,   -10, 10,  -29, -23, -35, -27,
-      27,  33,  7,   -17, -10, 42,  -14, -22, -53, 20, 17,  65,  -1,  -39, 18,  -27, 6,   39,  -12, 25,  -53, -1,
-      -24, 5,   -34, -18, -4,  31,  14,  -47, -18, 55, 1,   -48, -28, 40,  8,   30,  -4,  -33, -14, -22, -9,  112,
-      21,  14,  0,   73,  16,  -60, 6,   -21, 39,  58, -3,  -97, 27,  -37, -47, 47,  35,  -10};
+  static constexpr double distortion = 0.004860;
+  static constexpr int sign = 103;
+  static constexpr int index[6] = {240, 183, 96, 237, 24, 169};
+  static constexpr signed char size[64] = {0,  1,  2,  2,  3,  3,  4,  5,  5,  6,  7,  7,  8,  9,  9,  10,
+                                           11, 11, 12, 13, 13, 14, 15, 15, 16, 17, 17, 18, 19, 20, 20, 21,
+                                           22, 23, 24, 24, 25, 26, 27, 28, 29, 30, 31, 32, 33, 34, 35, 36,
+                                           37, 39, 40, 41, 43, 45, 46, 48, 50, 52, 55, 58, 62, 68, 78, 96};
 };
 template <>
 struct TrellisTable<1, 6> {
-  static constexpr double distortion = 0.284749;
-  static constexpr signed char half[32] = {-40, 8,  -9,  39, 20, -22, 32,  -16, 52,  -6, -28, 19, 9,  -54, 17, -20,
-                                           -16, 23, -11, 34, 26, -13, -55, 9,   -20, 20, -24, 19, 13, -39, 55, -7};
+  static constexpr double distortion = 0.284050;
+  static constexpr int sign = 47;
+  static constexpr int index[3] = {20, 63, 53};
+  static constexpr signed char size[8] = {9, 8, 14, 18, 24, 29, 39, 53};
 };
 template <>
 struct TrellisTable<2, 6> {
-  static constexpr double distortion = 0.076867;
-  static constexpr signed char half[32] = {15, -27, 46,  -6, 46, -21, 10, -39, 4,   70, -17, 29,  -49, 9,   -19, 37,
-                                           -8, -61, -33, 20, -6, 46,  82, 20,  -53, 24, 1,   -19, 33,  -13, 4,   -38};
+  static constexpr double distortion = 0.074873;
+  static constexpr int sign = 25;
+  static constexpr int index[4] = {9, 20, 17, 58};
+  static constexpr signed char size[16] = {2, 4, 6, 9, 14, 15, 17, 20, 26, 29, 32, 35, 44, 48, 54, 74};
 };
 template <>
 struct TrellisTable<3, 6> {
-  static constexpr double distortion = 0.021116;
-  static constexpr signed char half[32] = {-32, 70, -93, -61, -13, 7,  21, 1,   40, -55, 17, -4,  -30, 53, 31,  75,
-                                           -16, 25, 40,  -44, 4,   16, -7, -26, 14, -7,  5,  -21, 36,  27, -43, 51};
+  static constexpr double distortion = 0.020106;
+  static constexpr int sign = 25;
+  static constexpr int index[5] = {5, 24, 15, 60, 60};
+  static constexpr signed char size[32] = {3,  4,  6,  7,  14, 15, 20, 21, 11, 12, 14, 15, 16, 18, 19, 21,
+                                           22, 24, 26, 27, 29, 31, 33, 36, 29, 32, 38, 42, 49, 56, 66, 85};
 };
 }  // namespace kvt::inline v0
