@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decoding with the cache on a device: one sequence, 3-bit keys and 2-bit values, checked against the host's cache.
+// Decoding with the cache on a device: one sequence, 3-bit keys and 2-bit values, compressed to half of its rows after the
+// prompt, checked against the host's cache.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -20,11 +21,12 @@ kvt::Status run() {
   cudaStream_t stream = nullptr;  // the engine's
   kvt::cuda::Device device(stream);
   kvt::cuda::PagePool<Codec> pool;  // shared by all sequences: 64 pages of 128 rows of a head
-  kvt::cuda::KvCache<Codec> cache;
-  kvt::cuda::DecodePlan<Codec, float> plan;
+  kvt::cuda::KvCache<kvt::Uniform, kvt::SinkRecent, Codec> cache;
+  using Plan = kvt::cuda::DecodePlan<Codec, float>;
+  Plan plan;
   KVT_TRY(pool.init(device, 64));
   KVT_TRY(cache.init(device, pool, geometry, {.max_append = prompt}));
-  const kvt::cuda::KvCache<Codec>* const batch[] = {&cache};
+  const Plan::Cache* const batch[] = {&cache};
   KVT_TRY(plan.init(device, batch));
   kvt::KvCache<kvt::Uniform, kvt::SinkRecent, Codec> host;
   KVT_TRY(host.init(geometry));
@@ -45,7 +47,7 @@ kvt::Status run() {
     for (float& v : x) v = normal(random);
     return x;
   };
-  KVT_TRY(cache.reserve(prompt + steps));  // pages for all that follows; nothing below allocates
+  KVT_TRY(cache.reserve(prompt));
   int next = 0;
   for (int step = 0; step <= steps; ++step) {
     const int n = step == 0 ? prompt : 1;
@@ -58,7 +60,12 @@ kvt::Status run() {
     KVT_TRY(device.copy_to(positions.data(), where.data(), where.size() * sizeof(int)));
     KVT_TRY(cache.append(0, keys.data(), values.data(), positions.data(), n));
     KVT_TRY(host.append(0, k.data(), v.data(), where));
-    if (step == 0) continue;  // a prompt is attended to by the engine's own kernels
+    if (step == 0) {  // a prompt is attended to by the engine's own kernels
+      KVT_TRY(cache.compress(kvt::Retain::ratio(0.5)));
+      KVT_TRY(host.compress(kvt::Retain::ratio(0.5)));
+      KVT_TRY(cache.reserve(steps));  // pages for all that follows: append() and attend() allocate nothing
+      continue;
+    }
 
     KVT_TRY(plan.attend(0, queries.data(), nullptr, {}, out.data()));
     std::vector<float> got(query), expected(query);

@@ -97,10 +97,11 @@ void measure(const char* name, cudaStream_t stream, int rows, int batch, double 
   cuda::Device device(stream);
   cuda::PagePool<Codec> pool;
   check(pool.init(device, (rows / SlicePages::page_rows + 2) * layers * kv_heads * batch));
-  std::vector<std::unique_ptr<cuda::KvCache<Codec>>> caches;
-  std::vector<const cuda::KvCache<Codec>*> view;
+  using Cache = typename cuda::DecodePlan<Codec, Half>::Cache;
+  std::vector<std::unique_ptr<Cache>> caches;
+  std::vector<const Cache*> view;
   for (int s = 0; s < batch; ++s) {
-    caches.push_back(std::make_unique<cuda::KvCache<Codec>>());
+    caches.push_back(std::make_unique<Cache>());
     check(caches.back()->init(device, pool, geometry, {4, 32, chunk, rows + 4096}));
     check(caches.back()->reserve(rows + passes + 2));
     for (int layer = 0; layer < layers; ++layer) {

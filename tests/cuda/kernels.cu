@@ -4,6 +4,8 @@
 // Every kernel as an engine would instantiate it, for tools/kernel_report to look at. Nothing runs.
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/cuda/kv_cache.cuh"
+#include "kvtailor/select/key_diff.hpp"
+#include "kvtailor/select/sink_recent.hpp"
 
 namespace {
 
@@ -33,6 +35,8 @@ void use_pair(const void** kernels) {
     use<AppendWork<Key, Value, Half>>(kernels);
     use<CutWork<Key, Value>>(kernels);
     use<TruncateWork<Key, Value>>(kernels);
+    use<ScoreWork<Key, Value, KeyDiff>>(kernels);
+    if constexpr (key_bits == 2) use<ScoreWork<Key, Value, SinkRecent>>(kernels);  // looks at positions only
   }
 }
 template <int dim>
@@ -52,6 +56,7 @@ void use_dim(const void** kernels) {
 
 void use_kernels(const void** kernels) {
   use<CountWork>(kernels);
+  use<MarkWork>(kernels);
   use_dim<64>(kernels);
   use_dim<80>(kernels);
   use_dim<96>(kernels);

@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// A batch of sequences in device caches, step by step and as a captured graph, beside the same on a simulated device.
+// A batch of sequences in device caches, one of them compressed, step by step and as a captured graph, beside the same on a
+// simulated device.
 #include <cmath>
 #include <memory>
 #include <random>
@@ -27,6 +28,12 @@ T* place(cuda::Device&, const std::vector<T>& x, std::vector<std::shared_ptr<voi
   auto copy = std::make_shared<device::Array<T>>(x);
   owners.push_back(copy);
   return copy->data();
+}
+bool captured(SimulatedDevice&) { return false; }
+bool captured(cuda::Device& device) {
+  cudaStreamCaptureStatus status;
+  device::check(cudaStreamIsCapturing(device.stream(), &status), "state of the stream");
+  return status != cudaStreamCaptureStatusNone;
 }
 // Runs `step` so many times; on a real device as a graph, captured once.
 template <class Step>
@@ -71,17 +78,20 @@ std::vector<float> run(Device& device) {
   };
   PagePool<Codec, Device> pool;
   expect(pool.init(device, 40));
-  std::vector<std::unique_ptr<DeviceCache<Codec, Device>>> caches;
+  using Cache = DeviceKvCache<Uniform, SinkRecent, Codec, Device>;
+  std::vector<std::unique_ptr<Cache>> caches;
   std::vector<const DeviceCache<Codec, Device>*> batch;
   for (int s = 0; s < sequences; ++s) {
-    caches.push_back(std::make_unique<DeviceCache<Codec, Device>>());
+    caches.push_back(std::make_unique<Cache>());
     expect(caches.back()->init(device, pool, geometry, {4, 32, 400, 2048}));
     const int n = s == 0 ? 390 : 7;
     std::vector<int> positions;
     for (int i = 0; i < n; ++i) positions.push_back(i);
-    expect(caches.back()->reserve(n + replays));
+    expect(caches.back()->reserve(n));
     expect(caches.back()->append(0, place(device, halves(n * 2 * dim), owners), place(device, halves(n * 2 * dim), owners),
                                  place(device, positions, owners), n));
+    if (s == 0) expect(caches.back()->compress(Retain::ratio(.7)));
+    expect(caches.back()->reserve(replays));
     batch.push_back(caches.back().get());
   }
   DecodePlan<Codec, Device, Half> plan;
@@ -92,6 +102,10 @@ std::vector<float> run(Device& device) {
   Half* const out = place(device, std::vector<Half>(static_cast<std::size_t>(sequences * 6 * dim)), owners);
   const bool done = repeat(device, replays, [&] {
     for (auto& cache : caches) {
+      // What may not be captured says so, and changes nothing.
+      if (captured(device) && cache->compress(Retain::ratio(.5)).native != cudaErrorStreamCaptureUnsupported) {
+        return error(Errc::device, "a compression was captured");
+      }
       const Status status = cache->append(0, row, row + 2 * dim, position, 1);
       if (!status.ok()) return status;
     }

@@ -9,7 +9,7 @@
 #include <random>
 
 #include "kvtailor/kvtailor.hpp"
-#include "kvtailor/store/device_cache.hpp"
+#include "kvtailor/store/device_kv_cache.hpp"
 
 using namespace kvt;
 
@@ -23,12 +23,12 @@ using Pool = PagePool<Codec, SimulatedDevice>;
 constexpr int sink_rows = 5, recent_rows = 20;
 
 // One sequence in both caches.
-template <class Codec>
+template <class Codec, class Budget = Uniform, class Selector = KeyDiff>
 struct Twin {
   static constexpr int dim = Codec::head_dim;
   Geometry geometry;
-  Cache<Codec> device_cache;
-  KvCache<Uniform, KeyDiff, Codec> host_cache;
+  DeviceKvCache<Budget, Selector, Codec, SimulatedDevice> device_cache;
+  KvCache<Budget, Selector, Codec> host_cache;
   std::vector<int> next;  // position of each layer
   bool whole_blocks = true;
 
@@ -72,6 +72,12 @@ struct Twin {
         keep[h * stride + r] = std::binary_search(p.begin(), p.end(), before[h][r]);
     });
     REQUIRE(device_cache.cut(keep.data(), stride).ok());
+    whole_blocks = false;
+  }
+  // Each by its own scores.
+  void compress_alone(Retain retain) {
+    REQUIRE(host_cache.compress(retain).ok());
+    REQUIRE(device_cache.compress(retain).ok());
     whole_blocks = false;
   }
   void truncate(int rows) {  // by so many positions
@@ -192,6 +198,71 @@ TEST_CASE("cuts and truncations drop the same rows as on the host, and leave cod
   CHECK(pool.free_pages() == 100);
 }
 
+namespace {
+
+template <class Codec, class Budget, class Selector>
+void check_compression(unsigned seed) {
+  SimulatedDevice device;
+  Pool<Codec> pool;
+  REQUIRE(pool.init(device, 100).ok());
+  Twin<Codec, Budget, Selector> twin(device, pool, {2, 2, 6, Codec::head_dim});
+  std::mt19937 random(seed);
+  const auto compress = [&](Retain retain) {
+    const long long bytes = twin.device_cache.memory().total();
+    twin.compress_alone(retain);
+    twin.compare_all();
+    CHECK(twin.device_cache.memory().total() < bytes);
+    CHECK(device.allocated_bytes == twin.device_cache.memory().total() + 100 * Pool<Codec>::page_bytes -
+                                        (100 - pool.free_pages()) * Pool<Codec>::page_bytes);
+  };
+  for (const int n : {290, 300, 1}) twin.append(n, random);
+  compress(Retain::ratio(.6));
+  for (const int n : {7, 200}) twin.append(n, random);
+  compress(Retain::rows(120));
+  twin.append(3, random);
+  twin.compare_all();
+}
+
+}  // namespace
+
+TEST_CASE("compression keeps the rows on a device that it keeps on the host") {
+  check_compression<KvCodec<TurboQuant<4, 64>, TurboQuant<3, 64>>, Uniform, KeyDiff>(6);
+  check_compression<KvCodec<TurboQuant<3, 80>, TurboQuant<2, 80>>, Adaptive, KeyDiff>(7);
+  check_compression<KvCodec<TurboQuant<2, 64>, TurboQuant<1, 64>>, Uniform, SinkRecent>(8);
+}
+
+TEST_CASE("marks are those of the host for any scores, many of them equal") {
+  constexpr int heads = 5, stride = 700;
+  SimulatedDevice device;
+  std::mt19937 random(9);
+  std::normal_distribution<float> normal;
+  for (int round = 0; round < 60; ++round) {
+    std::vector<float> scores(heads * stride);
+    std::vector<int> dense(heads), encoded(heads), keep(heads);
+    std::vector<unsigned char> marks(scores.size(), 0xff), expected(stride);
+    for (std::size_t i = 0; i < scores.size(); ++i) {
+      const float x = normal(random);
+      scores[i] = round % 3 == 0 ? x : round % 3 == 1 ? std::round(x) : x < 0 ? -0.f : i % 7 == 0 ? INFINITY : 0.f;
+    }
+    for (std::size_t h = 0; h < heads; ++h) {
+      dense[h] = static_cast<int>(random() % 100);
+      encoded[h] = static_cast<int>(random() % 601);
+      const int n = dense[h] + encoded[h];
+      keep[h] = h == 0 ? 0 : h == 1 ? n : static_cast<int>(random() % static_cast<unsigned>(n + 1));
+    }
+    const DeviceHeads all{nullptr, nullptr, dense.data(), encoded.data(), 0, 0};
+    REQUIRE(device.launch(MarkWork{all, keep.data(), scores.data(), marks.data(), stride}, heads).ok());
+    for (std::size_t h = 0; h < heads; ++h) {
+      const auto n = static_cast<std::size_t>(dense[h] + encoded[h]);
+      expected.resize(n);
+      cut({scores.data() + h * stride, n}, keep[h], expected);
+      const auto first = marks.begin() + static_cast<std::ptrdiff_t>(h * stride);
+      CHECK(std::equal(expected.begin(), expected.end(), first));
+      CHECK(std::all_of(first + static_cast<std::ptrdiff_t>(n), first + stride, [](unsigned char m) { return m == 0xff; }));
+    }
+  }
+}
+
 TEST_CASE("a batch of sequences attends as each does on the host") {
   using Codec = KvCodec<TurboQuant<3, 64>, TurboQuant<2, 64>>;
   SimulatedDevice device;
@@ -238,6 +309,32 @@ TEST_CASE("a batch of sequences attends as each does on the host") {
     }
   }
   CHECK(device.allocations == allocations);
+}
+
+TEST_CASE("a compression that fails changes nothing") {
+  using Codec = KvCodec<TurboQuant<4, 64>>;
+  SimulatedDevice device;
+  Pool<Codec> pool;
+  REQUIRE(pool.init(device, 40).ok());
+  DeviceKvCache<Uniform, KeyDiff, Codec, SimulatedDevice> unused;
+  CHECK(unused.compress(Retain::ratio(.5)).code == Errc::bad_shape);
+  Twin<Codec> twin(device, pool, {1, 2, 2, 64});
+  CHECK(twin.device_cache.compress(Retain::ratio(.5)).code == Errc::bad_budget);  // no rows
+  std::mt19937 random(11);
+  for (int i = 0; i < 2; ++i) twin.append(250, random);
+  const long long bytes = twin.device_cache.memory().total(), allocated = device.allocated_bytes;
+  for (const Retain retain : {Retain::ratio(0), Retain::ratio(NAN), Retain::ratio(1.1), Retain::rows(0), Retain::rows(501),
+                              Retain::rows(sink_rows + recent_rows - 1), Retain::bytes(100)}) {
+    CHECK(twin.device_cache.compress(retain).code == Errc::bad_budget);
+  }
+  for (long long fail = 1; fail <= 3; ++fail) {
+    device.fail_at = device.allocations + fail;
+    CHECK(twin.device_cache.compress(Retain::ratio(.5)).code == Errc::out_of_memory);
+  }
+  device.fail_at = 0;
+  CHECK(device.allocated_bytes == allocated);
+  CHECK(twin.device_cache.memory().total() == bytes);
+  twin.compare_all();
 }
 
 TEST_CASE("memory that runs out, and calls that make no sense, change nothing") {

@@ -56,7 +56,8 @@ struct DecodePartials {
   float *max, *sum, *rows;
 };
 
-// Codes that tensor cores read, of a codec (see slices.hpp), and element d of a row as the codec encodes it alone.
+// Codes that tensor cores read, of a codec (see slices.hpp), element d of a row as the codec encodes it alone, and what
+// an element stands for without the row's scale.
 template <class Codec>
 struct FragmentsOf;
 template <int bits, int dim, NormCorrection correction>
@@ -65,6 +66,10 @@ struct FragmentsOf<LloydMax<bits, dim, correction, Half>> {
   KVT_HD static int element(const std::byte* row, int d) {
     return LloydMax<bits, dim, correction>::code_at(reinterpret_cast<const unsigned char*>(row) + sizeof(Half), d);
   }
+  KVT_HD static float value(int element) {
+    static constexpr typename LloydMax<bits, dim, correction>::Levels levels;
+    return levels.value[element];
+  }
 };
 template <class Codec>
 struct FragmentsOf<Rotated<Codec>> : FragmentsOf<Codec> {};
@@ -72,6 +77,7 @@ template <int dim>
 struct FragmentsOf<Dense<Half, dim>> {
   using type = DenseFragments<dim>;
   KVT_HD static int element(const std::byte* row, int d) { return reinterpret_cast<const Half*>(row)[d].bits; }
+  KVT_HD static float value(int element) { return to_float(Half{static_cast<std::uint16_t>(element)}); }
 };
 
 template <class Key, class Value>

@@ -197,7 +197,7 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     constexpr Bytes() {
       for (int b = 0; b < 16; ++b) {
         low[b] = part(b, 64);
-        high[b] = part(b << 4 & (num_states - 1), 0);
+        high[b] = part(b << 4, 0);
       }
       for (int k = 0; k < num_sizes; ++k) size[k] = Table::size[k];
     }
@@ -273,9 +273,10 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
   KVT_INLINE static void load_integers(const unsigned char* codes, __m256i* to) {
     static constexpr Bytes table;
     const __m256i state = states<c>(codes);
-    const auto four_bits = [](__m256i x, int width) { return _mm256_and_si256(x, _mm256_set1_epi8((1 << width) - 1)); };
-    const __m256i low = detail::look_up_bytes<16>(table.low, four_bits(state, 4));
-    const __m256i high = detail::look_up_bytes<16>(table.high, four_bits(_mm256_srli_epi16(state, 4), window - 4));
+    // What is left above a state is in no parity.
+    const __m256i four_bits = _mm256_set1_epi8(15);
+    const __m256i low = detail::look_up_bytes<16>(table.low, _mm256_and_si256(state, four_bits));
+    const __m256i high = detail::look_up_bytes<16>(table.high, _mm256_and_si256(_mm256_srli_epi16(state, 4), four_bits));
     const __m256i both = _mm256_xor_si256(low, high);
     const __m256i index = _mm256_and_si256(both, _mm256_set1_epi8(static_cast<char>(Bytes::num_sizes - 1)));
     detail::widen(_mm256_sign_epi8(detail::look_up_bytes<sizeof table.size>(table.size, index), both), to);

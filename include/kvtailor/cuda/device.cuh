@@ -1,7 +1,9 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// cuda::Device: a stream of the engine, as the device that caches work on. Never waits for the device but in copy_from().
+// cuda::Device: a stream of the engine, as the device that caches work on. Never waits for the device but in copy_from(). While
+// the stream is captured, it launches kernels and nothing else: what allocates or copies returns a Status, and the capture
+// lives.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -23,14 +25,17 @@ class Device {
   cudaStream_t stream() const { return stream_; }
 
   Status allocate(std::size_t bytes, void** to) {
+    KVT_TRY(not_captured());
     return check(cudaMallocAsync(to, bytes, stream_), "the device gave no memory");
   }
   void free(void* memory, std::size_t) noexcept { (void)cudaFreeAsync(memory, stream_); }
   Status copy_to(void* to, const void* from, std::size_t bytes) {
+    KVT_TRY(not_captured());
     return check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "a copy to the device failed");
   }
   // Waits until it is there.
   Status copy_from(void* to, const void* from, std::size_t bytes) {
+    KVT_TRY(not_captured());
     KVT_TRY(check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToHost, stream_), "a copy from the device failed"));
     return check(cudaStreamSynchronize(stream_), "the work of the stream failed");
   }
@@ -64,6 +69,13 @@ class Device {
   static Status check(cudaError_t code, const char* text) {
     if (code == cudaSuccess) return success();
     return {code == cudaErrorMemoryAllocation ? Errc::out_of_memory : Errc::device, static_cast<int>(code), text, 0, 0};
+  }
+  Status not_captured() const {
+    cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
+    KVT_TRY(check(cudaStreamIsCapturing(stream_, &status), "the state of the stream is unknown"));
+    return check(
+        status == cudaStreamCaptureStatusNone ? cudaSuccess : cudaErrorStreamCaptureUnsupported,
+        "the stream is being captured: only append(), attend(), cut() and truncate() may be called, with room reserved");
   }
   template <class Work>
   static Status allow() {

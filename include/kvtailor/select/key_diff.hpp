@@ -39,7 +39,64 @@ struct KeyDiff {
     return success();
   }
 
+  // The same on a device: see store/head_score.hpp.
+  template <int dim, int warps>
+  struct Shared {
+    float key[warps][dim], sum[warps][dim], mean[dim];
+  };
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    using Lanes = typename Block::Lanes;
+    constexpr int dim = Rows::dim, warps = Block::warps;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      float *const key = shared.key[warp], *const sum = shared.sum[warp];
+      lanes.each([&](int lane) {
+        for (int d = lane; d < dim; d += Lanes::size) sum[d] = 0;
+      });
+      for (int r = warp; r < rows.count; r += warps) {
+        rows.key(lanes, r, key);
+        const float inverse = inverse_norm<dim>(lanes, key);
+        lanes.each([&](int lane) {
+          for (int d = lane; d < dim; d += Lanes::size) sum[d] += key[d] * inverse;
+        });
+      }
+    });
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      if (warp != 0) return;
+      lanes.each([&](int lane) {
+        for (int d = lane; d < dim; d += Lanes::size) {
+          float all = 0;
+          for (int w = 0; w < warps; ++w) all += shared.sum[w][d];
+          shared.mean[d] = all;
+        }
+      });
+    });
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      float* const key = shared.key[warp];
+      const float mean_inverse = inverse_norm<dim>(lanes, shared.mean);
+      for (int r = warp; r < rows.count; r += warps) {
+        rows.key(lanes, r, key);
+        const float cosine = product<dim>(lanes, key, shared.mean) * inverse_norm<dim>(lanes, key) * mean_inverse;
+        lanes.once([&] { score[r] = -cosine; });
+      }
+    });
+  }
+
  private:
+  template <int dim, class Lanes>
+  KVT_HD static float product(const Lanes& lanes, const float* a, const float* b) {
+    typename Lanes::template Reg<float> part;
+    lanes.each([&](int lane) {
+      part[lane] = 0;
+      for (int d = lane; d < dim; d += Lanes::size) part[lane] += a[d] * b[d];
+    });
+    return lanes.sum(part);
+  }
+  template <int dim, class Lanes>
+  KVT_HD static float inverse_norm(const Lanes& lanes, const float* x) {
+    const float square = product<dim>(lanes, x, x);
+    return square > 0 ? 1.f / std::sqrt(square) : 0.f;
+  }
   // A zero row has no direction: its cosine counts as zero.
   static float inverse_norm(const float* x, int dim) {
     double square = 0;

@@ -26,6 +26,21 @@ struct SinkRecent {
     }
     return success();
   }
+
+  // The same on a device: see store/head_score.hpp.
+  template <int dim, int warps>
+  struct Shared {};
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory&, float* score) const {
+    using Lanes = typename Block::Lanes;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      lanes.each([&](int lane) {
+        for (int r = warp * Lanes::size + lane; r < rows.count; r += Block::warps * Lanes::size) {
+          score[r] = static_cast<float>(rows.position(r) < num_sinks ? 2 * rows.count - r : r);
+        }
+      });
+    });
+  }
 };
 
 static_assert(TokenSelector<SinkRecent>);

@@ -140,9 +140,7 @@ class DeviceCache {
 
   const Geometry& geometry() const { return geometry_; }
   // Rows a head has at most: all it was given since the last refresh(), and what it had then.
-  int most_rows(int layer, int kv_head) const {
-    return bound_[static_cast<std::size_t>(layer * geometry_.num_kv_heads + kv_head)];
-  }
+  int most_rows(int layer, int kv_head) const { return most_rows(layer * geometry_.num_kv_heads + kv_head); }
 
   // Takes the pages that `rows` more rows of every head may need from the pool. Nothing is taken if it has too few.
   Status reserve(int rows) {
@@ -216,12 +214,11 @@ class DeviceCache {
   // Waits for the device, reads how many rows heads have, and gives the pages back that they do not need. What was reserved and
   // not used is gone.
   Status refresh() {
-    KVT_TRY(check_layer(0));
-    std::vector<int> rows(2 * bound_.size());
-    KVT_TRY(device_->copy_from(rows.data(), counts_.data(), rows.size() * sizeof(int)));
+    std::vector<int> near, body;
+    KVT_TRY(read_rows(near, body));
     for (std::size_t h = 0; h < bound_.size(); ++h) {
-      bound_[h] = room_[h] = rows[h] + rows[bound_.size() + h];
-      const auto pages = std::max(pages_for(bound_[h]), pages_of(rows[bound_.size() + h]));
+      bound_[h] = room_[h] = near[h] + body[h];
+      const auto pages = std::max(pages_for(bound_[h]), pages_of(body[h]));
       if (pages_[h].size() <= pages) continue;
       pool_->give_back(std::span(pages_[h]).subspan(pages));
       pages_[h].resize(pages);
@@ -250,6 +247,22 @@ class DeviceCache {
   std::span<const SlicePages> host_body(int layer) const {
     return std::span(host_entries_)
         .subspan(static_cast<std::size_t>(geometry_.num_heads() + layer * geometry_.num_kv_heads), kv_heads());
+  }
+
+ protected:
+  const DeviceCacheOptions& options() const { return options_; }
+  Device* device() const { return device_; }
+  DeviceHeads all_heads() const { return heads(0); }
+  int most_rows(int head) const { return bound_[static_cast<std::size_t>(head)]; }
+  // Waits for the device: dense and encoded rows of every head.
+  Status read_rows(std::vector<int>& near, std::vector<int>& body) const {
+    KVT_TRY(check_layer(0));
+    std::vector<int> rows(2 * bound_.size());
+    KVT_TRY(device_->copy_from(rows.data(), counts_.data(), rows.size() * sizeof(int)));
+    const auto middle = rows.begin() + static_cast<std::ptrdiff_t>(bound_.size());
+    near.assign(rows.begin(), middle);
+    body.assign(middle, rows.end());
+    return success();
   }
 
  private:

@@ -1,0 +1,183 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Which rows of heads stay, on a device, by one block of threads a head:
+//   ScoreWork   scores of a token selector; rows that are never dropped get infinity
+//   MarkWork    the rows with the highest scores, the first of equal ones: see cut() in store/cut.hpp
+//
+// A selector that works on a device has, beside score() for the host:
+//   Shared<dim, warps>                              memory that the warps share
+//   score_on_device(block, rows, shared, scores)    rows: see ScoredRows
+#pragma once
+
+#include <limits>
+
+#include "kvtailor/core/half.hpp"
+#include "kvtailor/store/head_work.hpp"
+
+namespace kvt::inline v0 {
+
+// The rows of a head in the order of their positions, wherever they are stored.
+template <class Key, class Value>
+struct ScoredRows {
+  static constexpr int dim = Key::head_dim, warps = 8;
+  using Body = LayoutOf<Key, Value>;
+  using Near = LayoutOf<Dense<Half, dim>, Dense<Half, dim>>;
+
+  const SlicePages &near, &body;
+  int sinks, encoded, count;
+
+  KVT_HD ScoredRows(const DeviceHeads& heads, int h)
+      : near(heads.near[h]),
+        body(heads.body[h]),
+        sinks(heads.near_rows[h] < heads.sink_rows ? heads.near_rows[h] : heads.sink_rows),
+        encoded(heads.body_rows[h]),
+        count(heads.near_rows[h] + heads.body_rows[h]) {}
+
+  KVT_HD bool is_encoded(int r) const { return r >= sinks && r < sinks + encoded; }
+  KVT_HD int place(int r) const { return is_encoded(r) ? r - sinks : r < sinks ? r : r - encoded; }
+  KVT_HD int position(int r) const {
+    const int at = place(r), slice = at / slice_rows;
+    return is_encoded(r) ? body.positions(slice, Body::bytes)[at % slice_rows]
+                         : near.positions(slice, Near::bytes)[at % slice_rows];
+  }
+  // Key r to `to` [dim], in the basis of the key codec: angles and lengths are those of keys as they came.
+  template <class Lanes>
+  KVT_HD void key(const Lanes& lanes, int r, float* to) const {
+    const int slice = place(r) / slice_rows, row = place(r) % slice_rows;
+    if (is_encoded(r)) {
+      const std::byte* const from = body.at(slice, Body::bytes);
+      float scale = 1;
+      if constexpr (Body::Keys::scaled) {
+        Half stored;
+        std::memcpy(&stored, from + Body::key_scale_at(row), sizeof stored);
+        scale = to_float(stored);
+      }
+      lanes.each([&](int lane) {
+        for (int d = lane; d < dim; d += Lanes::size) {
+          to[d] = scale * FragmentsOf<Key>::value(Body::template element<true>(from, row, d));
+        }
+      });
+    } else {
+      const std::byte* const from = near.at(slice, Near::bytes);
+      lanes.each([&](int lane) {
+        for (int d = lane; d < dim; d += Lanes::size) {
+          Half x;
+          std::memcpy(&x, from + Near::template dense_at<true>(row, d), sizeof x);
+          to[d] = to_float(x);
+        }
+      });
+      Key{}.prepare(lanes, to, 1.f, to);
+    }
+  }
+};
+
+template <class Key, class Value, class Selector>
+struct ScoreWork {
+  using Rows = ScoredRows<Key, Value>;
+  static constexpr int warps = Rows::warps, blocks = 1, dynamic_bytes = 0;
+  using Shared = typename Selector::template Shared<Rows::dim, warps>;
+
+  DeviceHeads heads;
+  Selector selector;
+  float* scores;  // [heads, stride]
+  long long stride;
+
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int h, Shared& shared, std::byte*) const {
+    using Lanes = typename Block::Lanes;
+    const Rows rows(heads, h);
+    float* const own = scores + h * stride;
+    selector.score_on_device(block, rows, shared, own);
+    const int recent = rows.count - rows.sinks < heads.recent_rows ? rows.count - rows.sinks : heads.recent_rows;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      if (warp != 0) return;
+      lanes.each([&](int lane) {
+        for (int r = lane; r < rows.sinks + recent; r += Lanes::size) {
+          own[r < rows.sinks ? r : rows.count - 1 - (r - rows.sinks)] = std::numeric_limits<float>::infinity();
+        }
+      });
+    });
+  }
+};
+
+// One block for each head: marks [heads, stride] of its rows become 1 for the keep[h] that stay, and 0.
+struct MarkWork {
+  static constexpr int warps = 8, blocks = 1, dynamic_bytes = 0;
+  struct Shared {
+    int count[2][warps];
+  };
+
+  DeviceHeads heads;
+  const int* keep;      // [heads]
+  const float* scores;  // [heads, stride]
+  unsigned char* marks;
+  long long stride;
+
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int h, Shared& shared, std::byte*) const {
+    using Lanes = typename Block::Lanes;
+    const int n = heads.near_rows[h] + heads.body_rows[h], wanted = keep[h] < n ? keep[h] : n;
+    const float* const score = scores + h * stride;
+    unsigned char* const mark = marks + h * stride;
+    // How many scores stand at `least` or above. What warps counted is read while the next count is made: there are two.
+    int turn = 0;
+    const auto count = [&](std::uint32_t least) {
+      turn = 1 - turn;
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        typename Lanes::template Reg<int> own, before;
+        lanes.each([&](int lane) {
+          own[lane] = 0;
+          for (int r = warp * Lanes::size + lane; r < n; r += warps * Lanes::size)
+            own[lane] += order(score[r]) >= least ? 1 : 0;
+          before[lane] = own[lane];
+        });
+        const int last = total(lanes, own, before);
+        lanes.once([&] { shared.count[turn][warp] = last; });
+      });
+      int all = 0;
+      for (int w = 0; w < warps; ++w) all += shared.count[turn][w];
+      return all;
+    };
+    // The highest threshold that enough scores reach, bit by bit.
+    std::uint32_t threshold = 0;
+    for (std::uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
+      if (count(threshold | bit) >= wanted) threshold |= bit;
+    }
+    const int above = threshold == 0xffffffffu ? 0 : count(threshold + 1);
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      lanes.each([&](int lane) {
+        for (int r = warp * Lanes::size + lane; r < n; r += warps * Lanes::size) mark[r] = order(score[r]) > threshold ? 1 : 0;
+      });
+    });
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      if (warp != 0) return;
+      for (int first = 0, left = wanted - above; first < n && left > 0; first += Lanes::size) {
+        typename Lanes::template Reg<int> own, before;
+        lanes.each(
+            [&](int lane) { own[lane] = before[lane] = first + lane < n && order(score[first + lane]) == threshold ? 1 : 0; });
+        const int equal = total(lanes, own, before);
+        lanes.each([&](int lane) {
+          if (own[lane] != 0 && before[lane] < left) mark[first + lane] = 1;
+        });
+        left -= equal;
+      }
+    });
+  }
+
+ private:
+  // Unsigned numbers in the order of floats; zeros are equal.
+  KVT_HD KVT_INLINE static std::uint32_t order(float x) {
+    const std::uint32_t bits = bits_from_float(x + 0.f);
+    return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+  }
+  // Of `own`; `before` is a copy of it, and becomes the sums of the lanes before.
+  template <class Lanes>
+  KVT_HD static int total(const Lanes& lanes, typename Lanes::template Reg<int>& own,
+                          typename Lanes::template Reg<int>& before) {
+    lanes.exclusive_scan(before);
+    return lanes.shuffle(before, Lanes::size - 1) + lanes.shuffle(own, Lanes::size - 1);
+  }
+};
+
+}  // namespace kvt::inline v0
