@@ -35,6 +35,7 @@ void use_pair(const void** kernels) {
     use<AppendWork<Key, Value, Half>>(kernels);
     use<CutWork<Key, Value>>(kernels);
     use<TruncateWork<Key, Value>>(kernels);
+    use<ForkWork<Key, Value>>(kernels);
     use<ScoreWork<Key, Value, KeyDiff>>(kernels);
     if constexpr (key_bits == 2) use<ScoreWork<Key, Value, SinkRecent>>(kernels);  // looks at positions only
   }

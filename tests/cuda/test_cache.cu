@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// A batch of sequences in device caches, one of them compressed, step by step and as a captured graph, beside the same on a
-// simulated device.
+// A batch of sequences in device caches, one of them compressed and copied, step by step and as a captured graph, beside the
+// same on a simulated device.
 #include <cmath>
 #include <memory>
 #include <random>
@@ -14,7 +14,7 @@ namespace {
 
 using namespace kvt;
 
-constexpr int sequences = 2, replays = 140;  // replays: so many that rows are encoded
+constexpr int sequences = 3, replays = 140;  // replays: so many that rows are encoded
 
 // Memory of the host for a simulated device, and of the device for a real one.
 template <class T>
@@ -81,7 +81,7 @@ std::vector<float> run(Device& device) {
   using Cache = DeviceKvCache<Uniform, SinkRecent, Codec, Device>;
   std::vector<std::unique_ptr<Cache>> caches;
   std::vector<const DeviceCache<Codec, Device>*> batch;
-  for (int s = 0; s < sequences; ++s) {
+  for (int s = 0; s < 2; ++s) {
     caches.push_back(std::make_unique<Cache>());
     expect(caches.back()->init(device, pool, geometry, {4, 32, 400, 2048}));
     const int n = s == 0 ? 390 : 7;
@@ -91,13 +91,17 @@ std::vector<float> run(Device& device) {
     expect(caches.back()->append(0, place(device, halves(n * 2 * dim), owners), place(device, halves(n * 2 * dim), owners),
                                  place(device, positions, owners), n));
     if (s == 0) expect(caches.back()->compress(Retain::ratio(.7)));
-    expect(caches.back()->reserve(replays));
-    batch.push_back(caches.back().get());
+  }
+  caches.push_back(std::make_unique<Cache>());
+  expect(caches[0]->fork(*caches[2]));
+  for (auto& cache : caches) {
+    expect(cache->reserve(replays));
+    batch.push_back(cache.get());
   }
   DecodePlan<Codec, Device, Half> plan;
   expect(plan.init(device, batch));
   const Half* const row = place(device, halves(2 * 2 * dim), owners);  // a key, then a value, again and again
-  const int* const position = place(device, std::vector<int>{1000, 1000}, owners);
+  const int* const position = place(device, std::vector<int>{1000}, owners);
   const Half* const queries = place(device, halves(sequences * 6 * dim), owners);
   Half* const out = place(device, std::vector<Half>(static_cast<std::size_t>(sequences * 6 * dim)), owners);
   const bool done = repeat(device, replays, [&] {

@@ -231,6 +231,46 @@ TEST_CASE("compression keeps the rows on a device that it keeps on the host") {
   check_compression<KvCodec<TurboQuant<2, 64>, TurboQuant<1, 64>>, Uniform, SinkRecent>(8);
 }
 
+TEST_CASE("a fork goes its own way") {
+  using Codec = KvCodec<TurboQuant<3, 64>, TurboQuant<5, 64>>;
+  SimulatedDevice device;
+  Pool<Codec> pool;
+  REQUIRE(pool.init(device, 60).ok());
+  const Geometry geometry{2, 2, 6, 64};
+  Twin<Codec> parent(device, pool, geometry), child(device, pool, geometry);
+  std::mt19937 random(12);
+  for (const int n : {290, 150}) parent.append(n, random);
+  parent.compress(.8);
+  for (int round = 0; round < 2; ++round) {  // into one that is empty, then into one that has rows
+    REQUIRE(parent.host_cache.fork(child.host_cache).ok());
+    REQUIRE(parent.device_cache.fork(child.device_cache).ok());
+    child.next = parent.next;
+    child.whole_blocks = false;
+    child.compare_all();
+    child.append(170, random);
+    parent.append(3, random);
+    child.compress(.5);
+    parent.truncate(10);
+    child.compare_all();
+    parent.compare_all();
+  }
+  const long long bytes = child.device_cache.memory().total();
+  const int free = pool.free_pages();
+  CHECK(child.device_cache.fork(child.device_cache).code == Errc::bad_shape);
+  parent.append(300, random);
+  REQUIRE(parent.device_cache.reserve(128 * (pool.free_pages() / 4)).ok());
+  CHECK(parent.device_cache.fork(child.device_cache).code == Errc::out_of_memory);
+  for (long long fail = 1; fail <= 4; ++fail) {
+    REQUIRE(parent.device_cache.refresh().ok());
+    device.fail_at = device.allocations + fail;
+    CHECK(parent.device_cache.fork(child.device_cache).code == Errc::out_of_memory);
+  }
+  device.fail_at = 0;
+  CHECK(child.device_cache.memory().total() == bytes);
+  child.compare_all();
+  CHECK(pool.free_pages() < free);
+}
+
 TEST_CASE("marks are those of the host for any scores, many of them equal") {
   constexpr int heads = 5, stride = 700;
   SimulatedDevice device;

@@ -12,6 +12,7 @@
 //   KVT_TRY(cache.append(layer, keys, values, positions, 1));           // each layer of each step
 //   KVT_TRY(plan.attend(layer, queries, positions, {}, out));
 //   KVT_TRY(cache.cut(keep, stride));                                   // drops rows; refresh() gives their pages back
+//   KVT_TRY(cache.fork(other));                                         // another sequence with the same beginning
 //
 // append(), attend(), cut() and truncate() allocate nothing, wait for nothing and read nothing back: lengths are counted on the
 // device, and a step can be captured in a graph. Pointers to rows, positions, queries and outputs are of the device. Nothing
@@ -211,6 +212,23 @@ class DeviceCache {
     }
     return device_->launch(TruncateWork<Key, Value>{heads(0), position}, geometry_.num_heads());
   }
+  // Makes `child` a copy that lives on its own, with pages of the same pool; what was reserved is not copied. The child's own
+  // rows are gone then; it keeps them if there is no room for the copy.
+  Status fork(DeviceCache& child) const {
+    KVT_TRY(check_layer(0));
+    if (&child == this) return error(Errc::bad_shape, "a cache cannot be a copy of itself");
+    long long more = 0;
+    for (const auto& pages : pages_) more += static_cast<long long>(pages.size());
+    const bool same_pool = child.pool_ == pool_;
+    for (const auto& pages : child.pages_) more -= same_pool ? static_cast<long long>(pages.size()) : 0;
+    if (more > pool_->free_pages()) return no_pages(more);
+    KVT_TRY(child.init(*device_, *pool_, geometry_, options_));
+    child.uneven_ = uneven_;
+    child.appended_ = appended_;
+    for (std::size_t h = 0; h < pages_.size(); ++h) KVT_TRY(child.take_pages(h, pages_[h].size()));
+    child.bound_ = child.room_ = bound_;
+    return device_->launch(ForkWork<Key, Value>{heads(0), child.heads(0)}, geometry_.num_heads());
+  }
   // Waits for the device, reads how many rows heads have, and gives the pages back that they do not need. What was reserved and
   // not used is gone.
   Status refresh() {
@@ -295,24 +313,26 @@ class DeviceCache {
     for (std::size_t h = 0; h < pages_.size(); ++h) {
       more += std::max(0LL, static_cast<long long>(pages_for(bound_[h] + rows)) - static_cast<long long>(pages_[h].size()));
     }
-    if (more > pool_->free_pages()) {
-      return error(Errc::out_of_memory, "{} pages are needed; the pool has {} left", static_cast<double>(more),
-                   pool_->free_pages());
-    }
-    const std::size_t table = tables_.size() / pages_.size();
-    for (std::size_t h = 0; h < pages_.size(); ++h) {
-      const std::size_t had = pages_[h].size(), wanted = std::min(table, pages_for(bound_[h] + rows));
-      if (wanted <= had) continue;
-      // A page that stays behind if a copy fails is of this head, and used later.
-      while (pages_[h].size() < wanted) pages_[h].push_back(pool_->take());
-      const Status copied =
-          device_->copy_to(tables_.data() + h * table + had, pages_[h].data() + had, (wanted - had) * sizeof(int));
-      if (copied.ok()) continue;
-      pool_->give_back(std::span(pages_[h]).subspan(had));
-      pages_[h].resize(had);
-      return copied;
-    }
+    if (more > pool_->free_pages()) return no_pages(more);
+    for (std::size_t h = 0; h < pages_.size(); ++h) KVT_TRY(take_pages(h, pages_for(bound_[h] + rows)));
     return success();
+  }
+  // As many pages of a head as are wanted. One that is taken for nothing, since a copy fails, goes back.
+  Status take_pages(std::size_t h, std::size_t wanted) {
+    const std::size_t table = tables_.size() / pages_.size(), had = pages_[h].size();
+    wanted = std::min(table, wanted);
+    if (wanted <= had) return success();
+    while (pages_[h].size() < wanted) pages_[h].push_back(pool_->take());
+    const Status copied =
+        device_->copy_to(tables_.data() + h * table + had, pages_[h].data() + had, (wanted - had) * sizeof(int));
+    if (copied.ok()) return success();
+    pool_->give_back(std::span(pages_[h]).subspan(had));
+    pages_[h].resize(had);
+    return copied;
+  }
+  Status no_pages(long long needed) const {
+    return error(Errc::out_of_memory, "{} pages are needed; the pool has {} left", static_cast<double>(needed),
+                 pool_->free_pages());
   }
   void release() {
     for (const auto& pages : pages_) pool_->give_back(pages);

@@ -90,6 +90,13 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     KVT_TRY(this->cut(marks.data(), stride));
     return this->refresh();
   }
+  // As DeviceCache::fork(), policies too.
+  Status fork(DeviceKvCache& child) const {
+    KVT_TRY(Rows::fork(child));
+    child.budget_ = budget_;
+    child.selector_ = selector_;
+    return success();
+  }
 
  private:
   Budget budget_ = {};

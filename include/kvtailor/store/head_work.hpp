@@ -5,6 +5,7 @@
 //   AppendWork     new rows of one layer, after the oldest dense ones have been encoded if there are too many
 //   CutWork        rows that are not kept are dropped; the others keep their codes
 //   TruncateWork   rows from a position on are dropped
+//   ForkWork       all rows are copied
 //
 // The dense rows of a head are one run of slices: sink rows, then the newest. Encoded rows are another, in pages. Where more
 // than recent_rows of the former are left after the sinks, whole blocks of 128 of the oldest are encoded behind the latter. As
@@ -359,6 +360,41 @@ struct TruncateWork {
       }
     }
     return first;
+  }
+};
+
+// One block for each head: its rows to those of another cache, which has as many pages.
+template <class Key, class Value>
+struct ForkWork {
+  using Rows = detail::HeadRows<Key, Value>;
+  struct Shared {};
+  static constexpr int warps = Rows::warps, blocks = 1, dynamic_bytes = 0;
+
+  DeviceHeads from, to;
+
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int h, Shared&, std::byte*) const {
+    copy<typename Rows::Near>(block, from.near[h], to.near[h], from.near_rows[h]);
+    copy<typename Rows::Body>(block, from.body[h], to.body[h], from.body_rows[h]);
+    detail::set_rows(block, to, h, from.near_rows[h], from.body_rows[h]);
+  }
+
+ private:
+  template <class Layout, class Block>
+  KVT_HD static void copy(const Block& block, const SlicePages& from, const SlicePages& to, int rows) {
+    using Lanes = typename Block::Lanes;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      for (int slice = warp; slice * slice_rows < rows; slice += warps) {
+        const std::byte* const source = from.at(slice, Layout::bytes);
+        std::byte* const target = to.at(slice, Layout::bytes);
+        lanes.each([&](int lane) {
+          for (int k = lane; k < Layout::bytes / 16; k += Lanes::size) std::memcpy(target + 16 * k, source + 16 * k, 16);
+          if (slice * slice_rows + lane < rows) {
+            to.positions(slice, Layout::bytes)[lane] = from.positions(slice, Layout::bytes)[lane];
+          }
+        });
+      }
+    });
   }
 };
 
