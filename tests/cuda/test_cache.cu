@@ -123,6 +123,25 @@ std::vector<float> run(Device& device) {
   return floats;
 }
 
+// Memory as an engine may have it.
+class EngineMemory : public std::pmr::memory_resource {
+ public:
+  std::size_t bytes = 0;
+
+ private:
+  void* do_allocate(std::size_t size, std::size_t) override {
+    void* memory = nullptr;
+    if (cudaMalloc(&memory, size) != cudaSuccess) throw std::bad_alloc();
+    bytes += size;
+    return memory;
+  }
+  void do_deallocate(void* memory, std::size_t size, std::size_t) override {
+    cudaFree(memory);
+    bytes -= size;
+  }
+  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+};
+
 template <class Codec>
 int check(const char* name) {
   SimulatedDevice simulated;
@@ -130,10 +149,11 @@ int check(const char* name) {
   if (expected.empty() || !device::present()) return expected.empty();
   cudaStream_t stream;
   device::check(cudaStreamCreate(&stream), "stream");
-  cuda::Device real(stream);
+  EngineMemory memory;
+  cuda::Device real(stream, &memory);
   const std::vector<float> got = run<Codec>(real);
   device::check(cudaStreamDestroy(stream), "stream");
-  int failures = got.size() != expected.size();
+  int failures = (got.size() != expected.size()) + (memory.bytes != 0);
   for (std::size_t i = 0; i < got.size() && failures < 5; ++i) {
     // Sums of tensor cores round otherwise than simulated ones, and outputs are fp16.
     if (std::fabs(got[i] - expected[i]) <= 2e-3f * (1 + std::fabs(expected[i]))) continue;

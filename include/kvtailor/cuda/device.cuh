@@ -8,6 +8,8 @@
 
 #include <cuda_runtime.h>
 
+#include <memory_resource>
+
 #include "kvtailor/core/device.hpp"
 
 namespace kvt::inline v0::cuda {
@@ -21,14 +23,29 @@ __global__ void __launch_bounds__(32 * Work::warps, Work::blocks) work_kernel(co
 
 class Device {
  public:
-  explicit Device(cudaStream_t stream = nullptr) : stream_(stream) {}
+  // memory: of the device, for this stream alone or in its order; where it throws, there is none left. It must outlive what
+  // was allocated. Null: cudaMallocAsync().
+  explicit Device(cudaStream_t stream = nullptr, std::pmr::memory_resource* memory = nullptr)
+      : stream_(stream), memory_(memory) {}
   cudaStream_t stream() const { return stream_; }
 
   Status allocate(std::size_t bytes, void** to) {
     KVT_TRY(not_captured());
-    return check(cudaMallocAsync(to, bytes, stream_), "the device gave no memory");
+    if (memory_ == nullptr) return check(cudaMallocAsync(to, bytes, stream_), "the device gave no memory");
+    try {
+      *to = memory_->allocate(bytes, alignment);
+      return success();
+    } catch (...) {
+      return check(cudaErrorMemoryAllocation, "the engine gave no memory of the device");
+    }
   }
-  void free(void* memory, std::size_t) noexcept { (void)cudaFreeAsync(memory, stream_); }
+  void free(void* memory, std::size_t bytes) noexcept {
+    if (memory_ != nullptr) {
+      memory_->deallocate(memory, bytes, alignment);
+    } else {
+      (void)cudaFreeAsync(memory, stream_);
+    }
+  }
   Status copy_to(void* to, const void* from, std::size_t bytes) {
     KVT_TRY(not_captured());
     return check(cudaMemcpyAsync(to, from, bytes, cudaMemcpyHostToDevice, stream_), "a copy to the device failed");
@@ -82,7 +99,9 @@ class Device {
     return check(cudaFuncSetAttribute(work_kernel<Work>, cudaFuncAttributeMaxDynamicSharedMemorySize, Work::dynamic_bytes),
                  "a kernel needs more shared memory than the device has");
   }
+  static constexpr std::size_t alignment = 256;
   cudaStream_t stream_;
+  std::pmr::memory_resource* memory_;
 };
 
 }  // namespace kvt::inline v0::cuda
