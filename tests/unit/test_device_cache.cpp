@@ -241,13 +241,15 @@ TEST_CASE("a fork goes its own way") {
   std::mt19937 random(12);
   for (const int n : {290, 150}) parent.append(n, random);
   parent.compress(.8);
+  REQUIRE(parent.device_cache.refresh().ok());
   for (int round = 0; round < 2; ++round) {  // into one that is empty, then into one that has rows
     REQUIRE(parent.host_cache.fork(child.host_cache).ok());
     REQUIRE(parent.device_cache.fork(child.device_cache).ok());
     child.next = parent.next;
     child.whole_blocks = false;
     child.compare_all();
-    child.append(170, random);
+    for (int i = 0; i < 6; ++i) child.append(33, random);  // few at a time, so that pages it was not given would be missed
+    child.compare_all();
     parent.append(3, random);
     child.compress(.5);
     parent.truncate(10);
