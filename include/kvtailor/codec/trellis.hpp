@@ -5,12 +5,10 @@
 // that at the bits of a scalar code the values are denser, and the encoder searches for the best sequence of codes.
 //
 // Block:   n rows: Scale scale[n]; then per row head_dim * bits / 8 bytes, a ring of bits: bit k is bit k % 8 of byte k / 8,
-//          and after the last comes the first. Element d has a code of `bits` bits, from bit first_bit(d) on: those of 1, 2 and
-//          4 bits lie in planes, elements j, j + bytes, j + 2 bytes, ... in byte j from the low bits up, those of 3 bits in a
-//          line.
+//          and after the last comes the first. The code of element d begins at bit first_bit(d): codes of 1, 2 and 4 bits lie
+//          in planes, elements j, j + bytes, j + 2 bytes, ... in byte j from the low bits up, those of 3 bits in a line.
 // Value:   scale * value[state] of a table of 2^window values; the state is the `window` bits from first_bit(d) on, the first
-// of
-//          them the lowest. See trellis_tables.hpp.
+//          the lowest. See trellis_tables.hpp.
 // Error:   of a row whose elements are spread like those of a random one, relative to its squared norm, on average, for
 //          head_dim 64: .279 / .072 / .0187 / .0050 at 1 .. 4 bits, window 8; .285 / .075 / .0205 at 1 .. 3 bits, window 6.
 //          At head_dim 128 up to 4 % more. Of any other row up to 1: see Rotated.
