@@ -26,7 +26,7 @@ demo: bootstrap
 test: bootstrap
 	@set -e; for preset in $(PRESETS); do \
 	  echo "== $$preset"; \
-	  cmake --preset $$preset; \
+	  cmake --preset $$preset $(OPTIONS); \
 	  cmake --build --preset $$preset -j $(JOBS); \
 	  ctest --preset $$preset -j $(JOBS); \
 	done
@@ -59,7 +59,7 @@ ci:
 	$(MAKE) bootstrap
 	$(MAKE) check-format
 	$(MAKE) tidy
-	$(MAKE) test PRESETS="release clang asan tsan"
+	$(MAKE) test PRESETS="release clang asan tsan" OPTIONS='"-DKVT_LLM_HEAD_DIMS=40;64;128"'
 
 clean:
 	rm -rf build

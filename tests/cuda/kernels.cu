@@ -35,9 +35,11 @@ void use_pair(const void** kernels) {
     use<AppendWork<Key, Value, Half>>(kernels);
     use<CutWork<Key, Value>>(kernels);
     use<TruncateWork<Key, Value>>(kernels);
-    use<ForkWork<Key, Value>>(kernels);
-    use<ScoreWork<Key, Value, KeyDiff>>(kernels);
-    if constexpr (key_bits == 2) use<ScoreWork<Key, Value, SinkRecent>>(kernels);  // looks at positions only
+    if constexpr (key_bits == value_bits) use<ScoreWork<Key, Value, KeyDiff>>(kernels);  // looks at keys only
+    if constexpr (key_bits == 2) {                                                       // copies bytes; looks at positions
+      use<ForkWork<Key, Value>>(kernels);
+      use<ScoreWork<Key, Value, SinkRecent>>(kernels);
+    }
   }
 }
 template <int dim>
