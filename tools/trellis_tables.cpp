@@ -185,7 +185,7 @@ void write_table(int tries) {
   training.begin(top.parities);
   const auto many = training.random_rows(20000);
   for (int i = 0; i < 60; ++i) training.run(many);
-  const double error = training.scaled_error(40000), plain_error = training.run(training.random_rows(40000));
+  const double plain_error = training.run(training.random_rows(40000)), error = training.scaled_error(40000);
   std::fprintf(stderr, "%d bits, window %d: %.6f, unscaled %.6f\n", bits, window, error, plain_error);
   std::printf("template <>\nstruct TrellisTable<%d, %d> {\n  static constexpr double distortion = %.6f;\n", bits, window,
               error);
