@@ -15,6 +15,7 @@ struct Caches {
   std::vector<std::unique_ptr<bench::Cache<Codec>>> turn;
   std::vector<float> queries, out;
   const char* broken = nullptr;
+  double error = 0;  // of the answer, as a share of its size
 
   Caches(const kvt::Geometry& shape, int rows) {
     turn.push_back(std::make_unique<bench::Cache<Codec>>());
@@ -39,7 +40,7 @@ struct Caches {
   void check(const kvt::Geometry& shape, int rows) {
     attend(turn.size() - 1, rows - 1);
     const auto dim = static_cast<std::size_t>(shape.head_dim);
-    const double bound = std::is_same_v<typename Codec::key_type, typename Codec::near_type> ? 2e-6 : 0.3 / rows;
+    double wrong = 0, whole = 0;
     std::vector<float> keys(static_cast<std::size_t>(rows) * dim), values(keys.size());
     for (int h = 0; h < shape.num_kv_heads; ++h) {
       turn[0]->decode(0, h, keys.data(), values.data());
@@ -49,11 +50,15 @@ struct Caches {
         const auto at = static_cast<std::size_t>(h * shape.group_size() + g) * dim;
         const auto exact = reference::attend(queries.data() + at, rows - 1, keys, values, positions, shape.head_dim, {});
         for (std::size_t d = 0; d < dim; ++d) {
-          // Rounding to fp32, or queries and weights to 16 bits; a lost row makes 1 / rows.
-          if (!(std::fabs(static_cast<double>(out[at + d]) - exact[d]) <= bound)) broken = "the answer is wrong";
+          wrong += std::pow(static_cast<double>(out[at + d]) - exact[d], 2);
+          whole += exact[d] * exact[d];
         }
       }
     }
+    // Rounding to fp32, or queries and weights to 16 bits or 8, which is more than what a lost row makes: 1 / sqrt(rows).
+    error = std::sqrt(wrong / whole);
+    const double bound = std::is_same_v<typename Codec::key_type, typename Codec::near_type> ? 1e-5 : 0.03;
+    if (!(error <= bound)) broken = "the answer is wrong";
   }
 };
 
@@ -79,6 +84,7 @@ void attend(benchmark::State& state, const kvt::Geometry& shape, int rows) {
   state.counters["time_per_row_and_query_head"] =
       Counter(static_cast<double>(rows) * shape.num_q_heads, Counter::kIsIterationInvariantRate | Counter::kInvert);
   state.counters["bytes_per_row"] = bytes / rows;
+  state.counters["error"] = caches.error;
   state.counters["stored_bytes"] = Counter(bytes, Counter::kIsIterationInvariantRate);
   state.counters["caches"] = static_cast<double>(caches.turn.size());
 }

@@ -7,6 +7,7 @@
 #include <numeric>
 #include <random>
 
+#include "codecs.hpp"
 #include "kvtailor/kvtailor.hpp"
 #include "reference/plain.hpp"
 
@@ -78,8 +79,11 @@ void check_attend(int num_kv_heads, int group, int rows, int queries, AttendOpti
     }
   }
   // A logit of size 6 sums dim products in fp32: 2^-24 * sqrt(dim) * 6 < 6e-6; weights and values of size 4 follow.
-  // Where rows are codes, queries and weights are rounded to 16 bits: 2^-17 * 4 * sqrt(dim) / sqrt(dim), three times that.
-  CHECK(worst <= (std::is_same_v<typename Codec::key_type, Dense<Half, dim>> ? 2e-5 : 1e-4));
+  // Where rows are codes, queries and weights are rounded to 16 bits: 2^-17 * 4 * sqrt(dim) / sqrt(dim), three times that; or
+  // to bytes: four times what is expected of a logit of size 1, six times that of a weight of 1 beside others.
+  const double rounding =
+      4 * codecs::host_units<typename Codec::key_type>().query + 6 * codecs::host_units<typename Codec::value_type>().weight;
+  CHECK(worst <= (std::is_same_v<typename Codec::key_type, Dense<Half, dim>> ? 2e-5 : 1e-4) + rounding);
 }
 
 template <class Codec>
@@ -95,6 +99,7 @@ template <int dim>
 void check_dim(int group) {
   check_all<KvCodec<Dense<Half, dim>>>(group);
   check_all<KvCodec<TurboQuant<3, dim>, TurboQuant<2, dim>>>(group);
+  check_all<KvCodec<TurboQuant<6, dim>, TurboQuant<5, dim>>>(group);
 }
 
 }  // namespace

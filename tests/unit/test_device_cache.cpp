@@ -131,7 +131,7 @@ struct Twin {
         std::memcpy(&scale, from + (key ? Body::key_scale_at(row) : Body::value_scale_at(row)), 2);
         for (int d = 0; d < dim; ++d) {
           const int code = key ? Body::template element<true>(from, row, d) : Body::template element<false>(from, row, d);
-          decoded[d] = typename One::Levels{}.value[code] * to_float(scale);
+          decoded[d] = typename One::Levels{}.value[code] * (One::unit * to_float(scale));
         }
         One::Rotate::inverse(Serial{}, decoded);
         double square = 0, size = 0;

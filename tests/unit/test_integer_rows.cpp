@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Attention of many queries on long blocks, which the host does in integers where it can: against double precision, with the
-// errors that rounding to 16 bits may make, and not more.
+// errors that rounding to 16 bits or, for coarse codes, to 8 may make, and not more.
 #include "codecs.hpp"
 #include "kvtailor/codec/group_int.hpp"
 #include "kvtailor/codec/lloyd_max.hpp"
@@ -62,7 +62,9 @@ void check(int n, int m, double wide = 1) {
   codec.logits(Serial{}, block.data(), n, queries.data(), m, logits.data(), n);
   codec.accumulate(Serial{}, block.data(), n, weights.data(), m, n, sums.data());
   // fp32 sums of products, and half a unit of 16 bits; at large head dims, sums of 32 bits leave a little less than 16.
-  const double fp32 = std::ldexp(basis + 8, -24), half_unit = std::ldexp(basis > 128 ? 4 : 1, -16);
+  const codecs::HostUnits units = codecs::host_units<Codec>();
+  const double fp32 = std::ldexp(basis + 8, -24),
+               half_unit = units.query > 0 ? .5 * units.query : std::ldexp(basis > 128 ? 4 : 1, -16);
   for (int j = 0; j < m; ++j) {
     double top = 0;
     for (int d = 0; d < basis; ++d) top = std::max(top, std::fabs(double(queries[static_cast<std::size_t>(j * basis + d)])));
@@ -79,11 +81,12 @@ void check(int n, int m, double wide = 1) {
         FAIL("query " << j << ", row " << row << ": " << logits[static_cast<std::size_t>(j * n + row)] << ", not " << want);
       }
     }
+    double square = 0, expected = 0;  // of the error of the whole sum, if weights are off by a unit, but not all one way
     for (int d = 0; d < basis; ++d) {
       double want = 0, bound = 1e-29;
       for (int first = 0; first < n; first += 128) {
         const int last = std::min(n, first + 128);
-        double most = 0, count = 0;
+        double most = 0, count = 0, own = 0;
         for (int row = first; row < last; ++row) {
           const double w = double(weights[static_cast<std::size_t>(j * n + row)]);
           want += w * at(row, d);
@@ -91,14 +94,22 @@ void check(int n, int m, double wide = 1) {
           double longest = 0;
           for (int e = 0; e < basis; ++e) longest = std::max(longest, std::fabs(at(row, e)));
           most = std::max(most, std::fabs(w) * longest);
+          own += at(row, d) * at(row, d) / (longest * longest);
           ++count;
         }
         // Of scaled weights; levels are at most four times what a scale of 1 stands for.
         bound += 4 * std::ldexp(wide * most * count, -16);
+        if (units.weight > 0) {
+          bound += most * units.weight * count;
+          expected += most * most * units.weight * units.weight * own;
+        }
       }
       const double error = std::fabs(double(sums[static_cast<std::size_t>(j * basis + d)]) - want);
+      square += error * error;
       if (!(error <= bound)) FAIL("query " << j << ": " << sums[static_cast<std::size_t>(j * basis + d)] << ", not " << want);
     }
+    if (units.weight > 0 && n > 100 && !(square <= expected + 1e-50))
+      FAIL("query " << j << ": " << square << " > " << expected);
   }
 }
 
@@ -136,6 +147,24 @@ TEST_CASE("groups") {
 TEST_CASE("codes and a sketch") {
   check_sizes<TurboQuantUnbiased<3, 64>>();
   check_sizes<TurboQuantUnbiased<3, 128>>();  // groups that are read in parts
+}
+
+TEST_CASE("small weights beside a large one count together") {
+  const LloydMax<4, 64> codec;
+  std::mt19937 random(3);
+  constexpr int n = 128;
+  const auto row = codecs::normal_rows(random, 1, 64);
+  std::vector<float> input;
+  for (int k = 0; k < n; ++k) input.insert(input.end(), row.begin(), row.end());
+  const auto block = codecs::encode(codec, input);
+  const std::vector<float> rows = codecs::decode(codec, block, n);
+  for (const float small : {3e-4f, 1e-3f, 3e-3f}) {
+    std::vector<float> weights(n, small), sums(64, 0.f);
+    weights[0] = 1;
+    codec.accumulate(Serial{}, block.data(), n, weights.data(), 1, n, sums.data());
+    const float total = 1 + (n - 1) * small;
+    for (std::size_t d = 0; d < 64; ++d) CHECK(std::fabs(sums[d] - total * rows[d]) <= .006f * std::fabs(rows[d]));
+  }
 }
 
 TEST_CASE("equal rows with equal weights, whose sum of integers would not fit") {

@@ -236,7 +236,8 @@ TEST_CASE("a block written by an earlier version decodes to the rows it always d
     codec.decode(reinterpret_cast<const std::byte*>(bytes.data()), 2, row, rows.data() + row * dim);
   // Levels of the 128-sphere at 4 bits.
   for (int d = 0; d < dim; ++d) {
-    const float right = 2 * HalfLevels<128, 4>::level[d % 2], left = HalfLevels<128, 4>::level[7];
+    using Levels = HalfLevels<128, 4>;
+    const float right = 2 * Levels::whole[d % 2] * Levels::unit, left = Levels::whole[7] * Levels::unit;
     CHECK(rows[static_cast<std::size_t>(d)] == doctest::Approx(right * left));
     CHECK(rows[static_cast<std::size_t>(dim + d)] == doctest::Approx(-right * left));
   }

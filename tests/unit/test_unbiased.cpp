@@ -81,7 +81,7 @@ TEST_CASE("attention on both sketches is that of the decoded rows, also in a cac
 
 TEST_CASE("a cache attends in a basis that is wider than its rows") {
   constexpr int dim = 64, n = 200;
-  using Choice = OneOf<TurboQuant<4, dim>, TurboQuantUnbiased<4, dim>>;
+  using Choice = OneOf<TurboQuant<6, dim>, TurboQuantUnbiased<6, dim>>;  // which products are rounded least for
   KvCache<Uniform, SinkRecent, KvCodec<Choice, Choice>> cache;
   const Geometry shape{1, 1, 3, dim};
   // Wide keys with narrow values in one head, the reverse in another.

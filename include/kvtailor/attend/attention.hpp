@@ -182,7 +182,7 @@ class Attention {
   // Blocks of few bytes are over before the hardware sees where reading goes.
   static void prefetch([[maybe_unused]] const std::byte* from, [[maybe_unused]] int bytes) {
 #if defined(__GNUC__)
-    constexpr int most = 12 << 10, line = 64, near_cache = 2;
+    constexpr int most = 13 << 10, line = 64, near_cache = 2;
     if (bytes > most) return;
     for (int i = 0; i < bytes; i += line) __builtin_prefetch(from + i, 0, near_cache);
 #endif

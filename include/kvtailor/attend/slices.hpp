@@ -88,17 +88,17 @@ struct CodeFragments {
 
  private:
   // Of two bits, the magnitudes are the subnormal `small` and small + 2^10 units of fp16, chosen for the ratio of the levels.
-  static constexpr int low_level = Codes::integer_level((1 << bits) / 2), high_level = Codes::integer_level((1 << bits) - 1);
+  static constexpr int low_level = Codes::level((1 << bits) / 2), high_level = Codes::level((1 << bits) - 1);
   static constexpr int small =
       bits != 2 ? 0 : (1024 * low_level * 2 + (high_level - low_level)) / (2 * (high_level - low_level));
   static_assert(small < 1024);
 
  public:
   // The level that registers have as 1, or for two bits that makes both levels right to 5e-4 of themselves.
-  static constexpr float unit = bits == 1   ? static_cast<float>(low_level) / Codes::levels_of_one
-                                : bits == 2 ? static_cast<float>(high_level + low_level) / Codes::levels_of_one * 16777216.f /
-                                                  static_cast<float>(2 * small + 1024)
-                                            : 1.f;
+  static constexpr float unit = Codes::unit * (bits == 1   ? static_cast<float>(low_level)
+                                               : bits == 2 ? static_cast<float>(high_level + low_level) * 16777216.f /
+                                                                 static_cast<float>(2 * small + 1024)
+                                                           : 1.f);
 
   // An entry of the table: two levels as fp16, or one twice.
   KVT_HD static std::uint32_t table_entry(int index) {

@@ -67,8 +67,9 @@ struct FragmentsOf<LloydMax<bits, dim, correction, Half>> {
     return LloydMax<bits, dim, correction>::code_at(reinterpret_cast<const unsigned char*>(row) + sizeof(Half), d);
   }
   KVT_HD static float value(int element) {
-    static constexpr typename LloydMax<bits, dim, correction>::Levels levels;
-    return levels.value[element];
+    using Codes = LloydMax<bits, dim, correction>;
+    static constexpr typename Codes::Levels levels;
+    return levels.value[element] * Codes::unit;
   }
 };
 template <class Codec>

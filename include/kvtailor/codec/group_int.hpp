@@ -180,15 +180,16 @@ struct GroupInt
   struct Integers {
     static constexpr int size = dim, group = group_size, most = half;
     static constexpr bool has_least = !symmetric;
+    static constexpr bool coarse = false;
     const std::byte* block;
     int n;
 
     template <int c>
-    KVT_INLINE void load(int row, __m256i* to) const {
+    KVT_INLINE __m256i bytes(int row) const {
       static_assert(group_size == 32);
       const __m256i code =
           Codes<group_size>::bytes_at(GroupInt::code_bytes_of(block, n, row) + c * group_bytes + header_bytes, 0);
-      detail::widen(bits == 8 && symmetric ? code : _mm256_sub_epi8(code, _mm256_set1_epi8(static_cast<char>(half))), to);
+      return bits == 8 && symmetric ? code : _mm256_sub_epi8(code, _mm256_set1_epi8(static_cast<char>(half)));
     }
     KVT_INLINE float scale(int row, int g) const { return header(row, g).scale; }
     KVT_INLINE float least(int row, int g) const { return header(row, g).value(half); }

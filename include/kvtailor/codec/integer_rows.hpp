@@ -6,8 +6,10 @@
 // Rows are seen through a type R:
 //   size, group           elements of a row, and of those that share a scale; both multiples of 32
 //   most                  the largest magnitude an integer has
-//   load<c>(row, to)      integers 32 c .. 32 c + 31 of a row as two registers of 16-bit numbers, in the order of widen()
+//   bytes<c>(row)         integers 32 c .. 32 c + 31 of a row, if most is at most 128; or
+//   load<c>(row, to)      the same as two registers of 16-bit numbers, in the order of widen()
 //   scale(row, g)         what the integers of group g are multiplied by; least(row, g), if has_least, what is added then
+//   coarse                its own error allows for queries and weights of a byte: see byte_rows.hpp
 //
 // Error:   queries are rounded to 2^-16 of their largest element, or 2^-31 dim most of their norm where that is more; weights
 //          times scales to 2^-16 of the largest of 128 rows, or 2^-32 most of their sum. Below 1e-30 they count as zero.
@@ -190,6 +192,18 @@ template <int many, int groups>
   }
 }
 
+// to[0 .. 31] += unit * sums of 32 elements, in the order that unpacking bytes gives them.
+KVT_INLINE void add_elements(const __m256i (&sum)[4], float unit, float* to) {
+  const __m256 by = _mm256_set1_ps(unit);
+  const auto add_eight = [&](__m256i whole, float* eight) KVT_INLINE_LAMBDA {
+    _mm256_storeu_ps(eight, _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), by, _mm256_loadu_ps(eight)));
+  };
+  add_eight(_mm256_permute2x128_si256(sum[0], sum[1], 0x20), to);
+  add_eight(_mm256_permute2x128_si256(sum[2], sum[3], 0x20), to + 8);
+  add_eight(_mm256_permute2x128_si256(sum[0], sum[1], 0x31), to + 16);
+  add_eight(_mm256_permute2x128_si256(sum[2], sum[3], 0x31), to + 24);
+}
+
 // to[i * to_stride + 0 .. 31] += unit[i] * sum over n rows of weight[i * weight_stride + row] * row; pairs(row, x) gives the
 // elements of rows row and row + 1, one beside the other, as four registers.
 template <int many, class Pairs>
@@ -206,17 +220,7 @@ KVT_INLINE void add_pairs(const Pairs& pairs, int n, const std::int16_t* weight,
       sum[i].add(x, _mm256_set1_epi32(both));
     });
   }
-  each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-    const __m256 by = _mm256_set1_ps(unit[i]);
-    const auto add_eight = [&](__m256i whole, float* eight) KVT_INLINE_LAMBDA {
-      _mm256_storeu_ps(eight, _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), by, _mm256_loadu_ps(eight)));
-    };
-    float* const at = to + i * to_stride;
-    add_eight(_mm256_permute2x128_si256(sum[i].of[0], sum[i].of[1], 0x20), at);
-    add_eight(_mm256_permute2x128_si256(sum[i].of[2], sum[i].of[3], 0x20), at + 8);
-    add_eight(_mm256_permute2x128_si256(sum[i].of[0], sum[i].of[1], 0x31), at + 16);
-    add_eight(_mm256_permute2x128_si256(sum[i].of[2], sum[i].of[3], 0x31), at + 24);
-  });
+  each<many>([&]<int i>() KVT_INLINE_LAMBDA { add_elements(sum[i].of, unit[i], to + i * to_stride); });
 }
 
 // The same for pairs that were unpacked before.
@@ -232,10 +236,100 @@ template <int many>
   add_pairs<many>(load, n, weight, weight_stride, unit, to, to_stride);
 }
 
+KVT_INLINE __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
+KVT_INLINE float largest_of(__m256 x) {
+  __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
+  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
+  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
+}
+
+// The largest magnitude in x [dim], and its norm or, where squares do not fit, a little more.
+template <int dim>
+struct VectorSize {
+  float largest, norm;
+
+  explicit VectorSize(const float* x) {
+    __m256 square = _mm256_setzero_ps(), most = square;
+    for (int d = 0; d < dim; d += 8) {
+      const __m256 v = _mm256_loadu_ps(x + d);
+      square = _mm256_fmadd_ps(v, v, square);
+      most = _mm256_max_ps(most, magnitude(v));
+    }
+    const float total = sum(square);
+    largest = largest_of(most);
+    norm = std::isinf(total) ? largest * root() : std::sqrt(total);
+  }
+  static constexpr float root() {  // of dim, or a little more
+    int r = 1;
+    while (r * r < dim) ++r;
+    return static_cast<float>(r);
+  }
+};
+
+// Numbers times this are at most `to`, and their total at most `most`. Zero if they are as good as zero, or no numbers.
+KVT_INLINE float integer_factor(float to, float largest, float total, float most) {
+  return largest > 1e-30f && total < 3e38f ? std::min(to / largest, most / total) : 0.f;
+}
+// What the integers are multiplied by: not a number if any of them was none.
+KVT_INLINE float integer_unit(float factor, float total) {
+  return factor != 0 ? 1 / factor : total < 3e38f ? 0.f : std::nanf("");
+}
+
+inline constexpr int most_integer_vectors = 16, most_integer_rows = 128;  // at once
+
+// Scales, and least elements, of up to most_integer_rows rows of R; zeros up to a multiple of 8 of them.
+template <class R>
+struct RowLines {
+  static constexpr int groups = R::size / R::group, most_rows = most_integer_rows;
+  alignas(32) float scale[groups][most_rows];
+  alignas(32) float least[R::has_least ? groups : 1][most_rows];
+
+  RowLines(const R& rows, int first, int n) {
+    for (int row = 0; row < n; ++row) {
+      for (int g = 0; g < groups; ++g) {
+        scale[g][row] = rows.scale(first + row, g);
+        if constexpr (R::has_least) least[g][row] = rows.least(first + row, g);
+      }
+    }
+    for (int row = n; row % 8 != 0; ++row) {
+      for (int g = 0; g < groups; ++g) scale[g][row] = 0;
+      if constexpr (R::has_least) {
+        for (int g = 0; g < groups; ++g) least[g][row] = 0;
+      }
+    }
+  }
+  // to[0 .. count - 1], logits of rows `from` on, of products product[k * stride ..] of one group each, or, if there is one
+  // run of them, of the whole row, scaled. `total` is the query's sum in each group.
+  template <int runs>
+  void logits(const float* product, int stride, int from, int count, float query_unit, const float* total, float* to) const {
+    const __m256 unit = _mm256_set1_ps(query_unit);
+    for (int row = 0; row < count; row += 8) {
+      __m256 eight = _mm256_mul_ps(_mm256_load_ps(product + row), unit);
+      if constexpr (runs == groups) eight = _mm256_mul_ps(eight, _mm256_load_ps(scale[0] + from + row));
+      for (int k = 1; k < runs; ++k) {
+        const __m256 next = _mm256_mul_ps(_mm256_load_ps(product + k * stride + row), unit);
+        eight = _mm256_fmadd_ps(next, _mm256_load_ps(scale[k] + from + row), eight);
+      }
+      if constexpr (R::has_least) {
+        for (int g = 0; g < groups; ++g) {
+          eight = _mm256_fmadd_ps(_mm256_load_ps(least[g] + from + row), _mm256_set1_ps(total[g]), eight);
+        }
+      }
+      if (row + 8 <= count) {
+        _mm256_storeu_ps(to + row, eight);
+      } else {
+        alignas(32) float some[8];
+        _mm256_store_ps(some, eight);
+        std::copy_n(some, count - row, to + row);
+      }
+    }
+  }
+};
+
 template <class R>
 struct IntegerRows {
   static constexpr int dim = R::size, groups = dim / R::group, registers = dim / 16;
-  static constexpr int most_vectors = 16, most_rows = 128;  // at once
+  static constexpr int most_vectors = most_integer_vectors, most_rows = most_integer_rows;
   static_assert(dim % 32 == 0 && R::group % 32 == 0);
 
   // out[j * stride + row] = query j . row
@@ -264,65 +358,27 @@ struct IntegerRows {
     const float* const at = from + 32 * k + 4 * part;
     return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)), _mm_loadu_ps(at + 16), 1);
   }
+  template <int c>
+  KVT_INLINE static void load(const R& rows, int row, __m256i* to) {
+    if constexpr (R::most <= 128) {
+      widen(rows.template bytes<c>(row), to);
+    } else {
+      rows.template load<c>(row, to);
+    }
+  }
   // Returns what the integers are to be multiplied by.
   static float to_integers(const float* x, __m256i* to) {
-    __m256 square = _mm256_setzero_ps(), largest = square;
-    for (int d = 0; d < dim; d += 8) {
-      const __m256 v = _mm256_loadu_ps(x + d);
-      square = _mm256_fmadd_ps(v, v, square);
-      largest = _mm256_max_ps(largest, magnitude(v));
-    }
     // Every product with a row, and every part of one, fits in 32 bits.
-    const float top = largest_of(largest), total = sum(square);
-    const float norm = std::isinf(total) ? top * root() : std::sqrt(total);
-    const float factor = factor_for(top, norm, largest_sum / root());
+    const VectorSize<dim> size(x);
+    const float factor = integer_factor(32767, size.largest, size.norm, largest_sum / size.root());
     const __m256 by = _mm256_set1_ps(factor);
     for (int k = 0; k < dim / 32; ++k) {
       const auto round = [&](int part) { return _mm256_cvtps_epi32(_mm256_mul_ps(eight(x, k, part), by)); };
       to[2 * k] = _mm256_packs_epi32(round(0), round(1));
       to[2 * k + 1] = _mm256_packs_epi32(round(2), round(3));
     }
-    return unit_for(factor, norm);
+    return integer_unit(factor, size.norm);
   }
-  static constexpr float root() {  // of dim, or a little more
-    int r = 1;
-    while (r * r < dim) ++r;
-    return static_cast<float>(r);
-  }
-  KVT_INLINE static __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
-  KVT_INLINE static float largest_of(__m256 x) {
-    __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-    four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-    return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-  }
-  // Numbers times this are at most 32,767, and their total at most `most`. Zero if they are as good as zero, or no numbers.
-  KVT_INLINE static float factor_for(float largest, float total, float most) {
-    return largest > 1e-30f && total < 3e38f ? std::min(32767.f / largest, most / total) : 0.f;
-  }
-  KVT_INLINE static float unit_for(float factor, float total) {
-    return factor != 0 ? 1 / factor : total < 3e38f ? 0.f : std::nanf("");
-  }
-
-  // Scales, and least elements, of up to most_rows rows; zeros up to a multiple of 8 of them.
-  struct Lines {
-    alignas(32) float scale[groups][most_rows];
-    alignas(32) float least[R::has_least ? groups : 1][most_rows];
-
-    Lines(const R& rows, int first, int n) {
-      for (int row = 0; row < n; ++row) {
-        for (int g = 0; g < groups; ++g) {
-          scale[g][row] = rows.scale(first + row, g);
-          if constexpr (R::has_least) least[g][row] = rows.least(first + row, g);
-        }
-      }
-      for (int row = n; row % 8 != 0; ++row) {
-        for (int g = 0; g < groups; ++g) scale[g][row] = 0;
-        if constexpr (R::has_least) {
-          for (int g = 0; g < groups; ++g) least[g][row] = 0;
-        }
-      }
-    }
-  };
 
   struct Queries {
     int m;
@@ -341,14 +397,14 @@ struct IntegerRows {
   };
 
   static void some_logits(const R& rows, int first, int n, const Queries& query, float* out, int stride) {
-    const Lines lines(rows, first, n);
+    const RowLines<R> lines(rows, first, n);
     constexpr int strip = std::max(8, 256 / registers / 8 * 8);  // rows at once: 8 KiB of them
     for (int from = 0; from < n; from += strip) {
       const int count = std::min(strip, n - from), fours = (count + 3) / 4 * 4;
       __m256i x[strip][registers];
       for (int row = 0; row < fours; ++row) {
         const int at = first + from + std::min(row, count - 1);
-        each<dim / 32>([&]<int c>() { rows.template load<c>(at, x[row] + 2 * c); });
+        each<dim / 32>([&]<int c>() { load<c>(rows, at, x[row] + 2 * c); });
       }
       // Sums of long groups are made one group after the other: joining the lanes of each is cheaper than scaling them.
       constexpr int sums = R::group >= 128 ? groups : 1;
@@ -361,34 +417,13 @@ struct IntegerRows {
         }
       });
       for (int j = 0; j < query.m; ++j) {
-        const __m256 unit = _mm256_set1_ps(query.unit[j]);
-        float* const to = out + j * stride + from;
-        for (int row = 0; row < count; row += 8) {
-          __m256 eight = _mm256_mul_ps(_mm256_load_ps(logit[j][0] + row), unit);
-          if constexpr (sums == groups) eight = _mm256_mul_ps(eight, _mm256_load_ps(lines.scale[0] + from + row));
-          for (int k = 1; k < sums; ++k) {
-            const __m256 next = _mm256_mul_ps(_mm256_load_ps(logit[j][k] + row), unit);
-            eight = _mm256_fmadd_ps(next, _mm256_load_ps(lines.scale[k] + from + row), eight);
-          }
-          if constexpr (R::has_least) {
-            for (int g = 0; g < groups; ++g) {
-              eight = _mm256_fmadd_ps(_mm256_load_ps(lines.least[g] + from + row), _mm256_set1_ps(query.total[j][g]), eight);
-            }
-          }
-          if (row + 8 <= count) {
-            _mm256_storeu_ps(to + row, eight);
-          } else {
-            alignas(32) float some[8];
-            _mm256_store_ps(some, eight);
-            std::copy_n(some, count - row, to + row);
-          }
-        }
+        lines.template logits<sums>(logit[j][0], strip, from, count, query.unit[j], query.total[j], out + j * stride + from);
       }
     }
   }
 
   static void some_sums(const R& rows, int first, int n, const float* weights, int m, int stride, float* acc) {
-    const Lines lines(rows, first, n);
+    const RowLines<R> lines(rows, first, n);
     const int padded = (n + 7) / 8 * 8;
     alignas(32) std::int16_t weight[most_vectors][groups][most_rows];
     float unit[groups][most_vectors];
@@ -407,10 +442,10 @@ struct IntegerRows {
     // 32 elements of all rows at a time, so that their sums stay in registers.
     each<dim / 32>([&]<int c>() {
       constexpr int g = 32 * c / R::group;
-      const auto load = [&](int row, __m256i* to) KVT_INLINE_LAMBDA {
+      const auto pairs = [&](int row, __m256i* to) KVT_INLINE_LAMBDA {
         __m256i even[2], odd[2];
-        rows.template load<c>(first + row, even);
-        rows.template load<c>(first + std::min(row + 1, n - 1), odd);
+        load<c>(rows, first + row, even);
+        load<c>(rows, first + std::min(row + 1, n - 1), odd);
         to[0] = _mm256_unpacklo_epi16(even[0], odd[0]);
         to[1] = _mm256_unpackhi_epi16(even[0], odd[0]);
         to[2] = _mm256_unpacklo_epi16(even[1], odd[1]);
@@ -418,12 +453,12 @@ struct IntegerRows {
       };
       constexpr int most = registers_of_sums / 4;
       if (m == most - 1) {
-        add_pairs<most - 1>(load, n, weight[0][g], groups * most_rows, unit[g], acc + 32 * c, dim);
+        add_pairs<most - 1>(pairs, n, weight[0][g], groups * most_rows, unit[g], acc + 32 * c, dim);
       } else if (m == most) {
-        add_pairs<most>(load, n, weight[0][g], groups * most_rows, unit[g], acc + 32 * c, dim);
+        add_pairs<most>(pairs, n, weight[0][g], groups * most_rows, unit[g], acc + 32 * c, dim);
       } else {
         __m256i pair[most_rows / 2][4];
-        for (int row = 0; row < n; row += 2) load(row, pair[row / 2]);
+        for (int row = 0; row < n; row += 2) pairs(row, pair[row / 2]);
         each_batch<most>(m, [&]<int many>(int j) {
           add_stored_pairs<many>(pair[0], n, weight[j][g], groups * most_rows, unit[g] + j, acc + j * dim + 32 * c, dim);
         });
@@ -437,7 +472,7 @@ struct IntegerRows {
       total = _mm256_add_ps(total, size);
       largest = _mm256_max_ps(largest, size);
     }
-    const float factor = factor_for(largest_of(largest), sum(total), largest_sum);
+    const float factor = integer_factor(32767, largest_of(largest), sum(total), largest_sum);
     const __m256 by = _mm256_set1_ps(factor);
     for (int row = 0; row < n; row += 8) {
       const __m256 x = _mm256_mul_ps(_mm256_mul_ps(_mm256_load_ps(weights + row), _mm256_load_ps(scale + row)), by);
@@ -445,7 +480,7 @@ struct IntegerRows {
       _mm_store_si128(reinterpret_cast<__m128i*>(to + row),
                       _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
     }
-    return unit_for(factor, sum(total));
+    return integer_unit(factor, sum(total));
   }
 };
 

@@ -35,7 +35,17 @@ int erased_bytes_bound(const Codec& codec, const std::byte* block, int n, int le
   }
 }
 
-template <StorageCodec Key, StorageCodec Value = Key, class DenseType = Half>
+// What rows are kept in until they are encoded: fp16, unless keys are stored dense anyway.
+template <class Key>
+struct DenseTypeFor {
+  using type = Half;
+};
+template <class T, int dim>
+struct DenseTypeFor<Dense<T, dim>> {
+  using type = T;
+};
+
+template <StorageCodec Key, StorageCodec Value = Key, class DenseType = typename DenseTypeFor<Key>::type>
 struct KvCodec {
   static_assert(Key::head_dim == Value::head_dim, "keys and values have one head_dim");
   using key_type = Key;

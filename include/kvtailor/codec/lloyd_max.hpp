@@ -6,7 +6,7 @@
 // Block:   n rows: Scale scale[n]; then per row head_dim * bits / 8 bytes of codes, as planes of 4, 2 and 1 bits (3 = 2 + 1,
 //          5 = 4 + 1, 6 = 4 + 2, high bits first). In a plane of width w, byte j of S = head_dim * w / 8 holds elements j,
 //          j + S, j + 2S, ... from the low bits up, so that unpacking needs no shuffle.
-// Value:   scale * level[code], levels those of codebooks.hpp rounded to multiples of 2^-8.
+// Value:   scale * unit * whole[code], the levels of codebooks.hpp.
 // Error:   of a row whose elements are spread like those of a random one, relative to its squared norm, on average .36 / .116 /
 //          .034 / .0093 / .0025 / .0007 at 1 .. 6 bits; of any other row up to 1: see Rotated.
 // Cost:    head_dim * bits / 8 + sizeof(Scale) bytes a row.
@@ -36,17 +36,16 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   // A corrected scale is at most |x| / |levels of its codes|, largest for a row along one axis, and must fit.
   static double max_row_norm() { return static_cast<double>(Scale::max) / 8.188 * std::sqrt(static_cast<double>(dim)); }
 
-  static constexpr int levels_of_one = 256;  // integer levels between 0 and 1
-  static constexpr int integer_level(int code) {
+  static constexpr float unit = HalfLevels<dim, bits>::unit;
+  // What a code stands for, in units.
+  static constexpr int level(int code) {
     const int i = code - num_levels / 2;
-    const int halves = static_cast<int>(HalfLevels<dim, bits>::level[i < 0 ? -1 - i : i] * (2 * levels_of_one));
-    const int whole = (halves + 1) / 2;
-    return i < 0 ? -whole : whole;
+    return i < 0 ? -HalfLevels<dim, bits>::whole[-1 - i] : HalfLevels<dim, bits>::whole[i];
   }
   struct Levels {
     float value[num_levels < 4 ? 4 : num_levels] = {};
     constexpr Levels() {
-      for (int i = 0; i < num_levels; ++i) value[i] = static_cast<float>(integer_level(i)) / levels_of_one;
+      for (int i = 0; i < num_levels; ++i) value[i] = static_cast<float>(level(i));
     }
   };
 
@@ -61,11 +60,11 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     const float square = lanes.sum(part);
     const float norm = square <= 3e38f ? std::sqrt(square) : 0.f;
     constexpr float root = static_cast<float>(1.0 / inverse_root());
-    const float unit = norm > 0 ? root / norm : 0.f;
+    const float factor = norm > 0 ? root / norm : 0.f;
     Scale stored;
     if constexpr (std::is_same_v<Scale, LogScale>) {
       // The steps are wide, so the codes are chosen for the stored scale, and the best of three neighbours is taken.
-      const Sums first = nearest_codes(lanes, x, unit);
+      const Sums first = nearest_codes(lanes, x, factor);
       const LogScale guess = from_float<LogScale>(corrected(norm / root, first));
       float least = 0;
       stored = {0};
@@ -82,7 +81,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
       }
       nearest_codes(lanes, x, stored.bits != 0 ? 1 / to_float(stored) : 0.f, scratch);
     } else {
-      const Sums sums = nearest_codes(lanes, x, unit, scratch);
+      const Sums sums = nearest_codes(lanes, x, factor, scratch);
       stored = from_float<Scale>(norm > 0 ? corrected(norm / root, sums) : 0.f);
     }
     lanes.once([&] { std::memcpy(block + static_cast<int>(sizeof(Scale)) * row, &stored, sizeof stored); });
@@ -153,29 +152,37 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   KVT_HD KVT_INLINE float row_scale(const std::byte* block, int row) const {
     Scale scale;
     std::memcpy(&scale, block + static_cast<int>(sizeof(Scale)) * row, sizeof scale);
-    return to_float(scale);
+    return to_float(scale) * unit;
   }
 
 #if defined(KVT_HOST_AVX2)
   struct Integers {
-    static constexpr int size = dim, group = dim, most = integer_level(num_levels - 1);
+    static constexpr int size = dim, group = dim, most = level(num_levels - 1);
     static constexpr bool has_least = false;
+    static constexpr bool coarse = bits <= 4;
     const std::byte* block;
     int n;
 
     template <int c>
-    KVT_INLINE void load(int row, __m256i* to) const {
-      load_integers<c>(LloydMax::code_bytes_of(block, n, row), to);
+    KVT_INLINE __m256i bytes(int row) const requires(most <= 128) {
+      return level_bytes<c>(LloydMax::code_bytes_of(block, n, row));
     }
-    KVT_INLINE float scale(int row, int) const { return LloydMax{}.row_scale(block, row) / levels_of_one; }
+    template <int c>
+    KVT_INLINE void load(int row, __m256i* to) const requires(most > 128) {
+      wide_levels<c>(LloydMax::code_bytes_of(block, n, row), to);
+    }
+    KVT_INLINE float scale(int row, int) const { return LloydMax{}.row_scale(block, row); }
   };
+  // Of elements 32 c .. 32 c + 31.
   template <int c>
-  KVT_INLINE static void load_integers(const unsigned char* codes, __m256i* to) {
+  KVT_INLINE static __m256i level_bytes(const unsigned char* codes) {
     static constexpr LevelBytes bytes;
-    __m256i code = _mm256_setzero_si256();
-    append_bytes<4>(codes, 32 * c, code);
-    append_bytes<2>(codes, 32 * c, code);
-    append_bytes<1>(codes, 32 * c, code);
+    return detail::look_up_bytes<LevelBytes::size>(bytes.low, codes_of<c>(codes));
+  }
+  template <int c>
+  KVT_INLINE static void wide_levels(const unsigned char* codes, __m256i* to) {
+    static constexpr LevelBytes bytes;
+    const __m256i code = codes_of<c>(codes);
     detail::widen(detail::look_up_bytes<LevelBytes::size>(bytes.low, code),
                   detail::look_up_bytes<LevelBytes::size>(bytes.high, code), to);
   }
@@ -183,7 +190,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
 
  private:
   struct Sums {
-    float cross, square;  // of a row times `unit` with its levels, and of the levels
+    float cross, square;  // of a row times `factor` with its levels, and of the levels
   };
   // Scale of a row of this size an element.
   KVT_HD static float corrected(float size, const Sums& sums) {
@@ -194,16 +201,16 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   }
   // The codes go to `codes` [dim], which may be x, if it is given.
   template <class Lanes>
-  KVT_HD static Sums nearest_codes(const Lanes& lanes, const float* x, float unit, float* codes = nullptr) {
+  KVT_HD static Sums nearest_codes(const Lanes& lanes, const float* x, float factor, float* codes = nullptr) {
     typename Lanes::template Reg<float> cross, square;
     lanes.each([&](int lane) {
       static constexpr Levels levels;
       cross[lane] = 0;
       square[lane] = 0;
       for (int d = lane; d < dim; d += Lanes::size) {
-        const float u = unit > 0 ? x[d] * unit : 0.f;
+        const float u = factor > 0 ? x[d] * factor : 0.f;
         const int code = nearest(u);
-        const float level = levels.value[code];
+        const float level = levels.value[code] * unit;
         cross[lane] += u * level;
         square[lane] += level * level;
         if (codes != nullptr) codes[d] = static_cast<float>(code);
@@ -232,11 +239,19 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     alignas(16) std::int8_t low[size] = {}, high[size] = {};
     constexpr LevelBytes() {
       for (int i = 0; i < num_levels; ++i) {
-        low[i] = static_cast<std::int8_t>(static_cast<std::uint8_t>(integer_level(i) & 255));
-        high[i] = static_cast<std::int8_t>(integer_level(i) >> 8);
+        low[i] = static_cast<std::int8_t>(static_cast<std::uint8_t>(level(i) & 255));
+        high[i] = static_cast<std::int8_t>(level(i) >> 8);
       }
     }
   };
+  template <int c>
+  KVT_INLINE static __m256i codes_of(const unsigned char* codes) {
+    __m256i code = _mm256_setzero_si256();
+    append_bytes<4>(codes, 32 * c, code);
+    append_bytes<2>(codes, 32 * c, code);
+    append_bytes<1>(codes, 32 * c, code);
+    return code;
+  }
   template <int width>
   KVT_INLINE static void append_bytes(const unsigned char* codes, int i, __m256i& code) {
     if constexpr ((bits & width) != 0) {
@@ -280,7 +295,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     int code = 0;
     for (int step = num_levels / 2; step > 0; step /= 2) {
       const int next = code + step;
-      if (u > 0.5f * (levels.value[next - 1] + levels.value[next])) code = next;
+      if (u > 0.5f * unit * (levels.value[next - 1] + levels.value[next])) code = next;
     }
     return code;
   }

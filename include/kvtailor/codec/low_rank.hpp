@@ -66,17 +66,17 @@ struct FactorRun {
   struct Levels {
     float value[126] = {};
     constexpr Levels() {
-      fill(HalfLevels<128, 1>::level, 1);
-      fill(HalfLevels<128, 2>::level, 2);
-      fill(HalfLevels<128, 3>::level, 4);
-      fill(HalfLevels<128, 4>::level, 8);
-      fill(HalfLevels<128, 5>::level, 16);
-      fill(HalfLevels<128, 6>::level, 32);
+      fill(HalfLevels<128, 1>::whole, HalfLevels<128, 1>::unit, 1);
+      fill(HalfLevels<128, 2>::whole, HalfLevels<128, 2>::unit, 2);
+      fill(HalfLevels<128, 3>::whole, HalfLevels<128, 3>::unit, 4);
+      fill(HalfLevels<128, 4>::whole, HalfLevels<128, 4>::unit, 8);
+      fill(HalfLevels<128, 5>::whole, HalfLevels<128, 5>::unit, 16);
+      fill(HalfLevels<128, 6>::whole, HalfLevels<128, 6>::unit, 32);
     }
-    constexpr void fill(const float* positive, int half) {
+    constexpr void fill(const short* positive, float unit, int half) {
       for (int i = 0; i < half; ++i) {
-        value[2 * half - 2 + half + i] = positive[i];
-        value[2 * half - 2 + half - 1 - i] = -positive[i];
+        value[2 * half - 2 + half + i] = positive[i] * unit;
+        value[2 * half - 2 + half - 1 - i] = -positive[i] * unit;
       }
     }
   };

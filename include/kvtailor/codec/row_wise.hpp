@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstring>
 
-#include "kvtailor/codec/integer_rows.hpp"
+#include "kvtailor/codec/byte_rows.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/geometry.hpp"
 #include "kvtailor/core/half.hpp"
@@ -69,7 +69,8 @@ concept PlainCodec = StorageCodec<C> && C::plain;
 //   row_scale(block, row)
 //   encode_row(lanes, x, block, n, row, scratch)       row x [dim] by all lanes; scratch [dim] is memory all lanes see, or x
 // Rows are `basis` elements in the codec's basis; a codec with more than dim of them decodes for itself. One whose elements are
-// small integers times a scale may have a type Integers, made of (block, n), and the host attends to those: see IntegerRows.
+// small integers times a scale may have a type Integers, made of (block, n), and the host attends to those: see
+// integer_rows.hpp.
 template <class Self, int dim, int scale_size, int code_size, int basis = dim>
 struct RowCodec : PlainBasis<dim> {
   static constexpr int scale_bytes = scale_size, code_bytes = code_size, row_bytes = scale_bytes + code_bytes;
@@ -108,7 +109,7 @@ struct RowCodec : PlainBasis<dim> {
 #if defined(KVT_HOST_AVX2)
     if constexpr (Lanes::size == 1 && dim % 32 == 0 && requires { typename Self::Integers; }) {
       using Integers = typename Self::Integers;
-      return detail::IntegerRows<Integers>::logits(Integers{block, n}, n, prepared, m, out, stride);
+      return detail::HostRows<Integers>::logits(Integers{block, n}, n, prepared, m, out, stride);
     }
 #endif
     if (m < 1) return;  // and compilers need not ask again for each row
@@ -130,7 +131,7 @@ struct RowCodec : PlainBasis<dim> {
 #if defined(KVT_HOST_AVX2)
     if constexpr (Lanes::size == 1 && dim % 32 == 0 && requires { typename Self::Integers; }) {
       using Integers = typename Self::Integers;
-      return detail::IntegerRows<Integers>::accumulate(Integers{block, n}, n, weights, m, stride, acc);
+      return detail::HostRows<Integers>::accumulate(Integers{block, n}, n, weights, m, stride, acc);
     }
 #endif
     if (m < 1) return;

@@ -120,14 +120,15 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
 
 #if defined(KVT_HOST_AVX2)
   struct Integers {
-    static constexpr int size = dim, group = dim, most = 127;
+    static constexpr int size = dim, group = dim, most = *std::max_element(Table::size, std::end(Table::size));
     static constexpr bool has_least = false;
+    static constexpr bool coarse = true;
     const std::byte* block;
     int n;
 
     template <int c>
-    KVT_INLINE void load(int row, __m256i* to) const {
-      load_integers<c>(Trellis::code_bytes_of(block, n, row), to);
+    KVT_INLINE __m256i bytes(int row) const {
+      return value_bytes<c>(Trellis::code_bytes_of(block, n, row));
     }
     KVT_INLINE float scale(int row, int) const { return Trellis{}.row_scale(block, row) / Search::table_grid; }
   };
@@ -268,7 +269,7 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     }
   }
   template <int c>
-  KVT_INLINE static void load_integers(const unsigned char* codes, __m256i* to) {
+  KVT_INLINE static __m256i value_bytes(const unsigned char* codes) {
     static constexpr Bytes table;
     const __m256i state = states<c>(codes);
     // What is left above a state is in no parity.
@@ -277,7 +278,7 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     const __m256i high = detail::look_up_bytes<16>(table.high, _mm256_and_si256(_mm256_srli_epi16(state, 4), four_bits));
     const __m256i both = _mm256_xor_si256(low, high);
     const __m256i index = _mm256_and_si256(both, _mm256_set1_epi8(static_cast<char>(Bytes::num_sizes - 1)));
-    detail::widen(_mm256_sign_epi8(detail::look_up_bytes<sizeof table.size>(table.size, index), both), to);
+    return _mm256_sign_epi8(detail::look_up_bytes<sizeof table.size>(table.size, index), both);
   }
 #endif
 };

@@ -14,29 +14,29 @@ struct TrellisTable;
 
 template <>
 struct TrellisTable<1, 8> {
-  static constexpr double distortion = 0.279110;
+  static constexpr double distortion = 0.278972;
   static constexpr int sign = 143;
   static constexpr int index[3] = {45, 198, 221};
   static constexpr signed char size[8] = {3, 8, 13, 17, 24, 28, 38, 54};
 };
 template <>
 struct TrellisTable<2, 8> {
-  static constexpr double distortion = 0.071414;
+  static constexpr double distortion = 0.071353;
   static constexpr int sign = 229;
   static constexpr int index[4] = {71, 149, 201, 90};
-  static constexpr signed char size[16] = {1, 4, 6, 9, 13, 14, 17, 20, 28, 27, 30, 34, 44, 46, 54, 74};
+  static constexpr signed char size[16] = {1, 4, 6, 9, 13, 14, 17, 20, 27, 27, 30, 34, 44, 46, 54, 74};
 };
 template <>
 struct TrellisTable<3, 8> {
-  static constexpr double distortion = 0.018326;
+  static constexpr double distortion = 0.018329;
   static constexpr int sign = 140;
   static constexpr int index[5] = {166, 144, 132, 195, 249};
   static constexpr signed char size[32] = {1,  2,  3,  4,  6,  7,  8,  10, 11, 12, 14, 15, 16, 18, 19, 21,
-                                           22, 24, 26, 27, 29, 31, 33, 36, 39, 41, 44, 47, 55, 57, 69, 88};
+                                           22, 24, 26, 27, 29, 31, 33, 36, 38, 41, 45, 47, 55, 57, 69, 88};
 };
 template <>
 struct TrellisTable<4, 8> {
-  static constexpr double distortion = 0.004860;
+  static constexpr double distortion = 0.004858;
   static constexpr int sign = 103;
   static constexpr int index[6] = {240, 183, 96, 237, 24, 169};
   static constexpr signed char size[64] = {0,  1,  2,  2,  3,  3,  4,  5,  5,  6,  7,  7,  8,  9,  9,  10,
@@ -46,21 +46,21 @@ struct TrellisTable<4, 8> {
 };
 template <>
 struct TrellisTable<1, 6> {
-  static constexpr double distortion = 0.284050;
+  static constexpr double distortion = 0.283937;
   static constexpr int sign = 47;
   static constexpr int index[3] = {20, 63, 53};
   static constexpr signed char size[8] = {9, 8, 14, 18, 24, 29, 39, 53};
 };
 template <>
 struct TrellisTable<2, 6> {
-  static constexpr double distortion = 0.074873;
+  static constexpr double distortion = 0.074827;
   static constexpr int sign = 25;
   static constexpr int index[4] = {9, 20, 17, 58};
   static constexpr signed char size[16] = {2, 4, 6, 9, 14, 15, 17, 20, 26, 29, 32, 35, 44, 48, 54, 74};
 };
 template <>
 struct TrellisTable<3, 6> {
-  static constexpr double distortion = 0.020106;
+  static constexpr double distortion = 0.020113;
   static constexpr int sign = 25;
   static constexpr int index[5] = {5, 24, 15, 60, 60};
   static constexpr signed char size[32] = {3,  4,  6,  7,  14, 15, 20, 21, 11, 12, 14, 15, 16, 18, 19, 21,

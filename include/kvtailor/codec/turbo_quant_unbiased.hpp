@@ -196,7 +196,7 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
     const unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
     Half scales[2];
     std::memcpy(scales, block + 4 * row, 4);
-    const float scale = to_float(scales[0]), size = to_float(scales[1]) / root();
+    const float scale = to_float(scales[0]) * Codes::unit, size = to_float(scales[1]) / root();
     LaneRow<dim, lanes> level = {};
     if constexpr (bits > 1) Codes::template load_codes<lanes>(codes, lane, level.x);
     for (int i = 0; i < LaneRow<2 * dim, lanes>::length; ++i) {
@@ -213,27 +213,40 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
   struct Integers {
     static constexpr int size = 2 * dim, group = dim, most = Codes::Integers::most;
     static constexpr bool has_least = false;
+    static constexpr bool coarse = Codes::Integers::coarse;
     const std::byte* block;
     int n;
 
     template <int c>
-    KVT_INLINE void load(int row, __m256i* to) const {
-      const unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
+    KVT_INLINE __m256i bytes(int row) const requires(most <= 128) {
       if constexpr (32 * c >= dim) {
-        const __m256i set = detail::spread_bits(codes + sign_offset + (32 * c - dim) / 8);
-        // Both bytes of 1 or -1.
-        const __m256i minus = _mm256_xor_si256(set, _mm256_set1_epi8(-1));
-        detail::widen(_mm256_or_si256(minus, _mm256_set1_epi8(1)), minus, to);
+        return signs<c>(row);
       } else if constexpr (bits > 1) {
-        Codes::template load_integers<c>(codes, to);
+        return Codes::template level_bytes<c>(TurboQuantUnbiased::code_bytes_of(block, n, row));
       } else {
-        to[0] = to[1] = _mm256_setzero_si256();
+        return _mm256_setzero_si256();
+      }
+    }
+    template <int c>
+    KVT_INLINE void load(int row, __m256i* to) const requires(most > 128) {
+      if constexpr (32 * c >= dim) {
+        detail::widen(signs<c>(row), to);
+      } else {
+        Codes::template wide_levels<c>(TurboQuantUnbiased::code_bytes_of(block, n, row), to);
       }
     }
     KVT_INLINE float scale(int row, int g) const {
       Half scales[2];
       std::memcpy(scales, block + 4 * row, 4);
-      return g == 0 ? to_float(scales[0]) / Codes::levels_of_one : to_float(scales[1]) * (1 / root());
+      return g == 0 ? to_float(scales[0]) * Codes::unit : to_float(scales[1]) * (1 / root());
+    }
+
+   private:
+    template <int c>
+    KVT_INLINE __m256i signs(int row) const {
+      const unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row) + sign_offset;
+      const __m256i minus = _mm256_xor_si256(detail::spread_bits(codes + (32 * c - dim) / 8), _mm256_set1_epi8(-1));
+      return _mm256_or_si256(minus, _mm256_set1_epi8(1));
     }
   };
 #endif

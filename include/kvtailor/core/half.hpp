@@ -90,10 +90,21 @@ template <int n>
 KVT_HD KVT_INLINE void load_floats(const BFloat16* from, float* to) {
 #if defined(__AVX2__) && !defined(__CUDA_ARCH__)
   int i = 0;
-  for (; i + 16 <= n; i += 16) {  // three instructions, not four
-    const __m256i x = _mm256_permute4x64_epi64(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i)), 0xd8);
+  for (; i + 16 <= n; i += 16) {  // three instructions, or two, not four
+    const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
+#if defined(__AVX512VL__) && defined(__AVX512BW__)
+    const auto upper_halves = [&](int k) KVT_INLINE_LAMBDA {
+      const __m256i word = _mm256_setr_epi32(k << 16, (k + 1) << 16, (k + 2) << 16, (k + 3) << 16, (k + 4) << 16, (k + 5) << 16,
+                                             (k + 6) << 16, (k + 7) << 16);
+      return _mm256_castsi256_ps(_mm256_maskz_permutexvar_epi16(0xaaaa, word, sixteen));
+    };
+    _mm256_storeu_ps(to + i, upper_halves(0));
+    _mm256_storeu_ps(to + i + 8, upper_halves(8));
+#else
+    const __m256i x = _mm256_permute4x64_epi64(sixteen, 0xd8);
     _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), x)));
     _mm256_storeu_ps(to + i + 8, _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), x)));
+#endif
   }
   for (; i < n; i += 8) {
     const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
