@@ -7,8 +7,8 @@
 
 namespace kvt::inline v0 {
 
-// A level is HalfLevels<head_dim, bits>::whole[i] * unit, i below 2^(bits-1); the other half is its mirror image. Up to 4 bits,
-// whole numbers are at most 64.
+// A level is HalfLevels<head_dim, bits>::whole[i] * unit, i below 2^(bits-1); the other half is its mirror image. Whole numbers
+// are at most 64 up to 4 bits, and at most 127.
 template <int head_dim, int bits>
 struct HalfLevels;
 
@@ -38,16 +38,16 @@ struct HalfLevels<40, 4> {
 };
 template <>
 struct HalfLevels<40, 5> {
-  static constexpr double distortion = 0.0023387;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[16] = {17, 50, 83, 117, 152, 188, 224, 263, 303, 346, 392, 442, 500, 567, 652, 777};
+  static constexpr double distortion = 0.0023517;
+  static constexpr float unit = 0.0336638598f;
+  static constexpr short whole[16] = {2, 6, 10, 14, 18, 22, 26, 30, 35, 40, 45, 51, 58, 66, 76, 90};
 };
 template <>
 struct HalfLevels<40, 6> {
-  static constexpr double distortion = 0.0006001;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[32] = {8,   25,  42,  59,  76,  93,  110, 128, 145, 163, 181, 199, 218, 237, 257, 276,
-                                      297, 318, 340, 362, 386, 411, 437, 464, 494, 526, 561, 601, 646, 700, 769, 873};
+  static constexpr double distortion = 0.0006121;
+  static constexpr float unit = 0.0341013288f;
+  static constexpr short whole[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                      33, 35, 38, 41, 44, 47, 50, 53, 56, 60, 64, 69, 74, 80, 88, 100};
 };
 template <>
 struct HalfLevels<64, 1> {
@@ -75,16 +75,16 @@ struct HalfLevels<64, 4> {
 };
 template <>
 struct HalfLevels<64, 5> {
-  static constexpr double distortion = 0.0023996;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[16] = {17, 50, 84, 118, 153, 189, 226, 265, 306, 349, 396, 448, 507, 577, 665, 798};
+  static constexpr double distortion = 0.0024152;
+  static constexpr float unit = 0.0337615888f;
+  static constexpr short whole[16] = {2, 6, 10, 14, 18, 22, 26, 30, 35, 40, 46, 52, 59, 67, 77, 92};
 };
 template <>
 struct HalfLevels<64, 6> {
-  static constexpr double distortion = 0.0006166;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[32] = {8,   25,  42,  59,  77,  94,  111, 129, 146, 164, 182, 201, 220, 239, 259, 279,
-                                      300, 321, 343, 366, 391, 416, 443, 471, 502, 535, 571, 612, 660, 717, 791, 903};
+  static constexpr double distortion = 0.0006290;
+  static constexpr float unit = 0.0346193131f;
+  static constexpr short whole[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                      33, 35, 38, 41, 44, 47, 50, 53, 56, 60, 64, 69, 74, 81, 89, 102};
 };
 template <>
 struct HalfLevels<80, 1> {
@@ -112,16 +112,16 @@ struct HalfLevels<80, 4> {
 };
 template <>
 struct HalfLevels<80, 5> {
-  static constexpr double distortion = 0.0024207;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[16] = {17, 50, 84, 118, 153, 189, 227, 266, 307, 350, 398, 450, 509, 580, 670, 805};
+  static constexpr double distortion = 0.0024344;
+  static constexpr float unit = 0.0342309582f;
+  static constexpr short whole[16] = {2, 6, 10, 14, 18, 22, 26, 30, 35, 40, 45, 51, 58, 66, 76, 92};
 };
 template <>
 struct HalfLevels<80, 6> {
-  static constexpr double distortion = 0.0006224;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[32] = {8,   25,  42,  60,  77,  94,  111, 129, 147, 165, 183, 202, 220, 240, 260, 280,
-                                      301, 322, 345, 368, 392, 418, 445, 473, 504, 538, 575, 616, 664, 723, 798, 914};
+  static constexpr double distortion = 0.0006348;
+  static constexpr float unit = 0.0346105169f;
+  static constexpr short whole[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                      33, 35, 38, 41, 44, 47, 50, 53, 57, 61, 65, 70, 75, 82, 90, 103};
 };
 template <>
 struct HalfLevels<96, 1> {
@@ -149,16 +149,16 @@ struct HalfLevels<96, 4> {
 };
 template <>
 struct HalfLevels<96, 5> {
-  static constexpr double distortion = 0.0024344;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[16] = {17, 50, 84, 119, 154, 190, 227, 266, 307, 351, 399, 451, 511, 582, 673, 810};
+  static constexpr double distortion = 0.0024484;
+  static constexpr float unit = 0.0332883794f;
+  static constexpr short whole[16] = {2, 6, 10, 14, 18, 22, 26, 31, 36, 41, 47, 53, 60, 68, 79, 95};
 };
 template <>
 struct HalfLevels<96, 6> {
-  static constexpr double distortion = 0.0006259;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[32] = {8,   25,  43,  60,  77,  94,  112, 129, 147, 165, 183, 202, 221, 240, 260, 280,
-                                      301, 323, 345, 369, 393, 419, 446, 475, 506, 540, 577, 619, 668, 726, 803, 921};
+  static constexpr double distortion = 0.0006384;
+  static constexpr float unit = 0.034595475f;
+  static constexpr short whole[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                      33, 35, 38, 41, 44, 47, 50, 53, 57, 61, 65, 70, 75, 82, 91, 104};
 };
 template <>
 struct HalfLevels<112, 1> {
@@ -186,16 +186,16 @@ struct HalfLevels<112, 4> {
 };
 template <>
 struct HalfLevels<112, 5> {
-  static constexpr double distortion = 0.0024447;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[16] = {17, 50, 84, 119, 154, 190, 227, 266, 308, 352, 399, 452, 512, 584, 675, 813};
+  static constexpr double distortion = 0.0024584;
+  static constexpr float unit = 0.0333949511f;
+  static constexpr short whole[16] = {2, 6, 10, 14, 18, 22, 26, 31, 36, 41, 47, 53, 60, 68, 79, 95};
 };
 template <>
 struct HalfLevels<112, 6> {
-  static constexpr double distortion = 0.0006286;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[32] = {9,   26,  43,  60,  77,  94,  112, 129, 147, 165, 183, 202, 221, 241, 260, 281,
-                                      302, 323, 346, 369, 394, 420, 447, 476, 507, 541, 578, 621, 670, 729, 807, 926};
+  static constexpr double distortion = 0.0006410;
+  static constexpr float unit = 0.0347448482f;
+  static constexpr short whole[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                      33, 35, 38, 41, 44, 47, 50, 53, 57, 61, 65, 70, 75, 82, 91, 104};
 };
 template <>
 struct HalfLevels<128, 1> {
@@ -223,16 +223,16 @@ struct HalfLevels<128, 4> {
 };
 template <>
 struct HalfLevels<128, 5> {
-  static constexpr double distortion = 0.0024520;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[16] = {17, 50, 84, 119, 154, 190, 228, 267, 308, 352, 400, 453, 513, 585, 677, 816};
+  static constexpr double distortion = 0.0024660;
+  static constexpr float unit = 0.0334751681f;
+  static constexpr short whole[16] = {2, 6, 10, 14, 18, 22, 26, 31, 36, 41, 47, 53, 60, 68, 79, 95};
 };
 template <>
 struct HalfLevels<128, 6> {
-  static constexpr double distortion = 0.0006307;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[32] = {9,   26,  43,  60,  77,  94,  112, 129, 147, 165, 184, 202, 221, 241, 261, 281,
-                                      302, 324, 346, 370, 394, 420, 447, 477, 508, 542, 580, 622, 672, 731, 810, 930};
+  static constexpr double distortion = 0.0006429;
+  static constexpr float unit = 0.0346099917f;
+  static constexpr short whole[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                      33, 35, 38, 41, 44, 47, 50, 53, 57, 61, 65, 70, 76, 83, 92, 105};
 };
 template <>
 struct HalfLevels<192, 1> {
@@ -260,16 +260,16 @@ struct HalfLevels<192, 4> {
 };
 template <>
 struct HalfLevels<192, 5> {
-  static constexpr double distortion = 0.0024697;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[16] = {17, 51, 85, 119, 154, 191, 228, 267, 309, 353, 401, 454, 515, 588, 681, 822};
+  static constexpr double distortion = 0.0024850;
+  static constexpr float unit = 0.0341349434f;
+  static constexpr short whole[16] = {2, 6, 10, 14, 18, 22, 26, 30, 35, 40, 46, 52, 59, 67, 78, 94};
 };
 template <>
 struct HalfLevels<192, 6> {
-  static constexpr double distortion = 0.0006352;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[32] = {9,   26,  43,  60,  77,  94,  112, 130, 148, 166, 184, 203, 222, 241, 261, 282,
-                                      303, 325, 347, 371, 396, 422, 449, 478, 510, 545, 583, 626, 676, 737, 816, 939};
+  static constexpr double distortion = 0.0006478;
+  static constexpr float unit = 0.0342858866f;
+  static constexpr short whole[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                      33, 36, 39, 42, 45, 48, 51, 54, 58, 62, 66, 71, 77, 84, 93, 107};
 };
 template <>
 struct HalfLevels<256, 1> {
@@ -297,15 +297,15 @@ struct HalfLevels<256, 4> {
 };
 template <>
 struct HalfLevels<256, 5> {
-  static constexpr double distortion = 0.0024788;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[16] = {17, 51, 85, 119, 154, 191, 228, 268, 309, 353, 402, 455, 516, 589, 683, 825};
+  static constexpr double distortion = 0.0024939;
+  static constexpr float unit = 0.0342416449f;
+  static constexpr short whole[16] = {2, 6, 10, 14, 18, 22, 26, 30, 35, 40, 46, 52, 59, 67, 78, 94};
 };
 template <>
 struct HalfLevels<256, 6> {
-  static constexpr double distortion = 0.0006376;
-  static constexpr float unit = 0.00390625f;
-  static constexpr short whole[32] = {9,   26,  43,  60,  77,  95,  112, 130, 148, 166, 184, 203, 222, 242, 262, 282,
-                                      303, 325, 348, 372, 396, 422, 450, 479, 511, 546, 584, 627, 678, 739, 819, 944};
+  static constexpr double distortion = 0.0006496;
+  static constexpr float unit = 0.0348406842f;
+  static constexpr short whole[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                      33, 35, 38, 41, 44, 47, 50, 53, 57, 61, 65, 70, 76, 83, 92, 106};
 };
 }  // namespace kvt::inline v0

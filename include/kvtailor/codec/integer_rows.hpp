@@ -5,9 +5,8 @@
 //
 // Rows are seen through a type R:
 //   size, group           elements of a row, and of those that share a scale; both multiples of 32
-//   most                  the largest magnitude an integer has
-//   bytes<c>(row)         integers 32 c .. 32 c + 31 of a row, if most is at most 128; or
-//   load<c>(row, to)      the same as two registers of 16-bit numbers, in the order of widen()
+//   most                  the largest magnitude an integer has, at most 128
+//   bytes<c>(row)         integers 32 c .. 32 c + 31 of a row
 //   scale(row, g)         what the integers of group g are multiplied by; least(row, g), if has_least, what is added then
 //   coarse                its own error allows for queries and weights of a byte: see byte_rows.hpp
 //
@@ -26,11 +25,11 @@
 namespace kvt::inline v0::detail {
 
 // 32 numbers in 32 bytes as 16-bit numbers: elements 0 .. 7 and 16 .. 23 in to[0], 8 .. 15 and 24 .. 31 in to[1].
-KVT_INLINE void widen(__m256i low_bytes, __m256i high_bytes, __m256i* to) {
-  to[0] = _mm256_unpacklo_epi8(low_bytes, high_bytes);
-  to[1] = _mm256_unpackhi_epi8(low_bytes, high_bytes);
+KVT_INLINE void widen(__m256i bytes, __m256i* to) {
+  const __m256i signs = _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes);
+  to[0] = _mm256_unpacklo_epi8(bytes, signs);
+  to[1] = _mm256_unpackhi_epi8(bytes, signs);
 }
-KVT_INLINE void widen(__m256i bytes, __m256i* to) { widen(bytes, _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes), to); }
 
 KVT_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
 KVT_INLINE __m256i load_bytes(const void* low, const void* high) {
@@ -360,11 +359,7 @@ struct IntegerRows {
   }
   template <int c>
   KVT_INLINE static void load(const R& rows, int row, __m256i* to) {
-    if constexpr (R::most <= 128) {
-      widen(rows.template bytes<c>(row), to);
-    } else {
-      rows.template load<c>(row, to);
-    }
+    widen(rows.template bytes<c>(row), to);
   }
   // Returns what the integers are to be multiplied by.
   static float to_integers(const float* x, __m256i* to) {

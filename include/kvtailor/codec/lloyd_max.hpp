@@ -164,27 +164,20 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     int n;
 
     template <int c>
-    KVT_INLINE __m256i bytes(int row) const requires(most <= 128) {
+    KVT_INLINE __m256i bytes(int row) const {
       return level_bytes<c>(LloydMax::code_bytes_of(block, n, row));
-    }
-    template <int c>
-    KVT_INLINE void load(int row, __m256i* to) const requires(most > 128) {
-      wide_levels<c>(LloydMax::code_bytes_of(block, n, row), to);
     }
     KVT_INLINE float scale(int row, int) const { return LloydMax{}.row_scale(block, row); }
   };
   // Of elements 32 c .. 32 c + 31.
   template <int c>
   KVT_INLINE static __m256i level_bytes(const unsigned char* codes) {
-    static constexpr LevelBytes bytes;
-    return detail::look_up_bytes<LevelBytes::size>(bytes.low, codes_of<c>(codes));
-  }
-  template <int c>
-  KVT_INLINE static void wide_levels(const unsigned char* codes, __m256i* to) {
-    static constexpr LevelBytes bytes;
-    const __m256i code = codes_of<c>(codes);
-    detail::widen(detail::look_up_bytes<LevelBytes::size>(bytes.low, code),
-                  detail::look_up_bytes<LevelBytes::size>(bytes.high, code), to);
+    static constexpr LevelBytes levels;
+    __m256i code = _mm256_setzero_si256();
+    append_bytes<4>(codes, 32 * c, code);
+    append_bytes<2>(codes, 32 * c, code);
+    append_bytes<1>(codes, 32 * c, code);
+    return detail::look_up_bytes<LevelBytes::size>(levels.byte, code);
   }
 #endif
 
@@ -236,22 +229,11 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
 #if defined(KVT_HOST_AVX2)
   struct LevelBytes {
     static constexpr int size = num_levels < 16 ? 16 : num_levels;
-    alignas(16) std::int8_t low[size] = {}, high[size] = {};
+    alignas(16) std::int8_t byte[size] = {};
     constexpr LevelBytes() {
-      for (int i = 0; i < num_levels; ++i) {
-        low[i] = static_cast<std::int8_t>(static_cast<std::uint8_t>(level(i) & 255));
-        high[i] = static_cast<std::int8_t>(level(i) >> 8);
-      }
+      for (int i = 0; i < num_levels; ++i) byte[i] = static_cast<std::int8_t>(level(i));
     }
   };
-  template <int c>
-  KVT_INLINE static __m256i codes_of(const unsigned char* codes) {
-    __m256i code = _mm256_setzero_si256();
-    append_bytes<4>(codes, 32 * c, code);
-    append_bytes<2>(codes, 32 * c, code);
-    append_bytes<1>(codes, 32 * c, code);
-    return code;
-  }
   template <int width>
   KVT_INLINE static void append_bytes(const unsigned char* codes, int i, __m256i& code) {
     if constexpr ((bits & width) != 0) {

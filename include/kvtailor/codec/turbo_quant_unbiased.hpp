@@ -218,21 +218,13 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
     int n;
 
     template <int c>
-    KVT_INLINE __m256i bytes(int row) const requires(most <= 128) {
+    KVT_INLINE __m256i bytes(int row) const {
       if constexpr (32 * c >= dim) {
         return signs<c>(row);
       } else if constexpr (bits > 1) {
         return Codes::template level_bytes<c>(TurboQuantUnbiased::code_bytes_of(block, n, row));
       } else {
         return _mm256_setzero_si256();
-      }
-    }
-    template <int c>
-    KVT_INLINE void load(int row, __m256i* to) const requires(most > 128) {
-      if constexpr (32 * c >= dim) {
-        detail::widen(signs<c>(row), to);
-      } else {
-        Codes::template wide_levels<c>(TurboQuantUnbiased::code_bytes_of(block, n, row), to);
       }
     }
     KVT_INLINE float scale(int row, int g) const {
