@@ -11,6 +11,7 @@
 
 #include <type_traits>
 
+#include "kvtailor/codec/bfloat16_rows.hpp"
 #include "kvtailor/codec/row_wise.hpp"
 #include "kvtailor/core/check.hpp"
 #include "kvtailor/core/concepts.hpp"
@@ -49,6 +50,30 @@ struct Dense : RowCodec<Dense<T, dim>, dim, 0, dim* static_cast<int>(sizeof(T))>
     }
   }
   KVT_HD KVT_INLINE float row_scale(const std::byte*, int) const { return 1.f; }
+
+#if defined(KVT_HOST_AVX2)
+  template <class Lanes>
+  KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
+                     int stride) const noexcept {
+    if constexpr (std::is_same_v<T, BFloat16> && Lanes::size == 1 && dim % 16 == 0) {
+      detail::BFloat16Rows<dim>::logits(reinterpret_cast<const BFloat16*>(block), n, prepared, m, out, stride);
+    } else {
+      Rows::logits(lanes, block, n, prepared, m, out, stride);
+    }
+  }
+  template <class Lanes>
+  KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
+                         float* acc) const noexcept {
+    if constexpr (std::is_same_v<T, BFloat16> && Lanes::size == 1 && dim % 16 == 0) {
+      detail::BFloat16Rows<dim>::accumulate(reinterpret_cast<const BFloat16*>(block), n, weights, m, stride, acc);
+    } else {
+      Rows::accumulate(lanes, block, n, weights, m, stride, acc);
+    }
+  }
+
+ private:
+  using Rows = RowCodec<Dense, dim, 0, dim* static_cast<int>(sizeof(T))>;
+#endif
 };
 
 static_assert(RowWiseCodec<Dense<Half, 64>> && RowWiseCodec<Dense<float, 40>>);

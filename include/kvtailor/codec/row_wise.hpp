@@ -114,6 +114,7 @@ struct RowCodec : PlainBasis<dim> {
 #endif
     if (m < 1) return;  // and compilers need not ask again for each row
     for (int row = 0; row < n; ++row) {
+      if constexpr (Lanes::size == 1) prefetch_rows<code_bytes, 1>(codes(block, n, 0), n, row);
       typename Lanes::template Reg<LaneRow<basis, Lanes::size>> x;
       lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
       const float scale = self().row_scale(block, row);
@@ -139,6 +140,7 @@ struct RowCodec : PlainBasis<dim> {
     if constexpr (Lanes::size == 1) {
       // Four rows for each pass over the sums, which are read and written less often.
       for (; row + 4 <= n; row += 4) {
+        prefetch_rows<code_bytes, 4>(codes(block, n, 0), n, row);
         alignas(64) LaneRow<basis, 1> x[4];
         KVT_UNROLL
         for (int r = 0; r < 4; ++r) self().template load<1>(block, n, row + r, 0, x[r]);

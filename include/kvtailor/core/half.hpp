@@ -80,49 +80,46 @@ KVT_HD inline Half from_float<Half>(float x) {
   return {static_cast<std::uint16_t>(sign | out)};
 }
 
-// n values, n a multiple of 8; the hot loop of dense rows on the host. Eight at a time with AVX-512 too: what reads them does
-// so in eights, and sixteen stored at once are slow to read in halves.
-template <int n>
-KVT_HD KVT_INLINE void load_floats(const float* from, float* to) {
-  for (int i = 0; i < n; ++i) to[i] = from[i];
-}
-template <int n>
-KVT_HD KVT_INLINE void load_floats(const BFloat16* from, float* to) {
-#if defined(__AVX2__) && !defined(__CUDA_ARCH__)
-  int i = 0;
-  for (; i + 16 <= n; i += 16) {  // three instructions, or two, not four
-    const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from + i));
-#if defined(__AVX512VL__) && defined(__AVX512BW__)
-    const auto upper_halves = [&](int k) KVT_INLINE_LAMBDA {
-      const __m256i word = _mm256_setr_epi32(k << 16, (k + 1) << 16, (k + 2) << 16, (k + 3) << 16, (k + 4) << 16, (k + 5) << 16,
-                                             (k + 6) << 16, (k + 7) << 16);
-      return _mm256_castsi256_ps(_mm256_maskz_permutexvar_epi16(0xaaaa, word, sixteen));
-    };
-    _mm256_storeu_ps(to + i, upper_halves(0));
-    _mm256_storeu_ps(to + i + 8, upper_halves(8));
-#else
-    const __m256i x = _mm256_permute4x64_epi64(sixteen, 0xd8);
-    _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), x)));
-    _mm256_storeu_ps(to + i + 8, _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), x)));
-#endif
-  }
-  for (; i < n; i += 8) {
-    const __m256i wide = _mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i)));
-    _mm256_storeu_ps(to + i, _mm256_castsi256_ps(_mm256_slli_epi32(wide, 16)));
-  }
-#else
-  for (int i = 0; i < n; ++i) to[i] = to_float(from[i]);
-#endif
-}
-template <int n>
-KVT_HD KVT_INLINE void load_floats(const Half* from, float* to) {
 #if defined(__F16C__) && defined(__AVX2__) && !defined(__CUDA_ARCH__)
-  for (int i = 0; i < n; i += 8) {
-    _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
-  }
+// Eight at a time with AVX-512 too: what reads them does so in eights, and sixteen stored at once are slow to read in halves.
+KVT_INLINE void load_sixteen(const float* from, __m256 (&to)[2]) {
+  to[0] = _mm256_loadu_ps(from);
+  to[1] = _mm256_loadu_ps(from + 8);
+}
+KVT_INLINE void load_sixteen(const Half* from, __m256 (&to)[2]) {
+  to[0] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  to[1] = _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + 8)));
+}
+KVT_INLINE void load_sixteen(const BFloat16* from, __m256 (&to)[2]) {
+  const __m256i sixteen = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(from));
+#if defined(__AVX512VL__) && defined(__AVX512BW__)
+  const auto upper_halves = [&](int k) KVT_INLINE_LAMBDA {
+    const __m256i word = _mm256_setr_epi32(k << 16, (k + 1) << 16, (k + 2) << 16, (k + 3) << 16, (k + 4) << 16, (k + 5) << 16,
+                                           (k + 6) << 16, (k + 7) << 16);
+    return _mm256_castsi256_ps(_mm256_maskz_permutexvar_epi16(0xaaaa, word, sixteen));
+  };
+  to[0] = upper_halves(0);
+  to[1] = upper_halves(8);
 #else
-  for (int i = 0; i < n; ++i) to[i] = to_float(from[i]);
+  const __m256i x = _mm256_permute4x64_epi64(sixteen, 0xd8);
+  to[0] = _mm256_castsi256_ps(_mm256_unpacklo_epi16(_mm256_setzero_si256(), x));
+  to[1] = _mm256_castsi256_ps(_mm256_unpackhi_epi16(_mm256_setzero_si256(), x));
 #endif
+}
+#endif
+// n values.
+template <int n, class T>
+KVT_HD KVT_INLINE void load_floats(const T* from, float* to) {
+  int i = 0;
+#if defined(__F16C__) && defined(__AVX2__) && !defined(__CUDA_ARCH__)
+  for (; i + 16 <= n; i += 16) {
+    __m256 x[2];
+    load_sixteen(from + i, x);
+    _mm256_storeu_ps(to + i, x[0]);
+    _mm256_storeu_ps(to + i + 8, x[1]);
+  }
+#endif
+  for (; i < n; ++i) to[i] = to_float(from[i]);
 }
 
 }  // namespace kvt::inline v0
