@@ -7,6 +7,7 @@
 #include <random>
 
 #include "kvtailor/kvtailor.hpp"
+#include "unit/codecs.hpp"
 
 using namespace kvt;
 
@@ -55,31 +56,13 @@ void check_error(double oracle) {
 
 template <class Codec>
 void check_lanes() {
-  constexpr int dim = Codec::head_dim;
+  constexpr int dim = Codec::head_dim, n = 37;
   std::mt19937 random(3);
-  std::normal_distribution<float> normal;
   const Codec codec;
-  constexpr int n = 37, m = 3;
-  std::vector<float> rows(n * dim), q(m * dim), weights(m * n);
-  for (auto* x : {&rows, &q, &weights}) {
-    for (float& v : *x) v = normal(random);
-  }
+  auto rows = codecs::normal_rows(random, n, dim);
   std::vector<std::byte> block(static_cast<std::size_t>(codec.max_block_bytes(n)));
   codec.encode(rows.data(), n, block.data());
-  const auto run = [&](auto lanes) {
-    std::vector<float> prepared(m * dim), logits(m * n), sums(m * dim, 0.f), out(m * dim, 0.f);
-    for (int j = 0; j < m; ++j) codec.prepare(lanes, q.data() + j * dim, 0.5f, prepared.data() + j * dim);
-    codec.logits(lanes, block.data(), n, prepared.data(), m, logits.data(), n);
-    codec.accumulate(lanes, block.data(), n, weights.data(), m, n, sums.data());
-    for (int j = 0; j < m; ++j) codec.finish(lanes, sums.data() + j * dim, out.data() + j * dim);
-    logits.insert(logits.end(), out.begin(), out.end());
-    return logits;
-  };
-  const auto serial = run(Serial{}), warp = run(SimulatedWarp{});
-  for (std::size_t i = 0; i < serial.size(); ++i) {
-    // Products of dim elements, of queries and weights rounded to 16 bits by one of them.
-    if (!(std::fabs(serial[i] - warp[i]) <= 2e-5f * dim)) FAIL("lane groups differ: " << serial[i] << " and " << warp[i]);
-  }
+  codecs::check_attention(codec, block, n);
   if constexpr (requires(float* f, std::byte* b) { codec.encode_row(SimulatedWarp{}, f, b, 1, 0, f); }) {
     std::vector<std::byte> by_warp(block.size());
     float scratch[dim];
@@ -112,9 +95,11 @@ TEST_CASE("TurboQuant's mean squared error is that of Lloyd-Max on the sphere") 
   check_error<4, 256>(HalfLevels<256, 4>::distortion);
 }
 
-TEST_CASE("the simulated warp computes what one lane computes") {
+TEST_CASE("one lane and the simulated warp compute what the decoded rows give") {
   check_lanes<Dense<Half, 64>>();
   check_lanes<Dense<float, 40>>();
+  check_lanes<Dense<BFloat16, 112>>();
+  check_lanes<Dense<float, 256>>();
   check_lanes<TurboQuant<1, 64>>();
   check_lanes<TurboQuant<3, 80>>();
   check_lanes<TurboQuant<5, 112>>();

@@ -13,6 +13,7 @@
 #include "kvtailor/codec/lloyd_max.hpp"
 #include "kvtailor/codec/rotated.hpp"
 #include "kvtailor/codec/trellis.hpp"
+#include "unit/codecs.hpp"
 
 using namespace kvt;
 
@@ -192,24 +193,8 @@ void check_search() {
 
 template <class Codec>
 void check_lanes() {
-  constexpr int dim = Codec::head_dim, n = 37, m = 3;
-  const Codec codec;
-  const auto rows = normal_rows(n, dim, 3), q = normal_rows(m, dim, 4), weights = normal_rows(m, n, 5);
-  const auto block = encoded<Codec>(rows);
-  const auto run = [&](auto lanes) {
-    std::vector<float> prepared(m * dim), logits(m * n), sums(m * dim, 0.f), out(m * dim, 0.f);
-    for (int j = 0; j < m; ++j) codec.prepare(lanes, q.data() + j * dim, 0.5f, prepared.data() + j * dim);
-    codec.logits(lanes, block.data(), n, prepared.data(), m, logits.data(), n);
-    codec.accumulate(lanes, block.data(), n, weights.data(), m, n, sums.data());
-    for (int j = 0; j < m; ++j) codec.finish(lanes, sums.data() + j * dim, out.data() + j * dim);
-    logits.insert(logits.end(), out.begin(), out.end());
-    return logits;
-  };
-  const auto serial = run(Serial{}), warp = run(SimulatedWarp{});
-  for (std::size_t i = 0; i < serial.size(); ++i) {
-    // Products of dim elements, of queries and weights rounded to 16 bits by one of them.
-    if (!(std::fabs(serial[i] - warp[i]) <= 2e-5f * dim)) FAIL("lane groups differ: " << serial[i] << " and " << warp[i]);
-  }
+  constexpr int n = 37;
+  codecs::check_attention(Codec{}, encoded<Codec>(normal_rows(n, Codec::head_dim, 3)), n);
 }
 
 template <class Codec>
@@ -338,7 +323,7 @@ TEST_CASE("erased blocks are those of the survivors alone, and copied rows keep 
   CHECK(copied == last);
 }
 
-TEST_CASE("the simulated warp computes what one lane computes") {
+TEST_CASE("one lane and the simulated warp compute what the decoded rows give") {
   check_lanes<Trellis<1, 40>>();
   check_lanes<Trellis<2, 64>>();
   check_lanes<Rotated<Trellis<2, 112>>>();
