@@ -263,9 +263,11 @@ class KvCache {
       } else {
         KVT_TRY(score(seen, floor, rows, scores));
         want.scores = scores;
-        if (bytes) KVT_TRY(fit_bytes(retain.amount, rows, floor_rows, want, keep));
-        KVT_TRY(budget_.allocate(want, keep));
-        KVT_TRY(check_allocation(want, keep));
+        if (bytes) {
+          KVT_TRY(fit_bytes(budget_, retain.amount, rows, floor_rows, want, keep,
+                            [&](std::span<const int> kept) { return bytes_bound(scores, kept); }));
+        }
+        KVT_TRY(allocate_rows(budget_, want, keep));
       }
       std::vector<std::vector<unsigned char>> marks(heads);
       std::size_t at = 0;
@@ -527,41 +529,20 @@ class KvCache {
     return success();
   }
 
-  // The largest number of rows whose allocation takes at most `bytes`.
-  Status fit_bytes(double bytes, std::int64_t rows, std::int64_t floor_rows, BudgetRequest& want, std::span<int> keep) const {
-    long long fixed = table_bytes();
-    for (const Layer& layer : layers_) fixed += layer.runs.allocated_bytes();
+  // What the cache takes at most once heads keep so many rows: those with the highest scores [rows of all heads].
+  long long bytes_bound(std::span<const float> scores, std::span<const int> keep) const {
+    long long all = table_bytes();
+    for (const Layer& layer : layers_) all += layer.runs.allocated_bytes();
     std::vector<unsigned char> mark;
-    const auto cost = [&](std::int64_t total, double& sum) -> Status {
-      want.total = total;
-      KVT_TRY(budget_.allocate(want, keep));
-      KVT_TRY(check_allocation(want, keep));
-      long long all = fixed;
-      const float* at = want.scores.data();
-      for (std::size_t h = 0; h < heads_.size(); ++h) {
-        const auto n = static_cast<std::size_t>(heads_[h].num_rows());
-        mark.assign(n, 1);
-        if (keep[h] < static_cast<int>(n)) cut({at, n}, keep[h], mark);
-        all += heads_[h].bytes_bound(mark, options_.recent_rows, options_.block_rows);
-        at += n;
-      }
-      sum = static_cast<double>(all);
-      return success();
-    };
-    double sum = 0;
-    KVT_TRY(cost(floor_rows, sum));
-    if (sum > bytes) {
-      return error(Errc::bad_budget, "a budget of {} bytes is below the {} that sink rows, recent rows and tables take", bytes,
-                   sum);
+    const float* at = scores.data();
+    for (std::size_t h = 0; h < heads_.size(); ++h) {
+      const auto n = static_cast<std::size_t>(heads_[h].num_rows());
+      mark.assign(n, 1);
+      if (keep[h] < static_cast<int>(n)) cut({at, n}, keep[h], mark);
+      all += heads_[h].bytes_bound(mark, options_.recent_rows, options_.block_rows);
+      at += n;
     }
-    std::int64_t fits = floor_rows, over = rows + 1;
-    while (over - fits > 1) {
-      const std::int64_t middle = fits + (over - fits) / 2;
-      KVT_TRY(cost(middle, sum));
-      (sum <= bytes ? fits : over) = middle;
-    }
-    want.total = fits;
-    return success();
+    return all;
   }
 
   // Keeps the marked rows of every head; an empty mark leaves a head alone. Throws, and has changed nothing then.

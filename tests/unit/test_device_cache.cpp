@@ -231,6 +231,59 @@ TEST_CASE("compression keeps the rows on a device that it keeps on the host") {
   check_compression<KvCodec<TurboQuant<2, 64>, TurboQuant<1, 64>>, Uniform, SinkRecent>(8);
 }
 
+namespace {
+
+// `slack`: pages that a budget may leave unused.
+template <class Budget>
+void check_bytes(bool truncated, int slack) {
+  using Codec = KvCodec<TurboQuant<4, 64>, TurboQuant<3, 64>>;
+  constexpr long long page = Pool<Codec>::page_bytes;
+  for (const double share : {1., .93, .8, .55, .3, 0.}) {
+    CAPTURE(share);
+    SimulatedDevice device;
+    Pool<Codec> pool;
+    REQUIRE(pool.init(device, 100).ok());
+    Twin<Codec, Budget> twin(device, pool, {3, 2, 6, 64});
+    auto& cache = twin.device_cache;
+    std::mt19937 random(10);
+    for (const int n : {290, 300, 1, 200}) twin.append(n, random);
+    if (truncated) {  // fewer than the newest rows that stay are dense then
+      twin.truncate(500);
+      CHECK(*cache.near(0)[0].rows < sink_rows + recent_rows);
+    }
+    const auto rows = [&] {
+      int sum = 0;
+      for (int h = 0; h < 6; ++h) sum += *cache.near(0)[h].rows + *cache.body(0)[h].rows;
+      return sum;
+    };
+    const int had = rows();
+    const long long before = cache.memory().total();
+    const Status too_few = cache.compress(Retain::bytes(1000));
+    REQUIRE(too_few.code == Errc::bad_budget);
+    const auto least = static_cast<long long>(too_few.accepted);
+    CHECK(cache.compress(Retain::bytes(least - 1)).accepted == too_few.accepted);
+    CHECK(cache.compress(Retain::bytes(before + 1)).code == Errc::bad_budget);
+    CHECK(cache.compress(Retain::bytes(0)).code == Errc::bad_budget);
+    CHECK(rows() == had);
+    CHECK(cache.memory().total() == before);
+    const long long most = least + static_cast<long long>(share * static_cast<double>(before - least));
+    REQUIRE(cache.compress(Retain::bytes(most)).ok());
+    const long long after = cache.memory().total();
+    CHECK(after <= most);
+    CHECK(device.allocated_bytes == after + pool.free_pages() * page);
+    if (rows() < had) CHECK(after > most - slack * page);
+    if (share == 0.) CHECK(after == least);
+  }
+}
+
+}  // namespace
+
+TEST_CASE("memory after a compression to bytes is at most those, and as much as pages allow") {
+  check_bytes<Uniform>(false, 1);
+  check_bytes<Uniform>(true, 1);
+  check_bytes<Adaptive>(false, 3);  // one more row may go to several heads
+}
+
 TEST_CASE("a fork goes its own way") {
   using Codec = KvCodec<TurboQuant<3, 64>, TurboQuant<5, 64>>;
   SimulatedDevice device;

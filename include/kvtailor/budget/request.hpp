@@ -70,4 +70,32 @@ inline Status check_allocation(const BudgetRequest& want, std::span<const int> k
   return success();
 }
 
+// What the allocator answers, checked.
+template <class Budget>
+Status allocate_rows(const Budget& budget, const BudgetRequest& want, std::span<int> keep) {
+  KVT_TRY(budget.allocate(want, keep));
+  return check_allocation(want, keep);
+}
+
+// Asks for the largest number of rows whose keep [heads] takes at most `bytes`: want.total. bytes_of(keep) is what a cache
+// takes then; more rows do not take less.
+template <class Budget, class BytesOf>
+Status fit_bytes(const Budget& budget, double bytes, std::int64_t rows, std::int64_t floor_rows, BudgetRequest& want,
+                 std::span<int> keep, BytesOf&& bytes_of) {
+  want.total = floor_rows;
+  KVT_TRY(allocate_rows(budget, want, keep));
+  if (const double least = static_cast<double>(bytes_of(keep)); least > bytes) {
+    return error(Errc::bad_budget, "a budget of {} bytes is below the {} that sink rows, recent rows and tables take", bytes,
+                 least);
+  }
+  std::int64_t fits = floor_rows, over = rows + 1;
+  while (over - fits > 1) {
+    want.total = fits + (over - fits) / 2;
+    KVT_TRY(allocate_rows(budget, want, keep));
+    (static_cast<double>(bytes_of(keep)) <= bytes ? fits : over) = want.total;
+  }
+  want.total = fits;
+  return success();
+}
+
 }  // namespace kvt::inline v0

@@ -246,14 +246,9 @@ class DeviceCache {
 
   // Of the device: dense rows and pages as payload, tables and counts as index.
   Memory memory() const {
-    Memory m;
-    m.payload_bytes = dense_.bytes();
-    for (const auto& pages : pages_) m.payload_bytes += static_cast<long long>(pages.size()) * Pool::page_bytes;
-    m.index_bytes = counts_.bytes() + tables_.bytes() + entries_.bytes();
-    for (const int rows : appended_) {
-      m.dense_fp16_bytes += static_cast<long long>(rows) * geometry_.num_kv_heads * head_dim * 2 * 2;
-    }
-    return m;
+    std::size_t pages = 0;
+    for (const auto& own : pages_) pages += own.size();
+    return memory_with_pages(pages);
   }
 
   // Heads of a layer, on the device and as the host remembers them.
@@ -272,6 +267,18 @@ class DeviceCache {
   Device* device() const { return device_; }
   DeviceHeads all_heads() const { return heads(0); }
   int most_rows(int head) const { return bound_[static_cast<std::size_t>(head)]; }
+  static std::size_t pages_of(int rows) {
+    return static_cast<std::size_t>((rows + SlicePages::page_rows - 1) / SlicePages::page_rows);
+  }
+  Memory memory_with_pages(std::size_t pages) const {
+    Memory m;
+    m.payload_bytes = dense_.bytes() + static_cast<long long>(pages) * Pool::page_bytes;
+    m.index_bytes = counts_.bytes() + tables_.bytes() + entries_.bytes();
+    for (const int rows : appended_) {
+      m.dense_fp16_bytes += static_cast<long long>(rows) * geometry_.num_kv_heads * head_dim * 2 * 2;
+    }
+    return m;
+  }
   // Waits for the device: dense and encoded rows of every head.
   Status read_rows(std::vector<int>& near, std::vector<int>& body) const {
     KVT_TRY(check_layer(0));
@@ -298,9 +305,6 @@ class DeviceCache {
   void count(int layer, int n) {
     appended_[static_cast<std::size_t>(layer)] += n;
     for (std::size_t h = 0; h < kv_heads(); ++h) bound_[static_cast<std::size_t>(layer) * kv_heads() + h] += n;
-  }
-  static std::size_t pages_of(int rows) {
-    return static_cast<std::size_t>((rows + SlicePages::page_rows - 1) / SlicePages::page_rows);
   }
   // Pages of a head with so many rows. While only whole blocks have been encoded, there is no page that is not full.
   std::size_t pages_for(int rows) const {

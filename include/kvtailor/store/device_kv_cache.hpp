@@ -40,25 +40,24 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
   }
 
   // Keeps so many rows: the budget allocator says how many of each head, the token selector which. Sink rows and the newest
-  // recent_rows always stay, in number as in kind. Budgets are rows or a ratio.
+  // recent_rows always stay, in number as in kind. A budget of rows or a ratio is met exactly; bytes are not exceeded: what
+  // falls is pages of 128 rows of a head, and the dense zone and tables stay as they are.
   Status compress(Retain retain) {
     std::vector<int> near, body;
     KVT_TRY(this->read_rows(near, body));
     const Geometry& geometry = this->geometry();
     const DeviceCacheOptions& options = this->options();
     const std::size_t heads = near.size();
-    std::vector<int> seen(heads), floor(heads), keep(heads);
+    std::vector<int> seen(heads), floor(heads), keep(heads), dense(heads);  // dense: rows that will not be encoded
     long long rows = 0, floor_rows = 0, stride = 1;
     for (std::size_t h = 0; h < heads; ++h) {
       const int sinks = std::min(near[h], options.sink_rows);
       seen[h] = near[h] + body[h];
       floor[h] = sinks + std::min(options.recent_rows, seen[h] - sinks);
+      dense[h] = sinks + std::min(options.recent_rows, near[h] - sinks);
       rows += seen[h];
       floor_rows += floor[h];
       stride = std::max<long long>(stride, this->most_rows(static_cast<int>(h)));
-    }
-    if (retain.unit == Retain::Unit::bytes) {
-      return error(Errc::bad_budget, "a budget of {} bytes; a device cache takes rows or a ratio", retain.amount);
     }
     BudgetRequest want{0, geometry.num_layers, geometry.num_kv_heads, seen, floor, {}};
     KVT_TRY(resolve_rows(retain, geometry.num_heads(), rows, floor_rows, this->memory().total(), want.total));
@@ -83,8 +82,14 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
       }
       want.scores = seen_scores;
     }
-    KVT_TRY(budget_.allocate(want, keep));
-    KVT_TRY(check_allocation(want, keep));
+    if (retain.unit == Retain::Unit::bytes) {
+      KVT_TRY(fit_bytes(budget_, retain.amount, rows, floor_rows, want, keep, [&](std::span<const int> counts) {
+        std::size_t pages = 0;
+        for (std::size_t h = 0; h < heads; ++h) pages += Rows::pages_of(counts[h] - dense[h]);
+        return this->memory_with_pages(pages).total();
+      }));
+    }
+    KVT_TRY(allocate_rows(budget_, want, keep));
     KVT_TRY(device.copy_to(kept.data(), keep.data(), heads * sizeof(int)));
     KVT_TRY(device.launch(MarkWork{all, kept.data(), scores.data(), marks.data(), stride}, geometry.num_heads()));
     KVT_TRY(this->cut(marks.data(), stride));
