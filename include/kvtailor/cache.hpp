@@ -111,6 +111,10 @@ class KvCache {
   std::span<const int> positions(int layer, int kv_head) const noexcept { return head(layer, kv_head).positions(); }
   // The rows of a head as the codecs give them back, [num_rows, head_dim]; either may be null.
   void decode(int layer, int kv_head, float* keys, float* values) const noexcept { head(layer, kv_head).decode(keys, values); }
+  // They as they are stored.
+  const HeadStore<Codec>& store(int layer, int kv_head) const noexcept { return head(layer, kv_head); }
+  // Rows appended to a layer and not truncated, those dropped too.
+  long long appended(int layer) const noexcept { return layers_[static_cast<std::size_t>(layer)].appended(); }
   // One past the last position appended to a layer.
   int end_position(int layer) const noexcept { return layers_[static_cast<std::size_t>(layer)].end; }
 
@@ -320,12 +324,32 @@ class KvCache {
     KVT_TRY(check_layer(0));
     return guarded([&] {
       KvCache twin(budget_, selector_, codec_);
-      std::vector<Codec> codecs;
-      for (const Head& store : heads_) codecs.push_back(store.codec());
-      KVT_TRY(twin.init(geometry_, options_, codecs));
+      KVT_TRY(init_alike(twin));
       for (std::size_t h = 0; h < heads_.size(); ++h) heads_[h].copy_to(twin.heads_[h]);
       for (std::size_t l = 0; l < layers_.size(); ++l) layers_[l].copy_to(twin.layers_[l]);
       child = std::move(twin);
+      return success();
+    });
+  }
+
+  // Takes what fill(h, store) puts into the empty store of each head, h = layer * num_kv_heads + kv_head, in place of what
+  // there is. appended [num_layers]: rows ever, which count as if the last of them had followed one another up to the layer's
+  // last position. No queries are left.
+  template <class Fill>
+  Status assign(std::span<const long long> appended, Fill&& fill) noexcept {
+    KVT_TRY(check_layer(0));
+    return guarded([&] {
+      KvCache next(budget_, selector_, codec_);
+      KVT_TRY(init_alike(next));
+      for (std::size_t h = 0; h < heads_.size(); ++h) KVT_TRY(fill(h, next.heads_[h]));
+      for (int l = 0; l < geometry_.num_layers; ++l) {
+        int end = 0;
+        for (int h = 0; h < geometry_.num_kv_heads; ++h) {
+          if (const auto have = next.positions(l, h); !have.empty()) end = std::max(end, have.back() + 1);
+        }
+        next.layers_[static_cast<std::size_t>(l)].resume(appended[static_cast<std::size_t>(l)], end);
+      }
+      take(std::move(next));
       return success();
     });
   }
@@ -415,6 +439,15 @@ class KvCache {
       for (const Run& run : runs.span()) rows += run.count;
       return rows;
     }
+    // In a fresh layer: so many rows up to `last`, one past the last position.
+    void resume(long long rows, int last) {
+      end = last;
+      const int count = static_cast<int>(std::min<long long>(rows, last));
+      if (count == 0) return;
+      const Run run{last - count, count};
+      runs.reserve(1);
+      runs.push(&run, 1);
+    }
     // Fills a fresh layer.
     void copy_to(Layer& other) const {
       queries.copy_to(other.queries);
@@ -456,6 +489,13 @@ class KvCache {
   }
   long long table_bytes() const noexcept {
     return static_cast<long long>(heads_.capacity() * sizeof(Head) + layers_.capacity() * sizeof(Layer));
+  }
+
+  // An empty cache of the same shape, options and codecs.
+  Status init_alike(KvCache& other) const {
+    std::vector<Codec> codecs;
+    for (const Head& store : heads_) codecs.push_back(store.codec());
+    return other.init(geometry_, options_, codecs);
   }
 
   EvidenceSet needed() const noexcept {

@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// A batch of sequences in device caches, one of them compressed and copied, step by step and as a captured graph, beside the
-// same on a simulated device.
+// A batch of sequences in device caches, one of them compressed, copied, and swapped out and in, step by step and as a captured
+// graph, beside the same on a simulated device.
 #include <cmath>
 #include <memory>
 #include <random>
@@ -90,7 +90,15 @@ std::vector<float> run(Device& device) {
     expect(caches.back()->reserve(n));
     expect(caches.back()->append(0, place(device, halves(n * 2 * dim), owners), place(device, halves(n * 2 * dim), owners),
                                  place(device, positions, owners), n));
-    if (s == 0) expect(caches.back()->compress(Retain::ratio(.7)));
+    if (s == 0) {
+      const long long bytes = caches.back()->memory().total() - PagePool<Codec, Device>::page_bytes;
+      const int free = pool.free_pages();
+      expect(caches.back()->compress(Retain::bytes(bytes)));
+      if (caches.back()->memory().total() > bytes || pool.free_pages() <= free) {
+        expect(error(Errc::bad_budget, "a compression to {} bytes left {}", static_cast<double>(bytes),
+                     static_cast<double>(caches.back()->memory().total())));
+      }
+    }
   }
   caches.push_back(std::make_unique<Cache>());
   expect(caches[0]->fork(*caches[2]));
@@ -104,6 +112,26 @@ std::vector<float> run(Device& device) {
   const int* const position = place(device, std::vector<int>{1000}, owners);
   const Half* const queries = place(device, halves(sequences * 6 * dim), owners);
   Half* const out = place(device, std::vector<Half>(static_cast<std::size_t>(sequences * 6 * dim)), owners);
+  const auto outputs = [&] {
+    std::vector<Half> result(static_cast<std::size_t>(sequences * 6 * dim));
+    expect(device.copy_from(result.data(), out, result.size() * sizeof(Half)));
+    return result;
+  };
+  expect(plan.attend(0, queries, nullptr, {}, out));
+  const std::vector<Half> before = outputs();
+  KvCache<Uniform, SinkRecent, Codec> host;
+  expect(host.init(geometry));
+  expect(caches[2]->download(host));
+  expect(caches[2]->truncate(0));
+  expect(caches[2]->refresh());
+  expect(caches[1]->reserve(600));  // in its pages
+  expect(caches[2]->upload(host));
+  expect(caches[2]->reserve(replays));
+  expect(plan.attend(0, queries, nullptr, {}, out));
+  const std::vector<Half> after = outputs();
+  if (std::memcmp(before.data(), after.data(), before.size() * sizeof(Half)) != 0) {
+    expect(error(Errc::bad_value, "a sequence that was swapped out and in attends otherwise"));
+  }
   const bool done = repeat(device, replays, [&] {
     for (auto& cache : caches) {
       // What may not be captured says so, and changes nothing.
@@ -116,10 +144,8 @@ std::vector<float> run(Device& device) {
     return plan.attend(0, queries, nullptr, {}, out);
   });
   if (!done) return {};
-  std::vector<Half> result(static_cast<std::size_t>(sequences * 6 * dim));
-  expect(device.copy_from(result.data(), out, result.size() * sizeof(Half)));
   std::vector<float> floats;
-  for (const Half x : result) floats.push_back(to_float(x));
+  for (const Half x : outputs()) floats.push_back(to_float(x));
   return floats;
 }
 

@@ -12,6 +12,7 @@
 #include <string>
 
 #include "kvtailor/kvtailor.hpp"
+#include "kvtailor/store/device_cache.hpp"
 
 namespace {
 
@@ -106,7 +107,7 @@ std::vector<float> state(const Cache<Codec>& cache) {
   for (int l = 0; l < shape.num_layers; ++l) {
     all.push_back(static_cast<float>(cache.end_position(l)));
     for (int h = 0; h < shape.num_kv_heads; ++h) {
-      std::vector<float> keys(cache.positions(l, h).size() * dim), values(keys.size());
+      std::vector<float> keys(cache.positions(l, h).size() * Codec::head_dim), values(keys.size());
       cache.decode(l, h, keys.data(), values.data());
       all.insert(all.end(), keys.begin(), keys.end());
       all.insert(all.end(), values.begin(), values.end());
@@ -182,6 +183,57 @@ void attempt_all() {
 TEST_CASE("memory that runs out anywhere loses nothing when rows are apart") { attempt_all<Apart>(); }
 
 TEST_CASE("memory that runs out anywhere loses nothing when a block is one piece") { attempt_all<Blocks>(); }
+
+TEST_CASE("memory that runs out on the way to a device, or back, changes neither cache") {
+  using Codec = KvCodec<TurboQuant<4, 64>>;
+  SimulatedDevice device;
+  PagePool<Codec, SimulatedDevice> pool;
+  DeviceCache<Codec, SimulatedDevice> cache;
+  Counting memory;
+  {
+    const Geometry geometry{1, 2, 4, 64};
+    Cache<Codec> small, large, third;
+    REQUIRE(pool.init(device, 20).ok());
+    REQUIRE(cache.init(device, pool, geometry, {.sink_rows = 2, .recent_rows = 5}).ok());
+    for (auto* host : {&small, &large, &third}) {
+      REQUIRE(host->init(geometry, {.sink_rows = 2, .recent_rows = 5, .block_rows = 8, .memory = &memory}).ok());
+      const std::size_t n = host == &large ? 300 : 150;
+      const std::vector<float> rows(n * 2 * 64, host == &third ? 2.f : 1.f);
+      std::vector<int> positions;
+      for (std::size_t i = 0; i < n; ++i) positions.push_back(static_cast<int>(i));
+      REQUIRE(host->append(0, rows.data(), rows.data(), positions).ok());
+      REQUIRE(host->flush().ok());
+    }
+    const auto try_out = [&](auto operation, auto check_unchanged) {
+      for (int allowed = 0;; ++allowed) {
+        REQUIRE(allowed < 1000);
+        until_failure = allowed;
+        const Status status = operation();
+        until_failure = -1;
+        if (status.ok()) {
+          CHECK(allowed > 1);
+          break;
+        }
+        CHECK(status.code == Errc::out_of_memory);
+        check_unchanged();
+      }
+    };
+    REQUIRE(cache.upload(small).ok());
+    const int free = pool.free_pages();
+    const auto before = state(third);
+    try_out([&] { return cache.download(third); }, [&] { CHECK(state(third) == before); });
+    CHECK(state(third) == state(small));
+    try_out([&] { return cache.upload(large); },
+            [&] {
+              CHECK(pool.free_pages() == free);
+              REQUIRE(cache.download(third).ok());
+              CHECK(state(third) == state(small));
+            });
+    CHECK(pool.free_pages() < free);
+    CHECK(memory.outstanding == small.memory().total() + large.memory().total() + third.memory().total());
+  }
+  CHECK(memory.outstanding == 0);
+}
 
 TEST_CASE("a codec whose blocks are one piece keeps the same rows as one whose rows are apart") {
   std::mt19937 random(1);

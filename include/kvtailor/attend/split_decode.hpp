@@ -66,6 +66,10 @@ struct FragmentsOf<LloydMax<bits, dim, correction, Half>> {
   KVT_HD static int element(const std::byte* row, int d) {
     return LloydMax<bits, dim, correction>::code_at(reinterpret_cast<const unsigned char*>(row) + sizeof(Half), d);
   }
+  // In a row of zeros.
+  static void set_element(std::byte* row, int d, int element) {
+    LloydMax<bits, dim, correction>::set_code(reinterpret_cast<unsigned char*>(row) + sizeof(Half), d, element);
+  }
   KVT_HD static float value(int element) {
     using Codes = LloydMax<bits, dim, correction>;
     static constexpr typename Codes::Levels levels;
@@ -78,6 +82,9 @@ template <int dim>
 struct FragmentsOf<Dense<Half, dim>> {
   using type = DenseFragments<dim>;
   KVT_HD static int element(const std::byte* row, int d) { return reinterpret_cast<const Half*>(row)[d].bits; }
+  static void set_element(std::byte* row, int d, int element) {
+    reinterpret_cast<Half*>(row)[d].bits = static_cast<std::uint16_t>(element);
+  }
   KVT_HD static float value(int element) { return to_float(Half{static_cast<std::uint16_t>(element)}); }
 };
 

@@ -119,6 +119,15 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     }
     return code;
   }
+  // Sets it, in codes of a row where it is zero.
+  KVT_HD KVT_INLINE static void set_code(unsigned char* codes, int d, int code) {
+    for (int width = 4; width > 0; width /= 2) {
+      if ((bits & width) == 0) continue;
+      const int stride = dim * width / 8, below = bits & (width - 1);
+      unsigned char& byte = codes[dim * bits_above(width) / 8 + d % stride];
+      byte = static_cast<unsigned char>(byte | (code >> below & ((1 << width) - 1)) << (d / stride * width));
+    }
+  }
   // The levels of the codes of one row, as a LaneRow has them.
   template <int lanes>
   KVT_HD KVT_INLINE static void load_codes(const unsigned char* codes, int lane, float* to) {

@@ -13,6 +13,7 @@
 //   KVT_TRY(plan.attend(layer, queries, positions, {}, out));
 //   KVT_TRY(cache.cut(keep, stride));                                   // drops rows; refresh() gives their pages back
 //   KVT_TRY(cache.fork(other));                                         // another sequence with the same beginning
+//   KVT_TRY(cache.download(host));                                      // to a cache of the host; upload(host) is the way back
 //
 // append(), attend(), cut() and truncate() allocate nothing, wait for nothing and read nothing back: lengths are counted on the
 // device, and a step can be captured in a graph. Pointers to rows, positions, queries and outputs are of the device. Nothing
@@ -22,13 +23,16 @@
 
 #include <algorithm>
 #include <cmath>
+#include <numeric>
 #include <span>
 #include <vector>
 
 #include "kvtailor/codec/kv_codec.hpp"
 #include "kvtailor/core/device.hpp"
 #include "kvtailor/core/geometry.hpp"
+#include "kvtailor/store/head_store.hpp"
 #include "kvtailor/store/head_work.hpp"
+#include "kvtailor/store/host_pages.hpp"
 
 namespace kvt::inline v0 {
 
@@ -101,11 +105,8 @@ class DeviceCache {
     }
     constexpr int page = SlicePages::page_rows;
     const auto heads = static_cast<std::size_t>(geometry.num_heads());
-    const auto near_pages =
-        static_cast<std::size_t>((options.sink_rows + options.recent_rows + page - 1 + options.max_append + page - 1) / page);
+    const auto near_pages = static_cast<std::size_t>(DeviceCache::near_pages(options));
     const auto table = static_cast<std::size_t>((options.max_rows + page - 1) / page);
-    constexpr auto near_page_bytes = SlicePages::bytes_of_page(LayoutOf<Plain, Plain>::bytes);
-
     DeviceArray<std::byte, Device> dense;
     DeviceArray<int, Device> counts, tables;
     DeviceArray<SlicePages, Device> entries;
@@ -135,6 +136,7 @@ class DeviceCache {
     bound_.assign(heads, 0);
     room_.assign(heads, 0);
     appended_.assign(static_cast<std::size_t>(geometry.num_layers), 0);
+    short_ends_.assign(heads, {});
     uneven_ = false;
     return success();
   }
@@ -199,6 +201,7 @@ class DeviceCache {
       uneven_ = before;
       return status;
     }
+    forget_blocks();
     return device_->launch(CutWork<Key, Value>{heads(0), keep, stride}, geometry_.num_heads());
   }
   // Drops the rows at `position` and after it. What a head may have stays as it was until refresh().
@@ -210,6 +213,7 @@ class DeviceCache {
       uneven_ = before;
       return status;
     }
+    forget_blocks();
     return device_->launch(TruncateWork<Key, Value>{heads(0), position}, geometry_.num_heads());
   }
   // Makes `child` a copy that lives on its own, with pages of the same pool; what was reserved is not copied. The child's own
@@ -225,6 +229,7 @@ class DeviceCache {
     KVT_TRY(child.init(*device_, *pool_, geometry_, options_));
     child.uneven_ = uneven_;
     child.appended_ = appended_;
+    child.short_ends_ = short_ends_;
     for (std::size_t h = 0; h < pages_.size(); ++h) KVT_TRY(child.take_pages(h, pages_[h].size()));
     child.bound_ = child.room_ = bound_;
     return device_->launch(ForkWork<Key, Value>{heads(0), child.heads(0)}, geometry_.num_heads());
@@ -242,6 +247,101 @@ class DeviceCache {
       pages_[h].resize(pages);
     }
     return success();
+  }
+
+  // Takes the rows of a cache of the host with this codec, of whatever policies, in place of all there are: codes, scales,
+  // dense rows and positions as they are. Observed queries stay behind. The caches have one geometry, and as many sink and
+  // recent rows. New pages come from the pool, which has to have enough; plans of this cache stay good. Where a copy fails rows
+  // are lost.
+  template <class Host>
+  Status upload(const Host& host) noexcept {
+    KVT_TRY(check_counterpart(host));
+    return guarded([&] {
+      const std::size_t heads = pages_.size();
+      std::vector<int> rows(2 * heads), table(tables_.size());  // rows: dense [heads], encoded [heads]
+      std::vector<std::vector<int>> near_pages(heads), body_pages = pages_, ends(heads);
+      long long more = 0;
+      bool uneven = uneven_;
+      for (std::size_t h = 0; h < heads; ++h) {
+        const auto& store = store_of(host, h);
+        const int encoded = store.body_rows(), dense = store.num_rows() - encoded;
+        if (dense > most_dense(options_)) {
+          return error(Errc::bad_shape, "a head has {} dense rows, and on the device at most {}; flush() encodes them", dense,
+                       most_dense(options_));
+        }
+        if (store.num_rows() > options_.max_rows) {
+          return error(Errc::bad_shape, "a head has {} rows; max_rows is {}", store.num_rows(), options_.max_rows);
+        }
+        rows[h] = dense;
+        rows[heads + h] = encoded;
+        near_pages[h] = near_numbers(h, dense);
+        more += std::max(0LL, static_cast<long long>(pages_of(encoded)) - static_cast<long long>(pages_[h].size()));
+        uneven = uneven || encoded % SlicePages::page_rows != 0;
+        int end = 0;
+        for (const BlockRef& block : store.blocks()) {
+          end += block.rows;
+          if (block.rows < host.options().block_rows) ends[h].push_back(end);
+        }
+      }
+      if (more > pool_->free_pages()) return no_pages(more);
+      // Pages that are taken for nothing go back.
+      struct Taken {
+        Pool& pool;
+        std::vector<int> pages = {};
+        ~Taken() { pool.give_back(pages); }
+      } taken{*pool_};
+      taken.pages.reserve(static_cast<std::size_t>(more));
+      for (std::size_t h = 0; h < heads; ++h) {
+        const std::size_t had = pages_[h].size();
+        body_pages[h].resize(pages_of(rows[heads + h]));
+        for (std::size_t i = had; i < body_pages[h].size(); ++i) {
+          taken.pages.push_back(pool_->take());
+          body_pages[h][i] = taken.pages.back();
+        }
+        std::copy(body_pages[h].begin(), body_pages[h].end(),
+                  table.begin() + static_cast<std::ptrdiff_t>(h * (table.size() / heads)));
+      }
+      HostPages near(near_pages, near_page_bytes), body(body_pages, Pool::page_bytes);
+      for (std::size_t h = 0; h < heads; ++h) to_slices(store_of(host, h), near.head(h), body.head(h));
+      KVT_TRY(device_->copy_to(tables_.data(), table.data(), table.size() * sizeof(int)));
+      KVT_TRY(near.write(*device_, dense_.data()));
+      KVT_TRY(body.write(*device_, pool_->data()));
+      KVT_TRY(device_->copy_to(counts_.data(), rows.data(), rows.size() * sizeof(int)));
+      taken.pages.clear();
+      for (std::size_t h = 0; h < heads; ++h) {
+        const std::size_t kept = std::min(pages_[h].size(), body_pages[h].size());
+        pool_->give_back(std::span(pages_[h]).subspan(kept));
+        bound_[h] = room_[h] = rows[h] + rows[heads + h];
+      }
+      for (std::size_t l = 0; l < appended_.size(); ++l) appended_[l] = static_cast<int>(host.appended(static_cast<int>(l)));
+      pages_.swap(body_pages);
+      short_ends_.swap(ends);
+      uneven_ = uneven;
+      return success();
+    });
+  }
+  // Gives the rows to a cache of the host, likewise: it has no other rows then, and no observed queries. Waits for the device.
+  // What a cache was given by upload() comes back in the same blocks; otherwise all but a head's last have block_rows rows.
+  template <class Host>
+  Status download(Host& host) const noexcept {
+    KVT_TRY(check_counterpart(host));
+    return guarded([&] {
+      const std::size_t heads = pages_.size();
+      std::vector<int> dense, encoded;
+      KVT_TRY(read_rows(dense, encoded));
+      std::vector<std::vector<int>> near_pages(heads), body_pages = pages_;
+      for (std::size_t h = 0; h < heads; ++h) {
+        near_pages[h] = near_numbers(h, dense[h]);
+        body_pages[h].resize(pages_of(encoded[h]));
+      }
+      HostPages near(near_pages, near_page_bytes), body(body_pages, Pool::page_bytes);
+      KVT_TRY(near.read(*device_, dense_.data()));
+      KVT_TRY(body.read(*device_, pool_->data()));
+      return host.assign(std::vector<long long>(appended_.begin(), appended_.end()), [&](std::size_t h, auto& store) {
+        from_slices(near.head(h), dense[h], body.head(h), encoded[h], short_ends_[h], host.options(), store);
+        return success();
+      });
+    });
   }
 
   // Of the device: dense rows and pages as payload, tables and counts as index.
@@ -291,10 +391,109 @@ class DeviceCache {
   }
 
  private:
+  static constexpr long long near_page_bytes = SlicePages::bytes_of_page(LayoutOf<Plain, Plain>::bytes);
+
+  // Dense rows of a head at most, and pages for them.
+  static int most_dense(const DeviceCacheOptions& options) {
+    return options.sink_rows + options.recent_rows + SlicePages::page_rows - 1 + options.max_append;
+  }
+  static int near_pages(const DeviceCacheOptions& options) { return static_cast<int>(pages_of(most_dense(options))); }
   std::size_t kv_heads() const { return static_cast<std::size_t>(geometry_.num_kv_heads); }
   Status check_layer(int layer) const {
     if (layer >= 0 && layer < geometry_.num_layers) return success();
     return error(Errc::bad_shape, "layer is {}; the cache has {}", layer, geometry_.num_layers);
+  }
+  template <class Host>
+  Status check_counterpart(const Host& host) const noexcept {
+    static_assert(std::is_same_v<typename Host::codec_type, Codec>, "rows are exchanged between caches of one codec");
+    KVT_TRY(check_layer(0));
+    if (!(host.geometry() == geometry_)) return error(Errc::bad_shape, "the caches have different geometries");
+    if (host.options().sink_rows != options_.sink_rows) {
+      return error(Errc::bad_shape, "sink_rows is {} on the host and {} on the device", host.options().sink_rows,
+                   options_.sink_rows);
+    }
+    if (host.options().recent_rows != options_.recent_rows) {
+      return error(Errc::bad_shape, "recent_rows is {} on the host and {} on the device", host.options().recent_rows,
+                   options_.recent_rows);
+    }
+    return success();
+  }
+  template <class F>
+  static Status guarded(F&& f) noexcept try {
+    return f();
+  } catch (...) {
+    return error(Errc::out_of_memory, "out of memory; the caches are as they were");
+  }
+  template <class Host>
+  decltype(auto) store_of(const Host& host, std::size_t h) const {
+    return host.store(static_cast<int>(h / kv_heads()), static_cast<int>(h % kv_heads()));
+  }
+  // Pages of a head's dense rows, counted from the first head's.
+  std::vector<int> near_numbers(std::size_t h, int rows) const {
+    std::vector<int> numbers(pages_of(rows));
+    std::iota(numbers.begin(), numbers.end(), static_cast<int>(h) * near_pages(options_));
+    return numbers;
+  }
+  static void to_slices(const HeadStore<Codec>& store, const SlicePages& near, const SlicePages& body) {
+    const auto positions = store.positions();
+    const int sinks = store.sink().rows(), encoded = store.body_rows(), dense = store.num_rows() - encoded;
+    SliceRows<Plain, Plain> plain;
+    for (int at = 0; at < dense; ++at) {
+      const auto& zone = at < sinks ? store.sink() : store.recent();
+      const std::size_t from = zone.bytes_of(at < sinks ? at : at - sinks);
+      const int row = at % slice_rows;
+      std::memcpy(plain.keys[row], zone.keys.data() + from, Plain::row_bytes);
+      std::memcpy(plain.values[row], zone.values.data() + from, Plain::row_bytes);
+      plain.positions[row] = positions[static_cast<std::size_t>(at < sinks ? at : at + encoded)];
+      if (row + 1 == slice_rows || at + 1 == dense) plain.write(near, at / slice_rows, row + 1);
+    }
+    SliceRows<Key, Value> coded;
+    int at = 0;
+    for (const BlockRef& block : store.blocks()) {
+      for (int i = 0; i < block.rows; ++i, ++at) {
+        const int row = at % slice_rows;
+        Key{}.copy_row(block.keys(), block.rows, i, coded.keys[row], 1, 0);
+        Value{}.copy_row(block.values(), block.rows, i, coded.values[row], 1, 0);
+        coded.positions[row] = positions[static_cast<std::size_t>(sinks + at)];
+        if (row + 1 == slice_rows || at + 1 == encoded) coded.write(body, at / slice_rows, row + 1);
+      }
+    }
+  }
+  // Fills an empty store. Short blocks end after the rows `ends`.
+  void from_slices(const SlicePages& near, int dense, const SlicePages& body, int encoded, const std::vector<int>& ends,
+                   const CacheOptions& options, HeadStore<Codec>& store) const {
+    const int sinks = std::min(dense, options.sink_rows);
+    std::vector<int> positions(static_cast<std::size_t>(dense + encoded));
+    std::vector<std::byte> keys, values;  // dense
+    SliceRows<Plain, Plain> plain;
+    for (int first = 0; first < dense; first += slice_rows) {
+      const int n = std::min(slice_rows, dense - first);
+      plain.read(near, first / slice_rows, n);
+      keys.insert(keys.end(), plain.keys[0], plain.keys[n]);
+      values.insert(values.end(), plain.values[0], plain.values[n]);
+      for (int r = 0; r < n; ++r) {
+        const int at = first + r;
+        positions[static_cast<std::size_t>(at < sinks ? at : at + encoded)] = plain.positions[r];
+      }
+    }
+    SliceRows<Key, Value> coded;
+    BlockList blocks(options.memory);
+    BlockRef block;
+    auto end = ends.begin();
+    for (int at = 0, first = 0; at < encoded; ++at) {
+      const int row = at % slice_rows;
+      if (row == 0) coded.read(body, at / slice_rows, std::min(slice_rows, encoded - at));
+      if (at == first + block.rows) {
+        while (end != ends.end() && *end <= at) ++end;
+        const int n = std::min((end != ends.end() ? std::min(*end, encoded) : encoded) - at, options.block_rows);
+        block = blocks.add(n, Key{}.max_block_bytes(n), Value{}.max_block_bytes(n));
+        first = at;
+      }
+      Key{}.copy_row(coded.keys[row], 1, 0, block.data, block.rows, at - first);
+      Value{}.copy_row(coded.values[row], 1, 0, block.data + block.value_offset, block.rows, at - first);
+      positions[static_cast<std::size_t>(sinks + at)] = coded.positions[row];
+    }
+    store.assign(positions, sinks, blocks, keys.data(), values.data());
   }
   // Heads from the first of a layer on.
   DeviceHeads heads(int layer) const {
@@ -338,6 +537,9 @@ class DeviceCache {
     return error(Errc::out_of_memory, "{} pages are needed; the pool has {} left", static_cast<double>(needed),
                  pool_->free_pages());
   }
+  void forget_blocks() {
+    for (auto& ends : short_ends_) ends.clear();
+  }
   void release() {
     for (const auto& pages : pages_) pool_->give_back(pages);
     pages_.clear();
@@ -352,10 +554,11 @@ class DeviceCache {
   DeviceArray<int, Device> tables_;          // [heads, max_rows / 128]
   DeviceArray<SlicePages, Device> entries_;  // dense [heads], encoded [heads]
   std::vector<SlicePages> host_entries_;
-  std::vector<std::vector<int>> pages_;  // [heads]
-  std::vector<int> bound_, room_;        // rows of a head [heads] at most, and those there are pages for
-  std::vector<int> appended_;            // rows of a layer [layers], ever
-  bool uneven_ = false;                  // the last page of a head may not be full
+  std::vector<std::vector<int>> pages_;       // [heads]
+  std::vector<int> bound_, room_;             // rows of a head [heads] at most, and those there are pages for
+  std::vector<int> appended_;                 // rows of a layer [layers], ever
+  bool uneven_ = false;                       // the last page of a head may not be full
+  std::vector<std::vector<int>> short_ends_;  // [heads] rows after which short blocks of the host ended, until rows are dropped
 };
 
 // T: of queries and outputs.

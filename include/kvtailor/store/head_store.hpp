@@ -36,14 +36,15 @@ struct DenseZone {
     Near{}.encode(key, 1, keys.data() + at);
     Near{}.encode(value, 1, values.data() + at);
   }
+  // Rows [n, row_bytes] that are encoded.
+  void push(const std::byte* from_keys, const std::byte* from_values, int n) noexcept {
+    keys.push(from_keys, bytes_of(n));
+    values.push(from_values, bytes_of(n));
+  }
   void push(const DenseZone& from, int row) noexcept {
-    keys.push(from.keys.data() + bytes_of(row), Near::row_bytes);
-    values.push(from.values.data() + bytes_of(row), Near::row_bytes);
+    push(from.keys.data() + bytes_of(row), from.values.data() + bytes_of(row), 1);
   }
-  void push(const DenseZone& from) noexcept {
-    keys.push(from.keys.data(), from.keys.size());
-    values.push(from.values.data(), from.values.size());
-  }
+  void push(const DenseZone& from) noexcept { push(from.keys.data(), from.values.data(), from.rows()); }
   void drop_front(int rows) noexcept {
     keys.drop_front(bytes_of(rows));
     values.drop_front(bytes_of(rows));
@@ -193,6 +194,21 @@ class HeadStore {
     positions_.push(&position, 1);
   }
 
+  // Fills an empty store: the first `sinks` dense rows, those of `body`, and the other dense ones. positions [all rows]; keys
+  // and values of dense rows are encoded, one after another.
+  void assign(std::span<const int> positions, int sinks, BlockList& body, const std::byte* keys, const std::byte* values) {
+    auto recents = static_cast<int>(positions.size()) - sinks;
+    for (const BlockRef& block : body.blocks()) recents -= block.rows;
+    sink_.reserve(sinks);
+    recent_.reserve(recents);
+    positions_.reserve(positions.size());
+    blocks_.reserve(body.blocks().size());
+    sink_.push(keys, values, sinks);
+    recent_.push(keys + Zone::bytes_of(sinks), values + Zone::bytes_of(sinks), recents);
+    positions_.push(positions.data(), positions.size());
+    blocks_.push(body.blocks().data(), body.blocks().size());
+    body.release();
+  }
   // Fills an empty store of the same codec.
   void copy_to(HeadStore& other) const {
     other.sink_.reserve(sink_.rows());
