@@ -62,6 +62,13 @@ struct DenseFragments {
   KVT_HD KVT_INLINE static int code(Word&& word, int tile, int i, int h) {
     return static_cast<int>(word(4 * tile + i) >> (16 * h) & 0xffffu);
   }
+  // Those of all lanes on the host, from word [words][32] and, where it has zeros, to it.
+  static void codes(const std::uint32_t (*word)[32], int tile, int i, int h, int* code) {
+    for (int lane = 0; lane < 32; ++lane) code[lane] = static_cast<int>(word[4 * tile + i][lane] >> (16 * h) & 0xffffu);
+  }
+  static void set_codes(const int* code, int tile, int i, int h, std::uint32_t (*word)[32]) {
+    for (int lane = 0; lane < 32; ++lane) word[4 * tile + i][lane] |= static_cast<std::uint32_t>(code[lane]) << (16 * h);
+  }
 };
 
 // Of one or two bits, registers are made by arithmetic. Other codes are indices of a table that every lane has a copy of: pairs
@@ -172,6 +179,24 @@ struct CodeFragments {
       code |= static_cast<int>(word(at / 32) >> at % 32 & 1u) << b;
     }
     return arithmetic ? signs_last(code) : code;
+  }
+  static void codes(const std::uint32_t (*word)[32], int tile, int i, int h, int* code) {
+    for (int lane = 0; lane < 32; ++lane) code[lane] = 0;
+    for (int b = 0; b < bits; ++b) {
+      const int at = place(tile, i, h, b), turn = at % 32;
+      for (int lane = 0; lane < 32; ++lane) code[lane] |= static_cast<int>(word[at / 32][lane] >> turn & 1u) << b;
+    }
+    for (int lane = 0; lane < 32 && arithmetic; ++lane) code[lane] = signs_last(code[lane]);
+  }
+  static void set_codes(const int* code, int tile, int i, int h, std::uint32_t (*word)[32]) {
+    std::uint32_t stored[32];
+    for (int lane = 0; lane < 32; ++lane) {
+      stored[lane] = static_cast<std::uint32_t>(arithmetic ? signs_first(code[lane]) : code[lane]);
+    }
+    for (int b = 0; b < bits; ++b) {
+      const int at = place(tile, i, h, b), turn = at % 32;
+      for (int lane = 0; lane < 32; ++lane) word[at / 32][lane] |= (stored[lane] >> b & 1u) << turn;
+    }
   }
 
  private:
@@ -300,7 +325,7 @@ struct SliceLayout {
       for (int w = 0; w < Fragments::words; ++w) {
         // Codes of rows that are kept may be spread over words; those that are written already still have them.
         const std::uint32_t word = Fragments::make_word(w, [&](int tile, int i, int h) {
-          const SlicePlace at = keys ? key_place<dim>(lane, tile, i, h) : value_place<dim>(lane, tile, i, h);
+          const SlicePlace at = place<keys>(lane, tile, i, h);
           return at.row < keep ? Fragments::code(old, tile, i, h) : element(at.row, at.dim);
         });
         std::memcpy(to + word_at<Fragments>(lane, w), &word, sizeof word);
@@ -326,6 +351,41 @@ struct SliceLayout {
     const auto word = [&](int w) { return word_of<Fragments>(slice + (keys ? 0 : values_at), lane, w); };
     return Fragments::code(word, tile, left % 16 / 8 + right % 16 / 8 * 2, right % 2);
   }
+  // What pack() was given for all, element [slice_rows][dim], and the same packed: on the host, a place of all lanes at a time.
+  template <bool keys>
+  static void read(const std::byte* slice, int (*element)[dim]) {
+    using Fragments = std::conditional_t<keys, Keys, Values>;
+    std::uint32_t word[Fragments::words][32];
+    for (int w = 0; w < Fragments::words; ++w) {
+      for (int lane = 0; lane < 32; ++lane) word[w][lane] = word_of<Fragments>(slice + (keys ? 0 : values_at), lane, w);
+    }
+    each_place([&](int tile, int i, int h) {
+      int code[32];
+      Fragments::codes(word, tile, i, h, code);
+      for (int lane = 0; lane < 32; ++lane) {
+        const SlicePlace at = place<keys>(lane, tile, i, h);
+        element[at.row][at.dim] = code[lane];
+      }
+    });
+  }
+  template <bool keys>
+  static void write(const int (*element)[dim], std::byte* slice) {
+    using Fragments = std::conditional_t<keys, Keys, Values>;
+    std::uint32_t word[Fragments::words][32] = {};
+    each_place([&](int tile, int i, int h) {
+      int code[32];
+      for (int lane = 0; lane < 32; ++lane) {
+        const SlicePlace at = place<keys>(lane, tile, i, h);
+        code[lane] = element[at.row][at.dim];
+      }
+      Fragments::set_codes(code, tile, i, h, word);
+    });
+    for (int w = 0; w < Fragments::words; ++w) {
+      for (int lane = 0; lane < 32; ++lane) {
+        std::memcpy(slice + (keys ? 0 : values_at) + word_at<Fragments>(lane, w), &word[w][lane], sizeof(std::uint32_t));
+      }
+    }
+  }
   // Copies of the tables for every lane: table_bytes, by `threads` threads.
   KVT_HD static void fill_tables(std::byte* table, int thread, int threads) {
     fill_table<Keys>(table, thread, threads);
@@ -333,6 +393,14 @@ struct SliceLayout {
   }
 
  private:
+  template <class Visit>
+  static void each_place(Visit&& visit) {
+    for (int k = 0; k < dim; ++k) visit(k / 8, k / 2 % 4, k % 2);
+  }
+  template <bool keys>
+  KVT_HD KVT_INLINE static SlicePlace place(int lane, int tile, int i, int h) {
+    return keys ? key_place<dim>(lane, tile, i, h) : value_place<dim>(lane, tile, i, h);
+  }
   template <class Fragments>
   KVT_HD KVT_INLINE static std::uint32_t word_of(const std::byte* part, int lane, int w) {
     std::uint32_t word;

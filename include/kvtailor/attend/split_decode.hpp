@@ -56,8 +56,8 @@ struct DecodePartials {
   float *max, *sum, *rows;
 };
 
-// Codes that tensor cores read, of a codec (see slices.hpp), element d of a row as the codec encodes it alone, and what
-// an element stands for without the row's scale.
+// Codes that tensor cores read, of a codec (see slices.hpp), element d of a row as the codec encodes it alone or, on the host,
+// all of them, and what an element stands for without the row's scale.
 template <class Codec>
 struct FragmentsOf;
 template <int bits, int dim, NormCorrection correction>
@@ -66,9 +66,11 @@ struct FragmentsOf<LloydMax<bits, dim, correction, Half>> {
   KVT_HD static int element(const std::byte* row, int d) {
     return LloydMax<bits, dim, correction>::code_at(reinterpret_cast<const unsigned char*>(row) + sizeof(Half), d);
   }
-  // In a row of zeros.
-  static void set_element(std::byte* row, int d, int element) {
-    LloydMax<bits, dim, correction>::set_code(reinterpret_cast<unsigned char*>(row) + sizeof(Half), d, element);
+  static void unpack(const std::byte* row, int* elements) {
+    LloydMax<bits, dim, correction>::unpack(reinterpret_cast<const unsigned char*>(row) + sizeof(Half), elements);
+  }
+  static void pack(const int* elements, std::byte* row) {
+    LloydMax<bits, dim, correction>::pack(Serial{}, elements, reinterpret_cast<unsigned char*>(row) + sizeof(Half));
   }
   KVT_HD static float value(int element) {
     using Codes = LloydMax<bits, dim, correction>;
@@ -82,8 +84,11 @@ template <int dim>
 struct FragmentsOf<Dense<Half, dim>> {
   using type = DenseFragments<dim>;
   KVT_HD static int element(const std::byte* row, int d) { return reinterpret_cast<const Half*>(row)[d].bits; }
-  static void set_element(std::byte* row, int d, int element) {
-    reinterpret_cast<Half*>(row)[d].bits = static_cast<std::uint16_t>(element);
+  static void unpack(const std::byte* row, int* elements) {
+    for (int d = 0; d < dim; ++d) elements[d] = element(row, d);
+  }
+  static void pack(const int* elements, std::byte* row) {
+    for (int d = 0; d < dim; ++d) reinterpret_cast<Half*>(row)[d].bits = static_cast<std::uint16_t>(elements[d]);
   }
   KVT_HD static float value(int element) { return to_float(Half{static_cast<std::uint16_t>(element)}); }
 };

@@ -85,23 +85,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
       stored = from_float<Scale>(norm > 0 ? corrected(norm / root, sums) : 0.f);
     }
     lanes.once([&] { std::memcpy(block + static_cast<int>(sizeof(Scale)) * row, &stored, sizeof stored); });
-    unsigned char* codes = LloydMax::code_bytes_of(block, n, row);
-    int left = bits;
-    for (int width = 4; width > 0; width /= 2) {
-      if (left < width) continue;
-      left -= width;
-      const int stride = dim * width / 8;
-      lanes.each([&](int lane) {
-        for (int j = lane; j < stride; j += Lanes::size) {
-          int byte = 0;
-          for (int s = 0; s < 8 / width; ++s) {
-            byte |= (static_cast<int>(scratch[s * stride + j]) >> left & ((1 << width) - 1)) << (s * width);
-          }
-          codes[j] = static_cast<unsigned char>(byte);
-        }
-      });
-      codes += stride;
-    }
+    pack(lanes, scratch, LloydMax::code_bytes_of(block, n, row));
   }
 
   template <int lanes>
@@ -119,13 +103,30 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     }
     return code;
   }
-  // Sets it, in codes of a row where it is zero.
-  KVT_HD KVT_INLINE static void set_code(unsigned char* codes, int d, int code) {
+  // All of a row: code [dim].
+  KVT_HD KVT_INLINE static void unpack(const unsigned char* codes, int* code) {
+    for (int d = 0; d < dim; ++d) code[d] = 0;
+    unpack_plane<4>(codes, code);
+    unpack_plane<2>(codes, code);
+    unpack_plane<1>(codes, code);
+  }
+  template <class Lanes, class Code>
+  KVT_HD static void pack(const Lanes& lanes, const Code* code, unsigned char* codes) {
+    int left = bits;
     for (int width = 4; width > 0; width /= 2) {
-      if ((bits & width) == 0) continue;
-      const int stride = dim * width / 8, below = bits & (width - 1);
-      unsigned char& byte = codes[dim * bits_above(width) / 8 + d % stride];
-      byte = static_cast<unsigned char>(byte | (code >> below & ((1 << width) - 1)) << (d / stride * width));
+      if (left < width) continue;
+      left -= width;
+      const int stride = dim * width / 8;
+      lanes.each([&](int lane) {
+        for (int j = lane; j < stride; j += Lanes::size) {
+          int byte = 0;
+          for (int s = 0; s < 8 / width; ++s) {
+            byte |= (static_cast<int>(code[s * stride + j]) >> left & ((1 << width) - 1)) << (s * width);
+          }
+          codes[j] = static_cast<unsigned char>(byte);
+        }
+      });
+      codes += stride;
     }
   }
   // The levels of the codes of one row, as a LaneRow has them.
@@ -146,10 +147,8 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     }
 #endif
     if constexpr (lanes == 1) {
-      int code[dim] = {};
-      unpack<4>(codes, code);
-      unpack<2>(codes, code);
-      unpack<1>(codes, code);
+      int code[dim];
+      unpack(codes, code);
       for (int d = 0; d < dim; ++d) to[d] = levels.value[code[d]];
     } else {
       for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) {
@@ -268,7 +267,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   }
 #endif
   template <int width>
-  KVT_HD KVT_INLINE static void unpack(const unsigned char* codes, int* code) {
+  KVT_HD KVT_INLINE static void unpack_plane(const unsigned char* codes, int* code) {
     if constexpr ((bits & width) != 0) {
       constexpr int stride = dim * width / 8;
       constexpr int mask = (1 << width) - 1;

@@ -71,13 +71,12 @@ struct SliceRows {
 
   void read(const SlicePages& pages, int slice, int count) {
     const std::byte* const from = pages.at(slice, Layout::bytes);
-    std::memset(keys, 0, sizeof keys);
-    std::memset(values, 0, sizeof values);
+    int elements[slice_rows][dim];
+    Layout::template read<true>(from, elements);
+    for (int r = 0; r < count; ++r) FragmentsOf<Key>::pack(elements[r], keys[r]);
+    Layout::template read<false>(from, elements);
     for (int r = 0; r < count; ++r) {
-      for (int d = 0; d < dim; ++d) {
-        FragmentsOf<Key>::set_element(keys[r], d, Layout::template element<true>(from, r, d));
-        FragmentsOf<Value>::set_element(values[r], d, Layout::template element<false>(from, r, d));
-      }
+      FragmentsOf<Value>::pack(elements[r], values[r]);
       if constexpr (Layout::Keys::scaled) std::memcpy(keys[r], from + Layout::key_scale_at(r), sizeof(Half));
       if constexpr (Layout::Values::scaled) std::memcpy(values[r], from + Layout::value_scale_at(r), sizeof(Half));
       positions[r] = pages.positions(slice, Layout::bytes)[r];
@@ -86,16 +85,16 @@ struct SliceRows {
   // To a slice of zeros.
   void write(const SlicePages& pages, int slice, int count) const {
     std::byte* const to = pages.at(slice, Layout::bytes);
-    const auto elements = [count](auto codec, const auto& rows) {
-      return [count, &rows](int r, int d) { return r < count ? FragmentsOf<decltype(codec)>::element(rows[r], d) : -1; };
-    };
-    Layout::template pack<true>(SimulatedWarp{}, to, 0, elements(Key{}, keys));
-    Layout::template pack<false>(SimulatedWarp{}, to, 0, elements(Value{}, values));
+    int elements[slice_rows][dim] = {};
+    for (int r = 0; r < count; ++r) FragmentsOf<Key>::unpack(keys[r], elements[r]);
+    Layout::template write<true>(elements, to);
     for (int r = 0; r < count; ++r) {
+      FragmentsOf<Value>::unpack(values[r], elements[r]);
       if constexpr (Layout::Keys::scaled) std::memcpy(to + Layout::key_scale_at(r), keys[r], sizeof(Half));
       if constexpr (Layout::Values::scaled) std::memcpy(to + Layout::value_scale_at(r), values[r], sizeof(Half));
       pages.positions(slice, Layout::bytes)[r] = positions[r];
     }
+    Layout::template write<false>(elements, to);
   }
 };
 
