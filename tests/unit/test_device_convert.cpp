@@ -347,6 +347,25 @@ TEST_CASE("pages that are neighbours are one copy, whatever heads they are of") 
   check_same(host, cache);
 }
 
+TEST_CASE("after a page that is not full there are pages for what is encoded next") {
+  using Codec = KvCodec<TurboQuant<4, 64>>;
+  CountingDevice device;
+  Pool<Codec> pool;
+  REQUIRE(pool.init(device, 60).ok());
+  Cache<Codec> cache;
+  init(cache, device, pool);
+  Host<Codec> host;
+  init(host);
+  const Rows<Codec> before(sink_rows + 100 + recent_rows, -1, 1), more(130, before.last(), 2), one(1, more.last(), 3);
+  before.append(host);
+  REQUIRE(host.flush().ok());
+  REQUIRE(cache.upload(host).ok());
+  CHECK(60 - pool.free_pages() == 4);
+  for (const auto* rows : {&more, &one}) rows->append(cache);
+  CHECK(*cache.body(1)[1].rows == 228);
+  CHECK(60 - pool.free_pages() == 4 * 2);
+}
+
 TEST_CASE("the caches may have other policies, and queries stay behind") {
   using Codec = KvCodec<TurboQuant<4, 64>>;
   CountingDevice device;

@@ -30,7 +30,6 @@
 #include "kvtailor/codec/kv_codec.hpp"
 #include "kvtailor/core/device.hpp"
 #include "kvtailor/core/geometry.hpp"
-#include "kvtailor/store/head_store.hpp"
 #include "kvtailor/store/head_work.hpp"
 #include "kvtailor/store/host_pages.hpp"
 
@@ -302,7 +301,7 @@ class DeviceCache {
                   table.begin() + static_cast<std::ptrdiff_t>(h * (table.size() / heads)));
       }
       HostPages near(near_pages, near_page_bytes), body(body_pages, Pool::page_bytes);
-      for (std::size_t h = 0; h < heads; ++h) to_slices(store_of(host, h), near.head(h), body.head(h));
+      for (std::size_t h = 0; h < heads; ++h) rows_to_slices(store_of(host, h), near.head(h), body.head(h));
       KVT_TRY(device_->copy_to(tables_.data(), table.data(), table.size() * sizeof(int)));
       KVT_TRY(near.write(*device_, dense_.data()));
       KVT_TRY(body.write(*device_, pool_->data()));
@@ -338,7 +337,7 @@ class DeviceCache {
       KVT_TRY(near.read(*device_, dense_.data()));
       KVT_TRY(body.read(*device_, pool_->data()));
       return host.assign(std::vector<long long>(appended_.begin(), appended_.end()), [&](std::size_t h, auto& store) {
-        from_slices(near.head(h), dense[h], body.head(h), encoded[h], short_ends_[h], host.options(), store);
+        rows_from_slices(near.head(h), dense[h], body.head(h), encoded[h], short_ends_[h], host.options(), store);
         return success();
       });
     });
@@ -433,67 +432,6 @@ class DeviceCache {
     std::vector<int> numbers(pages_of(rows));
     std::iota(numbers.begin(), numbers.end(), static_cast<int>(h) * near_pages(options_));
     return numbers;
-  }
-  static void to_slices(const HeadStore<Codec>& store, const SlicePages& near, const SlicePages& body) {
-    const auto positions = store.positions();
-    const int sinks = store.sink().rows(), encoded = store.body_rows(), dense = store.num_rows() - encoded;
-    SliceRows<Plain, Plain> plain;
-    for (int at = 0; at < dense; ++at) {
-      const auto& zone = at < sinks ? store.sink() : store.recent();
-      const std::size_t from = zone.bytes_of(at < sinks ? at : at - sinks);
-      const int row = at % slice_rows;
-      std::memcpy(plain.keys[row], zone.keys.data() + from, Plain::row_bytes);
-      std::memcpy(plain.values[row], zone.values.data() + from, Plain::row_bytes);
-      plain.positions[row] = positions[static_cast<std::size_t>(at < sinks ? at : at + encoded)];
-      if (row + 1 == slice_rows || at + 1 == dense) plain.write(near, at / slice_rows, row + 1);
-    }
-    SliceRows<Key, Value> coded;
-    int at = 0;
-    for (const BlockRef& block : store.blocks()) {
-      for (int i = 0; i < block.rows; ++i, ++at) {
-        const int row = at % slice_rows;
-        Key{}.copy_row(block.keys(), block.rows, i, coded.keys[row], 1, 0);
-        Value{}.copy_row(block.values(), block.rows, i, coded.values[row], 1, 0);
-        coded.positions[row] = positions[static_cast<std::size_t>(sinks + at)];
-        if (row + 1 == slice_rows || at + 1 == encoded) coded.write(body, at / slice_rows, row + 1);
-      }
-    }
-  }
-  // Fills an empty store. Short blocks end after the rows `ends`.
-  void from_slices(const SlicePages& near, int dense, const SlicePages& body, int encoded, const std::vector<int>& ends,
-                   const CacheOptions& options, HeadStore<Codec>& store) const {
-    const int sinks = std::min(dense, options.sink_rows);
-    std::vector<int> positions(static_cast<std::size_t>(dense + encoded));
-    std::vector<std::byte> keys, values;  // dense
-    SliceRows<Plain, Plain> plain;
-    for (int first = 0; first < dense; first += slice_rows) {
-      const int n = std::min(slice_rows, dense - first);
-      plain.read(near, first / slice_rows, n);
-      keys.insert(keys.end(), plain.keys[0], plain.keys[n]);
-      values.insert(values.end(), plain.values[0], plain.values[n]);
-      for (int r = 0; r < n; ++r) {
-        const int at = first + r;
-        positions[static_cast<std::size_t>(at < sinks ? at : at + encoded)] = plain.positions[r];
-      }
-    }
-    SliceRows<Key, Value> coded;
-    BlockList blocks(options.memory);
-    BlockRef block;
-    auto end = ends.begin();
-    for (int at = 0, first = 0; at < encoded; ++at) {
-      const int row = at % slice_rows;
-      if (row == 0) coded.read(body, at / slice_rows, std::min(slice_rows, encoded - at));
-      if (at == first + block.rows) {
-        while (end != ends.end() && *end <= at) ++end;
-        const int n = std::min((end != ends.end() ? std::min(*end, encoded) : encoded) - at, options.block_rows);
-        block = blocks.add(n, Key{}.max_block_bytes(n), Value{}.max_block_bytes(n));
-        first = at;
-      }
-      Key{}.copy_row(coded.keys[row], 1, 0, block.data, block.rows, at - first);
-      Value{}.copy_row(coded.values[row], 1, 0, block.data + block.value_offset, block.rows, at - first);
-      positions[static_cast<std::size_t>(sinks + at)] = coded.positions[row];
-    }
-    store.assign(positions, sinks, blocks, keys.data(), values.data());
   }
   // Heads from the first of a layer on.
   DeviceHeads heads(int layer) const {

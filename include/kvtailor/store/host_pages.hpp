@@ -4,12 +4,14 @@
 // Between a cache of a device and one of the host, on the host:
 //   HostPages   pages of a device, copied a run at a time
 //   SliceRows   32 rows, as slices of a device have them and one by one, as blocks of the host do
+//   rows_to_slices(), rows_from_slices()   the rows of a head
 #pragma once
 
 #include <algorithm>
 #include <vector>
 
 #include "kvtailor/attend/split_decode.hpp"
+#include "kvtailor/store/head_store.hpp"
 
 namespace kvt::inline v0 {
 
@@ -97,5 +99,77 @@ struct SliceRows {
     Layout::template write<false>(elements, to);
   }
 };
+
+template <class Codec>
+using PlainRows = SliceRows<Dense<Half, Codec::head_dim>, Dense<Half, Codec::head_dim>>;
+
+// To slices of zeros.
+template <class Codec>
+void rows_to_slices(const HeadStore<Codec>& store, const SlicePages& near, const SlicePages& body) {
+  const auto positions = store.positions();
+  const int sinks = store.sink().rows(), encoded = store.body_rows(), dense = store.num_rows() - encoded;
+  PlainRows<Codec> plain;
+  for (int at = 0; at < dense; ++at) {
+    const auto& zone = at < sinks ? store.sink() : store.recent();
+    const std::size_t from = zone.bytes_of(at < sinks ? at : at - sinks);
+    const int row = at % slice_rows;
+    std::memcpy(plain.keys[row], zone.keys.data() + from, sizeof plain.keys[row]);
+    std::memcpy(plain.values[row], zone.values.data() + from, sizeof plain.values[row]);
+    plain.positions[row] = positions[static_cast<std::size_t>(at < sinks ? at : at + encoded)];
+    if (row + 1 == slice_rows || at + 1 == dense) plain.write(near, at / slice_rows, row + 1);
+  }
+  const auto& [keys, values] = store.codec();
+  SliceRows<typename Codec::key_type, typename Codec::value_type> coded;
+  int at = 0;
+  for (const BlockRef& block : store.blocks()) {
+    for (int i = 0; i < block.rows; ++i, ++at) {
+      const int row = at % slice_rows;
+      keys.copy_row(block.keys(), block.rows, i, coded.keys[row], 1, 0);
+      values.copy_row(block.values(), block.rows, i, coded.values[row], 1, 0);
+      coded.positions[row] = positions[static_cast<std::size_t>(sinks + at)];
+      if (row + 1 == slice_rows || at + 1 == encoded) coded.write(body, at / slice_rows, row + 1);
+    }
+  }
+}
+
+// Fills an empty store: blocks of block_rows rows, but that a block ends after the rows `ends`. Throws what the resource and
+// operator new throw.
+template <class Codec>
+void rows_from_slices(const SlicePages& near, int dense, const SlicePages& body, int encoded, std::span<const int> ends,
+                      const CacheOptions& options, HeadStore<Codec>& store) {
+  const int sinks = std::min(dense, options.sink_rows);
+  std::vector<int> positions(static_cast<std::size_t>(dense + encoded));
+  std::vector<std::byte> dense_keys, dense_values;
+  PlainRows<Codec> plain;
+  for (int first = 0; first < dense; first += slice_rows) {
+    const int n = std::min(slice_rows, dense - first);
+    plain.read(near, first / slice_rows, n);
+    dense_keys.insert(dense_keys.end(), plain.keys[0], plain.keys[n]);
+    dense_values.insert(dense_values.end(), plain.values[0], plain.values[n]);
+    for (int r = 0; r < n; ++r) {
+      const int at = first + r;
+      positions[static_cast<std::size_t>(at < sinks ? at : at + encoded)] = plain.positions[r];
+    }
+  }
+  const auto& [keys, values] = store.codec();
+  SliceRows<typename Codec::key_type, typename Codec::value_type> coded;
+  BlockList blocks(options.memory);
+  BlockRef block;
+  auto end = ends.begin();
+  for (int at = 0, first = 0; at < encoded; ++at) {
+    const int row = at % slice_rows;
+    if (row == 0) coded.read(body, at / slice_rows, std::min(slice_rows, encoded - at));
+    if (at == first + block.rows) {
+      while (end != ends.end() && *end <= at) ++end;
+      const int n = std::min((end != ends.end() ? std::min(*end, encoded) : encoded) - at, options.block_rows);
+      block = blocks.add(n, keys.max_block_bytes(n), values.max_block_bytes(n));
+      first = at;
+    }
+    keys.copy_row(coded.keys[row], 1, 0, block.data, block.rows, at - first);
+    values.copy_row(coded.values[row], 1, 0, block.data + block.value_offset, block.rows, at - first);
+    positions[static_cast<std::size_t>(sinks + at)] = coded.positions[row];
+  }
+  store.assign(positions, sinks, blocks, dense_keys.data(), dense_values.data());
+}
 
 }  // namespace kvt::inline v0
