@@ -297,8 +297,10 @@ class DeviceCache {
           taken.pages.push_back(pool_->take());
           body_pages[h][i] = taken.pages.back();
         }
-        std::copy(body_pages[h].begin(), body_pages[h].end(),
-                  table.begin() + static_cast<std::ptrdiff_t>(h * (table.size() / heads)));
+        // The table is good for the rows there are until they are counted anew.
+        const auto entry = table.begin() + static_cast<std::ptrdiff_t>(h * (table.size() / heads));
+        std::copy(pages_[h].begin(), pages_[h].end(), entry);
+        std::copy(body_pages[h].begin(), body_pages[h].end(), entry);
       }
       HostPages near(near_pages, near_page_bytes), body(body_pages, Pool::page_bytes);
       for (std::size_t h = 0; h < heads; ++h) rows_to_slices(store_of(host, h), near.head(h), body.head(h));
