@@ -169,7 +169,8 @@ struct ThreadBlock {
   template <class F>
   __host__ __device__ void each_warp(F&& f) const {
 #if defined(__CUDA_ARCH__)
-    f(Warp{}, static_cast<int>(threadIdx.x / 32u));
+    // The shuffle tells the compiler that the warp takes one way, so that what all lanes share lies in uniform registers.
+    f(Warp{}, __shfl_sync(0xffffffffu, static_cast<int>(threadIdx.x / 32u), 0));
     __syncthreads();
 #endif
   }
