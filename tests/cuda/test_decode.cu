@@ -1,9 +1,10 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decode steps with tensor cores, against double precision; without a device, the same blocks of warps simulated.
+// Decode steps with tensor cores, against double precision; without a device, the same blocks of warps simulated. And, on a
+// device alone, what kernels written by hand find.
 #include "device.cuh"
-#include "kvtailor/cuda/device.cuh"
+#include "overhead/decode.cu"
 #include "reference/split_decode.hpp"
 
 namespace {
@@ -82,6 +83,66 @@ int check(const reference::DecodeCase& c) {
   return failures;
 }
 
+// Partial results of DecodeWork and of the kernel written by hand: a block to each entry.
+template <int bits>
+int check_by_hand() {
+  using Problem = reference::DecodeProblem<bits, bits, by_hand::dim>;
+  using Key = typename Problem::Key;
+  using Fragments = typename FragmentsOf<Key>::type;
+  constexpr int dim = by_hand::dim, entries = 4;
+  const Problem problem(
+      {{700, 673, 704, 680}, {1, 1, 1, 1}, 8, entries});  // as many slices each, so that shares are whole entries
+  typename Problem::Side side(problem.body, entries);
+  for (int e = 0; e <= entries; ++e) side.first_slice[static_cast<std::size_t>(e)] = 22 * e;
+  DecodeStep<Half> step = problem.step(side);
+  std::vector<float> prepared(entries * 8 * dim), units(entries * 8), levels(16, 0.f);
+  for (std::size_t v = 0; v < units.size(); ++v) {
+    float plain[dim], *const to = prepared.data() + v * dim, most = 0;
+    for (std::size_t d = 0; d < dim; ++d) plain[d] = to_float(problem.queries[v * dim + d]);
+    Key{}.prepare(SimulatedWarp{}, plain, Problem::scale() * 1.44269504f, to);
+    for (int d = 0; d < dim; ++d) most = std::fmax(most, std::fabs(to[d]));
+    const float power = std::ldexp(1.f, std::ilogb(most));
+    for (int d = 0; d < dim; ++d) to[d] /= power;
+    units[v] = power * Fragments::unit;
+  }
+  if constexpr (bits < 16) {
+    for (int i = 0; i < 16; ++i) levels[static_cast<std::size_t>(i)] = static_cast<float>(LloydMax<bits, dim>::level(i));
+  }
+  const DeviceSide<typename Problem::Body> on_device(problem.body, side);
+  const device::Array<Half> queries(problem.queries);
+  const device::Array<float> own_queries(prepared), own_units(units), own_levels(levels);
+  const device::Array<float> max(units.size()), sum(units.size()), rows(prepared.size());
+  on_device.point(step);
+  step.queries = queries.data();
+  cuda::Device stream(nullptr);
+  const Status status = stream.launch(DecodeWork<Key, Key, false, Half>{step}, entries);
+  if (!status.ok()) {
+    std::printf("%s (%d)\n", status.message().c_str(), status.native);
+    return 1;
+  }
+  constexpr int table_bytes = bits == 16 ? 0 : by_hand::table_bytes;
+  const auto kernel = by_hand::decode<bits != 16>;
+  device::check(cudaFuncSetAttribute(kernel, cudaFuncAttributeMaxDynamicSharedMemorySize, table_bytes), "shared memory");
+  kernel<<<entries, 32 * by_hand::warps, table_bytes>>>({on_device.pages.data(), own_queries.data(), own_units.data(),
+                                                         own_levels.data(), Fragments::unit, max.data(), sum.data(),
+                                                         rows.data()});
+  device::finish_kernel();
+  // They add up alike; a weight that is rounded the other way is a millionth of a sum.
+  int different = 0;
+  const auto compare = [&](const std::vector<float>& found, const std::vector<float>& by_hand, std::size_t each, float size) {
+    for (std::size_t i = 0; i < by_hand.size(); ++i) {
+      different += !(std::fabs(found[i / each * 2 * each + i % each] - by_hand[i]) <= 1e-5f * size);  // slot b + e
+    }
+  };
+  const std::vector<float> sums = sum.values();
+  const float largest = *std::max_element(sums.begin(), sums.end());
+  compare(on_device.max.values(), max.values(), 8, 10);
+  compare(on_device.sum.values(), sums, 8, largest);
+  compare(on_device.rows.values(), rows.values(), 8 * dim, largest);
+  if (different > 0) std::printf("%d bits: %d numbers are not what a kernel written by hand finds\n", bits, different);
+  return different > 0;
+}
+
 }  // namespace
 
 int main() {
@@ -92,5 +153,6 @@ int main() {
   int failures = check<4, 4, 64, false>(ragged) + check<4, 4, 64, true>(windowed) + check<2, 2, 128, false>(wide) +
                  check<3, 2, 128, false>(ragged) + check<1, 5, 64, false>(ragged) + check<16, 16, 80, false>(ragged) +
                  check<6, 3, 256, false>(ragged);
+  if (device::present()) failures += check_by_hand<4>() + check_by_hand<16>();
   return device::result(failures);
 }

@@ -23,13 +23,14 @@ struct SlicePages {
   static constexpr int page_slices = 4, page_rows = page_slices * slice_rows;
 
   std::byte* pool;
-  const int* page;       // [ceil(rows / page_rows)] a page's number in the pool; null: pages lie in order
-  const int* rows;       // how many there are
-  long long page_bytes;  // from page to page, a multiple of 128
+  const int* page;  // [ceil(rows / page_rows)] a page's number in the pool; null: pages lie in order
+  const int* rows;  // how many there are
+  int page_bytes;   // from page to page, a multiple of 128
 
   KVT_HD KVT_INLINE std::byte* at(int slice, int slice_bytes) const {
     const int in_order = slice / page_slices;
-    return pool + (page != nullptr ? page[in_order] : in_order) * page_bytes + slice % page_slices * slice_bytes;
+    return pool + static_cast<long long>(page != nullptr ? page[in_order] : in_order) * page_bytes +
+           slice % page_slices * slice_bytes;
   }
   KVT_HD KVT_INLINE int* positions(int slice, int slice_bytes) const {
     return reinterpret_cast<int*>(at(slice / page_slices * page_slices, slice_bytes) + page_slices * slice_bytes) +
@@ -47,9 +48,9 @@ struct QueryFragments {
   std::uint32_t word[dim / 16][2][32];
   float unit[8];
 
-  // prepared [m, dim], m <= 8: in the codec's basis, times scale and log2(e).
+  // prepared [m, dim], m <= 8: in the codec's basis, times scale and log2(e). A warp's share of the words.
   template <class Lanes>
-  KVT_HD void pack(const Lanes& lanes, const float* prepared, int m) {
+  KVT_HD void pack(const Lanes& lanes, const float* prepared, int m, int warp = 0, int warps = 1) {
     auto largest = map(lanes, [&](int lane) {
       float most = 0;
       for (int d = lane % 4; d < dim && lane / 4 < m; d += 4) most = std::fmax(most, std::fabs(prepared[lane / 4 * dim + d]));
@@ -64,8 +65,8 @@ struct QueryFragments {
         [&](int lane, float most) {
           const int vector = lane / 4;
           const float power = power_of_two(most), inverse = 1 / power;
-          if (lane % 4 == 0) unit[vector] = power;
-          for (int k = 0; k < dim / 16; ++k) {
+          if (warp == 0 && lane % 4 == 0) unit[vector] = power;
+          for (int k = warp; k < dim / 16; k += warps) {
             for (int i = 0; i < 2; ++i) {
               const float* const from = prepared + vector * dim + 16 * k + 8 * i + 2 * (lane % 4);
               word[k][i][lane] = vector < m ? pack_halves(from[0] * inverse, from[1] * inverse) : 0;
@@ -107,6 +108,8 @@ class DecodeWarp {
   // Whether words of the next slice, and queries, wait in registers: where there are enough. Of the largest heads, words of 16
   // rows are read at a time, in a loop: straight code of 32 would be reordered until it spills.
   static constexpr bool ahead = dim <= 128, queries_wait = dim <= 128;
+  // Whether scales of values are floats before the next are asked for: more registers, and no copy of the words.
+  static constexpr bool converted_early = Layout::table_bytes > 0 || (Keys::words % 4 == 0 && Values::words % 4 == 0);
   template <class Fragments>
   static constexpr bool halved = dim > 192 && !Fragments::streamed;
   template <class Fragments>
@@ -115,39 +118,54 @@ class DecodeWarp {
                                                   : Fragments::words;
 
   // Attends to slices first, first + step, ... below last. table: Layout::table_bytes, filled.
-  KVT_HD void run(const Lanes& lanes, const SlicePages& pages, const DecodeQueries<dim>& query, const std::byte* table,
+  KVT_HD void run(const Lanes& lanes, const SlicePages pages, const DecodeQueries<dim>& query, const std::byte* table,
                   int first, int last, int step) {
     start(lanes, query);
     if (first >= last) return;
     const int rows = *pages.rows;
+    const bool paged = any(lanes, map(lanes, [&](int) { return pages.page != nullptr; }));  // what is voted on is kept
+    const auto locate = [&](int slice) {
+      const int in_order = static_cast<int>(static_cast<unsigned>(slice) / SlicePages::page_slices);
+      const int number = paged ? pages.page[in_order] : in_order;
+      // Whole pages apart, slices lie alike in them, and where they lie is known before the loop.
+      const int in_page = (step % SlicePages::page_slices == 0 ? first : slice) % SlicePages::page_slices;
+      const auto from = [&](int offset) {
+        return offset_by(pages.pool + (in_page * Layout::bytes + offset), number, pages.page_bytes);
+      };
+      return Place{map(lanes, [&](int lane) { return from(16 * lane); }),
+                   map(lanes, [&](int lane) { return from(Layout::scales_at + lane / 4 * 4 * Layout::scale_words); })};
+    };
     Reg<std::uint32_t> keys[kept<Keys>], values[kept<Values>], scales[4] = {};
-    const std::byte* at = pages.at(first, Layout::bytes);
-    fetch<Keys>(lanes, at, keys);
-    if constexpr (ahead) fetch<Values>(lanes, at + Layout::values_at, values);
+    Place at = locate(first);
+    fetch<Keys>(lanes, at.words, keys);
+    if constexpr (ahead) fetch<Values>(lanes, values_of(lanes, at), values);
     load_scales(lanes, at, scales);
     for (int slice = first; slice < last; slice += step) {
       const bool more = slice + step < last;
-      const std::byte* const next = more ? pages.at(slice + step, Layout::bytes) : at;
+      const Place next = more ? locate(slice + step) : at;
       Reg<Float4> logit[2];
-      multiply_keys(lanes, at, keys, table, query, logit);
-      const Reg<std::uint32_t> scale[4] = {scales[0], scales[1], scales[2], scales[3]};
-      if constexpr (!ahead) fetch<Values>(lanes, at + Layout::values_at, values);
+      multiply_keys(lanes, at.words, keys, table, query, logit);
+      const Reg<Float4> key_scale = row_scales(lanes, scales[0], scales[1]);
+      const Reg<std::uint32_t> value_words[2] = {scales[2], scales[3]};
+      Reg<Float4> value_scale;
+      if constexpr (converted_early) value_scale = row_scales(lanes, value_words[0], value_words[1]);
+      if constexpr (!ahead) fetch<Values>(lanes, values_of(lanes, at), values);
       if (ahead && more) {
-        fetch<Keys>(lanes, next, keys);
+        fetch<Keys>(lanes, next.words, keys);
         load_scales(lanes, next, scales);
       }
-      scale_logits(lanes, scale, query, logit);
-      if (slice * slice_rows + slice_rows > rows) hide_missing(lanes, rows - slice * slice_rows, logit);
+      scale_logits(lanes, key_scale, query, logit);
       if constexpr (limited) hide_unseen(lanes, pages.positions(slice, Layout::bytes), query, logit);
-      raise_if_needed(lanes, logit);
+      hide_or_raise(lanes, slice == rows / slice_rows, rows % slice_rows, logit);
+      if constexpr (!converted_early) value_scale = row_scales(lanes, value_words[0], value_words[1]);
       Reg<std::uint32_t> weight[2][2];
-      to_weights(lanes, scale, logit, weight);
-      multiply_values(lanes, at + Layout::values_at, values, table, weight);
+      to_weights(lanes, value_scale, logit, weight);
+      multiply_values(lanes, values_of(lanes, at), values, table, weight);
       if (more) {
         if constexpr (ahead) {
-          fetch<Values>(lanes, next + Layout::values_at, values);
+          fetch<Values>(lanes, values_of(lanes, next), values);
         } else {
-          fetch<Keys>(lanes, next, keys);
+          fetch<Keys>(lanes, next.words, keys);
           load_scales(lanes, next, scales);
         }
       }
@@ -197,31 +215,40 @@ class DecodeWarp {
   }
 
  private:
+  using Address = Reg<const std::byte*>;
+  // Where a lane reads a slice: its words by fours, and scales of its rows.
+  struct Place {
+    Address words, scales;
+  };
+  KVT_HD KVT_INLINE static Address values_of(const Lanes& lanes, const Place& at) {
+    return offset(lanes, at.words, Layout::values_at);
+  }
   template <class Fragments>
-  KVT_HD KVT_INLINE static void fetch(const Lanes& lanes, const std::byte* from, Reg<std::uint32_t>* to) {
+  KVT_HD KVT_INLINE static void fetch(const Lanes& lanes, const Address& from, Reg<std::uint32_t>* to) {
     if constexpr (!Fragments::streamed && !halved<Fragments>) Layout::template load<Fragments>(lanes, from, to);
   }
   // Of a tile; `words` are those of the slice, unless they are read now.
   template <class Fragments>
-  KVT_HD KVT_INLINE static void registers(const Lanes& lanes, const std::byte* from, const Reg<std::uint32_t>* words, int tile,
+  KVT_HD KVT_INLINE static void registers(const Lanes& lanes, const Address& from, const Reg<std::uint32_t>* words, int tile,
                                           const std::byte* table, Reg<std::uint32_t> (&a)[4]) {
     if constexpr (Fragments::streamed) {
-      load_words<4>(lanes, from + tile * 4 * Layout::word_bytes, map(lanes, [](int lane) { return lane * 16; }), a);
+      load_words<4>(lanes, offset(lanes, from, tile * 4 * Layout::word_bytes), a);
     } else {
       Fragments::unpack(lanes, words, tile, table, a);
     }
   }
   // Of rows g, g + 8, g + 16 and g + 24: keys in the first two words, values in the others.
-  KVT_HD KVT_INLINE static void load_scales(const Lanes& lanes, const std::byte* from, Reg<std::uint32_t>* to) {
-    if constexpr (Layout::scale_words > 0) {
-      const auto at = map(lanes, [](int lane) { return Layout::scales_at + lane / 4 * 4 * Layout::scale_words; });
-      load_words<Layout::scale_words>(lanes, from, at, to + (Keys::scaled ? 0 : 2));
-    }
+  KVT_HD KVT_INLINE static void load_scales(const Lanes& lanes, const Place& at, Reg<std::uint32_t>* to) {
+    if constexpr (Layout::scale_words > 0) load_words<Layout::scale_words>(lanes, at.scales, to + (Keys::scaled ? 0 : 2));
   }
-  // The scale of row g + 8 `which`.
-  KVT_HD KVT_INLINE static float pick(std::uint32_t even, std::uint32_t odd, int which) {
-    const std::uint32_t both = which < 2 ? even : odd;
-    return which % 2 == 0 ? low_half(both) : high_half(both);
+  KVT_HD KVT_INLINE static Reg<Float4> row_scales(const Lanes& lanes, const Reg<std::uint32_t>& even,
+                                                  const Reg<std::uint32_t>& odd) {
+    return map(
+        lanes,
+        [](int, std::uint32_t x, std::uint32_t y) {
+          return Float4{{low_half(x), high_half(x), low_half(y), high_half(y)}};
+        },
+        even, odd);
   }
 
   KVT_HD void start(const Lanes& lanes, const DecodeQueries<dim>& query) {
@@ -231,8 +258,9 @@ class DecodeWarp {
       }
     }
     for (int c = 0; c < 2; ++c) {
-      unit_[c] = map(lanes, [&](int lane) { return query.vectors->unit[lane % 4 * 2 + c] * Keys::unit; });
-      max_[c] = map(lanes, [](int) { return -std::numeric_limits<float>::infinity(); });
+      query_unit_[c] = map(lanes, [&](int lane) { return query.vectors->unit[lane % 4 * 2 + c] * Keys::unit; });
+      unit_[c] = limited && query.cap > 0 ? map(lanes, [](int) { return 1.f; }) : query_unit_[c];
+      max_[c] = most_[c] = map(lanes, [](int) { return -std::numeric_limits<float>::infinity(); });
       sum_[c] = map(lanes, [](int) { return 0.f; });
     }
     for (int k = 0; k < across; ++k) acc_[k] = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
@@ -240,7 +268,7 @@ class DecodeWarp {
 
   // What 16 rows are multiplied by: multiply(half), with the words of the half from tile `first` on.
   template <class Fragments, class Multiply>
-  KVT_HD KVT_INLINE static void each_half(const Lanes& lanes, const std::byte* from, Reg<std::uint32_t>* words,
+  KVT_HD KVT_INLINE static void each_half(const Lanes& lanes, const Address& from, Reg<std::uint32_t>* words,
                                           Multiply&& multiply) {
     if constexpr (halved<Fragments>) {
       KVT_LOOP_ON_DEVICE
@@ -253,25 +281,36 @@ class DecodeWarp {
       multiply(1, across);
     }
   }
-  KVT_HD KVT_INLINE void multiply_keys(const Lanes& lanes, const std::byte* from, Reg<std::uint32_t>* words,
+  KVT_HD KVT_INLINE void multiply_keys(const Lanes& lanes, const Address& from, Reg<std::uint32_t>* words,
                                        const std::byte* table, const DecodeQueries<dim>& query, Reg<Float4> (&logit)[2]) const {
-    each_half<Keys>(lanes, from, words, [&](int half, int first) {
-      Reg<Float4> sum = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
+    const auto zero = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
+    const auto multiply = [&](int tile, int k, Reg<Float4>& sum) {
+      Reg<std::uint32_t> a[4];
+      registers<Keys>(lanes, from, words, tile, table, a);
+      if constexpr (queries_wait) {
+        mma(lanes, sum, a, query_[k][0], query_[k][1]);
+      } else {
+        const auto part = [&](int i) { return map(lanes, [&](int lane) { return query.vectors->word[k][i][lane]; }); };
+        mma(lanes, sum, a, part(0), part(1));
+      }
+    };
+    if constexpr (halved<Keys>) {
+      each_half<Keys>(lanes, from, words, [&](int half, int first) {
+        Reg<Float4> sum = zero;
+        KVT_UNROLL_ON_DEVICE
+        for (int k = 0; k < across; ++k) multiply(first + k, k, sum);
+        (half == 0 ? logit[0] : logit[1]) = sum;
+      });
+    } else {  // two sums in turn: neither waits for its own last product
+      logit[0] = logit[1] = zero;
       KVT_UNROLL_ON_DEVICE
       for (int k = 0; k < across; ++k) {
-        Reg<std::uint32_t> a[4];
-        registers<Keys>(lanes, from, words, first + k, table, a);
-        if constexpr (queries_wait) {
-          mma(lanes, sum, a, query_[k][0], query_[k][1]);
-        } else {
-          const auto part = [&](int i) { return map(lanes, [&](int lane) { return query.vectors->word[k][i][lane]; }); };
-          mma(lanes, sum, a, part(0), part(1));
-        }
+        multiply(k, k, logit[0]);
+        multiply(across + k, k, logit[1]);
       }
-      (half == 0 ? logit[0] : logit[1]) = sum;
-    });
+    }
   }
-  KVT_HD KVT_INLINE void multiply_values(const Lanes& lanes, const std::byte* from, Reg<std::uint32_t>* words,
+  KVT_HD KVT_INLINE void multiply_values(const Lanes& lanes, const Address& from, Reg<std::uint32_t>* words,
                                          const std::byte* table, const Reg<std::uint32_t> (&weight)[2][2]) {
     each_half<Values>(lanes, from, words, [&](int half, int first) {
       const Reg<std::uint32_t> low = half == 0 ? weight[0][0] : weight[1][0], high = half == 0 ? weight[0][1] : weight[1][1];
@@ -283,33 +322,32 @@ class DecodeWarp {
       }
     });
   }
-  KVT_HD KVT_INLINE void scale_logits(const Lanes& lanes, const Reg<std::uint32_t> (&scale)[4], const DecodeQueries<dim>& query,
+  KVT_HD KVT_INLINE void scale_logits(const Lanes& lanes, const Reg<Float4>& scale, const DecodeQueries<dim>& query,
                                       Reg<Float4> (&logit)[2]) const {
     KVT_UNROLL_ON_DEVICE
     for (int j = 0; j < 2; ++j) {
       logit[j] = map(
           lanes,
-          [j](int, const Float4& x, std::uint32_t even, std::uint32_t odd, float unit0, float unit1) {
-            const float low = Keys::scaled ? pick(even, odd, 2 * j) : 1.f,
-                        high = Keys::scaled ? pick(even, odd, 2 * j + 1) : 1.f;
-            return Float4{{x.x[0] * low * unit0, x.x[1] * low * unit1, x.x[2] * high * unit0, x.x[3] * high * unit1}};
+          [j](int, const Float4& x, const Float4& by) {
+            const float low = by.x[2 * j], high = by.x[2 * j + 1];
+            return Keys::scaled ? Float4{{x.x[0] * low, x.x[1] * low, x.x[2] * high, x.x[3] * high}} : x;
           },
-          logit[j], scale[0], scale[1], unit_[0], unit_[1]);
+          logit[j], scale);
     }
     if (limited && query.cap > 0) {
       const float cap = query.cap, inverse = 1 / cap;
       for (int j = 0; j < 2; ++j) {
         logit[j] = map(
             lanes,
-            [cap, inverse](int, Float4 x) {
-              for (float& each : x.x) each = cap * std::tanh(each * inverse);
+            [cap, inverse](int, Float4 x, float unit0, float unit1) {
+              for (int i = 0; i < 4; ++i) x.x[i] = cap * std::tanh(x.x[i] * (i % 2 == 0 ? unit0 : unit1) * inverse);
               return x;
             },
-            logit[j]);
+            logit[j], query_unit_[0], query_unit_[1]);
       }
     }
   }
-  // Logits of rows that do not exist; the slice has `left` of them.
+  // Logits of rows that do not exist; the slice has `left` that do.
   KVT_HD KVT_INLINE static void hide_missing(const Lanes& lanes, int left, Reg<Float4> (&logit)[2]) {
     for (int j = 0; j < 2; ++j) {
       logit[j] = map(
@@ -341,20 +379,32 @@ class DecodeWarp {
           logit[j]);
     }
   }
-  KVT_HD KVT_INLINE void raise_if_needed(const Lanes& lanes, const Reg<Float4> (&logit)[2]) {
-    Reg<float> top[2];
+  KVT_HD KVT_INLINE void find_tops(const Lanes& lanes, const Reg<Float4> (&logit)[2], Reg<float> (&top)[2]) const {
     for (int c = 0; c < 2; ++c) {
       top[c] = map(
           lanes,
-          [c](int, const Float4& a, const Float4& b) {
-            return std::fmax(std::fmax(a.x[c], a.x[c + 2]), std::fmax(b.x[c], b.x[c + 2]));
+          [c](int, const Float4& a, const Float4& b, float unit) {
+            return std::fmax(std::fmax(a.x[c], a.x[c + 2]), std::fmax(b.x[c], b.x[c + 2])) * unit;
           },
-          logit[0], logit[1]);
+          logit[0], logit[1], unit_[c]);
     }
-    const auto above = map(
-        lanes, [](int, float a, float b, float max0, float max1) { return a > max0 + slack || b > max1 + slack; }, top[0],
-        top[1], max_[0], max_[1]);
-    if (any(lanes, above)) raise(lanes, top);
+  }
+  // What is rare, found by one vote: rows that are missing, `left` of the slice are there, and logits above the maximum.
+  KVT_HD KVT_INLINE void hide_or_raise(const Lanes& lanes, bool missing, int left, Reg<Float4> (&logit)[2]) {
+    Reg<float> top[2];
+    find_tops(lanes, logit, top);
+    const auto too_high = [&](bool rare) {
+      return any(lanes,
+                 map(
+                     lanes, [rare](int, float a, float b, float most0, float most1) { return a > most0 || b > most1 || rare; },
+                     top[0], top[1], most_[0], most_[1]));
+    };
+    if (!too_high(missing)) return;
+    if (missing) {
+      hide_missing(lanes, left, logit);
+      find_tops(lanes, logit, top);
+    }
+    if (too_high(false)) raise(lanes, top);
   }
   KVT_HD void raise(const Lanes& lanes, Reg<float> (&top)[2]) {
     Reg<float> factor[2];
@@ -369,6 +419,8 @@ class DecodeWarp {
       factor[c] = map(
           lanes, [](int, float before, float now) { return before == now ? 1.f : fast_exp2(before - now); }, max_[c], top[c]);
       max_[c] = top[c];
+      most_[c] = map(
+          lanes, [](int, float max) { return max + slack; }, top[c]);
       sum_[c] = map(
           lanes, [](int, float a, float b) { return a * b; }, sum_[c], factor[c]);
     }
@@ -382,16 +434,17 @@ class DecodeWarp {
           acc_[k], factor[0], factor[1]);
     }
   }
-  KVT_HD KVT_INLINE void to_weights(const Lanes& lanes, const Reg<std::uint32_t> (&scale)[4], const Reg<Float4> (&logit)[2],
+  KVT_HD KVT_INLINE void to_weights(const Lanes& lanes, const Reg<Float4>& scale, const Reg<Float4> (&logit)[2],
                                     Reg<std::uint32_t> (&weight)[2][2]) {
     KVT_UNROLL_ON_DEVICE
     for (int j = 0; j < 2; ++j) {
       const Reg<Float4> e = map(
           lanes,
-          [](int, const Float4& x, float max0, float max1) {
-            return Float4{{weight_of(x.x[0], max0), weight_of(x.x[1], max1), weight_of(x.x[2], max0), weight_of(x.x[3], max1)}};
+          [](int, const Float4& x, float unit0, float unit1, float max0, float max1) {
+            return Float4{{weight_of(x.x[0], unit0, max0), weight_of(x.x[1], unit1, max1), weight_of(x.x[2], unit0, max0),
+                           weight_of(x.x[3], unit1, max1)}};
           },
-          logit[j], max_[0], max_[1]);
+          logit[j], unit_[0], unit_[1], max_[0], max_[1]);
       for (int c = 0; c < 2; ++c) {
         sum_[c] = map(
             lanes, [c](int, float sum, const Float4& x) { return sum + (x.x[c] + x.x[c + 2]); }, sum_[c], e);
@@ -399,24 +452,25 @@ class DecodeWarp {
       for (int i = 0; i < 2; ++i) {
         weight[j][i] = transpose(lanes, map(
                                             lanes,
-                                            [i, j](int, const Float4& x, std::uint32_t even, std::uint32_t odd) {
-                                              const float by = Values::scaled ? pick(even, odd, 2 * j + i) : 1.f;
+                                            [i, j](int, const Float4& x, const Float4& of) {
+                                              const float by = Values::scaled ? of.x[2 * j + i] : 1.f;
                                               return pack_halves(x.x[2 * i] * by, x.x[2 * i + 1] * by);
                                             },
-                                            e, scale[2], scale[3]));
+                                            e, scale));
       }
     }
   }
-  KVT_HD KVT_INLINE static float weight_of(float logit, float max) {
+  KVT_HD KVT_INLINE static float weight_of(float logit, float unit, float max) {
     if constexpr (limited) {  // a vector may have seen no row yet
       if (max == -std::numeric_limits<float>::infinity()) return 0.f;
     }
-    return fast_exp2(logit - max);
+    return fast_exp2(std::fma(logit, unit, -max));
   }
 
   Reg<std::uint32_t> query_[queries_wait ? across : 1][2];
   Reg<Float4> acc_[across];
-  Reg<float> unit_[2], max_[2], sum_[2];
+  Reg<float> query_unit_[2], unit_[2];    // of queries and keys; of logits, which a cap leaves none
+  Reg<float> max_[2], most_[2], sum_[2];  // most_: what a logit may be before the maximum is raised
 };
 
 }  // namespace kvt::inline v0

@@ -295,23 +295,26 @@ struct SliceLayout {
   KVT_HD KVT_INLINE static constexpr int key_scale_at(int row) { return scales_at + row % 8 * 4 * scale_words + row / 8 * 2; }
   KVT_HD KVT_INLINE static constexpr int value_scale_at(int row) { return key_scale_at(row) + (Keys::scaled ? 8 : 0); }
 
-  // All of a lane's words.
+  // All of a lane's words; from: 16 bytes a lane.
   template <class Fragments, class Lanes>
-  KVT_HD KVT_INLINE static void load(const Lanes& lanes, const std::byte* from,
+  KVT_HD KVT_INLINE static void load(const Lanes& lanes, const typename Lanes::template Reg<const std::byte*>& from,
                                      typename Lanes::template Reg<std::uint32_t>* to) {
     constexpr int fours = Fragments::words / 4 * 4, twos = fours + (Fragments::words - fours) / 2 * 2;
-    const auto at = [&](int bytes) { return map(lanes, [bytes](int lane) { return lane * bytes; }); };
+    const auto at = [&](int word, int lane_bytes) {
+      return map(
+          lanes, [=](int lane, const std::byte* p) { return p + (word * word_bytes + lane * (lane_bytes - 16)); }, from);
+    };
     load_fours<fours>(lanes, from, to);
-    if constexpr (twos > fours) load_words<2>(lanes, from + fours * word_bytes, at(8), to + fours);
-    if constexpr (Fragments::words > twos) load_words<1>(lanes, from + twos * word_bytes, at(4), to + twos);
+    if constexpr (twos > fours) load_words<2>(lanes, at(fours, 8), to + fours);
+    if constexpr (Fragments::words > twos) load_words<1>(lanes, at(twos, 4), to + twos);
   }
   // Those of 16 rows, where they are a multiple of four.
   template <class Fragments, class Lanes>
-  KVT_HD KVT_INLINE static void load_half(const Lanes& lanes, const std::byte* from, int half,
-                                          typename Lanes::template Reg<std::uint32_t>* to) {
+  KVT_HD KVT_INLINE static void load_half(const Lanes& lanes, const typename Lanes::template Reg<const std::byte*>& from,
+                                          int half, typename Lanes::template Reg<std::uint32_t>* to) {
     constexpr int count = Fragments::words / 2;
     static_assert(count % 4 == 0 && Fragments::tiles % 8 == 0);
-    load_fours<count>(lanes, from + half * count * word_bytes, to);
+    load_fours<count>(lanes, offset(lanes, from, half * count * word_bytes), to);
   }
   // Writes the keys (or the values) of a slice from row `keep` on: element(row, dim) is a code, or the bits of a dense element,
   // and negative for rows that do not exist. Those become zeros, since weights of zero meet them.
@@ -408,11 +411,10 @@ struct SliceLayout {
     return word;
   }
   template <int count, class Lanes>
-  KVT_HD KVT_INLINE static void load_fours(const Lanes& lanes, const std::byte* from,
+  KVT_HD KVT_INLINE static void load_fours(const Lanes& lanes, const typename Lanes::template Reg<const std::byte*>& from,
                                            typename Lanes::template Reg<std::uint32_t>* to) {
-    const auto at = map(lanes, [](int lane) { return 16 * lane; });
     KVT_UNROLL_ON_DEVICE
-    for (int w = 0; w < count; w += 4) load_words<4>(lanes, from + w * word_bytes, at, to + w);
+    for (int w = 0; w < count; w += 4) load_words<4>(lanes, offset(lanes, from, w * word_bytes), to + w);
   }
   template <class Fragments>
   KVT_HD static void fill_table(std::byte* table, int thread, int threads) {

@@ -162,9 +162,7 @@ struct DecodeWork {
             });
         }
       });
-      block.each_warp([&](const Lanes& lanes, int warp) {
-        if (warp == 0) shared.queries.pack(lanes, shared.prepared, m);
-      });
+      block.each_warp([&](const Lanes& lanes, int warp) { shared.queries.pack(lanes, shared.prepared, m, warp, warps); });
       typename Block::template PerWarp<DecodeWarp<Layout, Lanes, limited>> work;
       block.each_warp([&](const Lanes& lanes, int warp) {
         const DecodeQueries<dim> query{&shared.queries, shared.position, m, step.cap * log2e, step.window};

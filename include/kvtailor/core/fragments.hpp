@@ -92,6 +92,16 @@ KVT_HD KVT_INLINE std::uint32_t byte_above(std::uint32_t x, int index, std::uint
   return (x >> (8 * index) & 0xffu) << 8 | low;
 #endif
 }
+// from + count * bytes, by one instruction.
+KVT_HD KVT_INLINE const std::byte* offset_by(const std::byte* from, int count, int bytes) {
+#if defined(__CUDA_ARCH__)
+  const std::byte* to;
+  asm("mad.wide.s32 %0, %1, %2, %3;" : "=l"(to) : "r"(count), "r"(bytes), "l"(from));
+  return to;
+#else
+  return from + static_cast<long long>(count) * bytes;
+#endif
+}
 KVT_HD KVT_INLINE std::uint32_t low_and_high(std::uint32_t low, std::uint32_t high) {  // halves of each
 #if defined(__CUDA_ARCH__)
   return __byte_perm(low, high, 0x7610u);
@@ -168,12 +178,11 @@ inline void mma(const SimulatedWarp&, SimulatedWarp::Reg<Float4>& d, const Simul
     }
   }
 }
-// `words` (1, 2 or 4) from `from` + offset bytes of a lane, which are a multiple of their size.
+// `words` (1, 2 or 4) from where a lane says, which is a multiple of their size.
 template <int words>
-void load_words(const SimulatedWarp&, const std::byte* from, const SimulatedWarp::Reg<int>& offset,
-                SimulatedWarp::Reg<std::uint32_t>* to) {
+void load_words(const SimulatedWarp&, const SimulatedWarp::Reg<const std::byte*>& from, SimulatedWarp::Reg<std::uint32_t>* to) {
   for (int lane = 0; lane < SimulatedWarp::size; ++lane) {
-    for (int i = 0; i < words; ++i) std::memcpy(&to[i][lane], from + offset[lane] + 4 * i, 4);
+    for (int i = 0; i < words; ++i) std::memcpy(&to[i][lane], from[lane] + 4 * i, 4);
   }
 }
 // ---- Warp ----
@@ -232,12 +241,11 @@ KVT_HD KVT_INLINE void mma(const Warp&, [[maybe_unused]] Warp::Reg<Float4>& d,
 #endif
 }
 template <int words>
-KVT_HD KVT_INLINE void load_words(const Warp&, [[maybe_unused]] const std::byte* from,
-                                  [[maybe_unused]] const Warp::Reg<int>& offset,
+KVT_HD KVT_INLINE void load_words(const Warp&, [[maybe_unused]] const Warp::Reg<const std::byte*>& from,
                                   [[maybe_unused]] Warp::Reg<std::uint32_t>* to) {
 #if defined(__CUDA_ARCH__)
   // Stored bytes are read once: they need not displace what is in the nearest cache.
-  const std::byte* const at = from + offset.value;
+  const std::byte* const at = from.value;
   if constexpr (words == 4) {
     asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
                  : "=r"(to[0].value), "=r"(to[1].value), "=r"(to[2].value), "=r"(to[3].value)
@@ -250,5 +258,11 @@ KVT_HD KVT_INLINE void load_words(const Warp&, [[maybe_unused]] const std::byte*
 #endif
 }
 #endif
+
+template <class Lanes, class Address>
+KVT_HD KVT_INLINE Address offset(const Lanes& lanes, const Address& from, int bytes) {
+  return map(
+      lanes, [bytes](int, const std::byte* p) { return p + bytes; }, from);
+}
 
 }  // namespace kvt::inline v0
