@@ -1,9 +1,14 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Every kernel as an engine would instantiate it, for tools/kernel_report to look at. Nothing runs.
+// Every kernel as an engine would instantiate it, for tools/kernel_report to look at. Nothing runs. On the host a list of their
+// names: list_kernel<Work>() is there before.
 #include "kvtailor/codec/turbo_quant.hpp"
+#if defined(__CUDACC__)
 #include "kvtailor/cuda/kv_cache.cuh"
+#else
+#include "kvtailor/store/device_kv_cache.hpp"
+#endif
 #include "kvtailor/select/key_diff.hpp"
 #include "kvtailor/select/sink_recent.hpp"
 
@@ -21,8 +26,12 @@ struct CodecOf<16, dim> {
 };
 
 template <class Work>
-void use(const void** kernels) {
+void use([[maybe_unused]] const void** kernels) {
+#if defined(__CUDACC__)
   kernels[0] = reinterpret_cast<const void*>(&cuda::work_kernel<Work>);
+#else
+  list_kernel<Work>();
+#endif
 }
 template <int key_bits, int value_bits, int dim>
 void use_pair(const void** kernels) {

@@ -59,6 +59,9 @@ class SimulatedDevice {
   template <class Work>
   Status launch(const Work& work, int blocks) {
     ++launches;
+#if defined(KVT_ON_SIMULATED_LAUNCH)
+    KVT_ON_SIMULATED_LAUNCH(Work);  // a test that wants to know what ran
+#endif
     const auto shared = std::make_unique<typename Work::Shared>();
     std::vector<std::uint32_t> dynamic(static_cast<std::size_t>(Work::dynamic_bytes / 4 + 1));
     for (int index = 0; index < blocks; ++index) {

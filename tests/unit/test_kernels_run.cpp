@@ -1,0 +1,181 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// The body of every kernel runs on the simulated device: each Work there is in include/, as tests/cuda/kernels.cu instantiates
+// it, for each codec and for each head dim. What ran is what the device says, not what a test names.
+#include <cxxabi.h>
+#include <doctest/doctest.h>
+
+#include <cstdlib>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <random>
+#include <regex>
+#include <set>
+#include <string>
+#include <typeinfo>
+
+namespace {
+
+std::set<std::string> ran, listed;
+template <class Work>
+std::string name_of() {
+  char* const name = abi::__cxa_demangle(typeid(Work).name(), nullptr, nullptr, nullptr);
+  std::string out(name);
+  std::free(name);
+  return out;
+}
+template <class Work>
+void list_kernel() {
+  listed.insert(name_of<Work>());
+}
+
+}  // namespace
+
+#define KVT_ON_SIMULATED_LAUNCH(Work) ran.insert(name_of<Work>())
+
+#include "cuda/kernels.cu"
+#include "kvtailor/kvtailor.hpp"
+
+namespace {
+
+// DecodeWork<Rotated<LloydMax<4, 64, ..>>, .., true, Half>: "Decode, true", "4 4" and 64.
+struct Instance {
+  std::string kind, codecs;
+  int dim = 0;
+
+  explicit Instance(const std::string& name) {
+    std::smatch found;
+    if (std::regex_search(name, found, std::regex("(\\w+)Work"))) kind = found[1];
+    if (std::regex_search(name, found, std::regex(", (true|KeyDiff|SinkRecent)|, [\\w:]*::(KeyDiff|SinkRecent)"))) {
+      kind += ", " + found[1].str() + found[2].str();
+    }
+    const std::regex codec("LloydMax<(\\d+), (\\d+)|Dense<[^,]*Half, (\\d+)>");
+    for (std::sregex_iterator i(name.begin(), name.end(), codec), end; i != end; ++i) {
+      codecs += (codecs.empty() ? "" : " ") + ((*i)[3].matched ? "16" : (*i)[1].str());
+      dim = std::stoi((*i)[3].matched ? (*i)[3] : (*i)[2]);
+    }
+  }
+};
+
+// Rows come, are dropped, come again and are forked, and attention is that of the host's cache all along.
+template <int key_bits, int value_bits, int dim, class Selector = KeyDiff>
+void run() {
+  CAPTURE(key_bits);
+  CAPTURE(value_bits);
+  CAPTURE(dim);
+  using Codec = KvCodec<typename CodecOf<key_bits, dim>::type, typename CodecOf<value_bits, dim>::type>;
+  constexpr int heads = 2, group = 2, width = heads * group * dim;
+  const Geometry geometry{1, heads, heads * group, dim};
+  SimulatedDevice device;
+  PagePool<Codec, SimulatedDevice> pool;
+  DeviceKvCache<Uniform, Selector, Codec, SimulatedDevice> cache, child;
+  KvCache<Uniform, Selector, Codec> host;
+  REQUIRE(pool.init(device, 40).ok());
+  REQUIRE(cache.init(device, pool, geometry, {5, 20, 300, 4096}).ok());
+  REQUIRE(child.init(device, pool, geometry, {5, 20, 300, 4096}).ok());
+  REQUIRE(host.init(geometry, {5, 20, 128, nullptr}).ok());
+  std::mt19937 random(static_cast<unsigned>(10 * key_bits + dim));
+  std::normal_distribution<float> normal;
+  const auto append = [&](int n) {
+    std::vector<Half> keys(static_cast<std::size_t>(n * heads * dim)), values(keys.size());
+    for (Half& x : keys) x = from_float<Half>(normal(random));
+    for (Half& x : values) x = from_float<Half>(normal(random));
+    std::vector<int> positions(static_cast<std::size_t>(n));
+    for (int i = 0; i < n; ++i) positions[static_cast<std::size_t>(i)] = host.end_position(0) + i;
+    REQUIRE(cache.reserve(n).ok());
+    REQUIRE(cache.append(0, keys.data(), values.data(), positions.data(), n).ok());
+    REQUIRE(host.append(0, keys.data(), values.data(), positions).ok());
+  };
+  const auto compare = [&](const DeviceCache<Codec, SimulatedDevice>& on_device) {
+    std::vector<float> queries(width), expected(width);
+    for (float& x : queries) x = to_float(from_float<Half>(normal(random)));
+    std::vector<Half> halves, out(width);
+    for (const float x : queries) halves.push_back(from_float<Half>(x));
+    DecodePlan<Codec, SimulatedDevice, Half> plan;
+    const DeviceCache<Codec, SimulatedDevice>* const all[] = {&on_device};
+    REQUIRE(plan.init(device, all).ok());
+    const int now = host.end_position(0) - 1;
+    for (const AttendOptions& options : {AttendOptions{}, AttendOptions{.window = 150}}) {
+      REQUIRE(host.attend(0, queries.data(), std::span(&now, 1), options, expected.data()).ok());
+      const int* const position = options.window != 0 ? &now : nullptr;  // limited, or not
+      REQUIRE(plan.attend(0, halves.data(), position, options, out.data()).ok());
+      // As in test_device_cache.cpp, and the output is rounded to fp16.
+      for (std::size_t i = 0; i < out.size(); ++i) {
+        CHECK(std::fabs(to_float(out[i]) - expected[i]) <= 3e-3f + std::fabs(expected[i]) / 2048);
+      }
+    }
+  };
+  for (const int n : {170, 1, 140}) append(n);
+  compare(cache);
+  REQUIRE(host.compress(Retain::ratio(.8)).ok());
+  REQUIRE(cache.compress(Retain::ratio(.8)).ok());
+  compare(cache);
+  const int end = host.end_position(0) - 7;
+  REQUIRE(host.truncate(end).ok());
+  REQUIRE(cache.truncate(end).ok());
+  append(40);
+  REQUIRE(cache.refresh().ok());
+  REQUIRE(cache.fork(child).ok());
+  compare(cache);
+  compare(child);
+}
+
+}  // namespace
+
+TEST_CASE("caches of every codec and every head dim") {
+  run<1, 1, 64>();
+  run<2, 2, 128>();
+  run<3, 3, 256>();
+  run<4, 4, 80>();
+  run<5, 5, 96>();
+  run<6, 6, 112>();
+  run<3, 2, 192>();
+  run<4, 3, 64>();
+  run<16, 16, 128>();
+  run<2, 2, 64, SinkRecent>();
+  run<2, 2, 128, SinkRecent>();
+  run<2, 2, 256, SinkRecent>();
+}
+
+TEST_CASE("the body of every kernel has run, for every codec and for every head dim") {
+  const void* unused[1];
+  use_kernels(unused);
+  std::map<std::string, std::set<std::string>> codecs;
+  std::map<std::string, std::set<int>> dims;
+  std::set<std::string> kinds;
+  for (const std::string& name : ran) {
+    const Instance one(name);
+    codecs[one.kind].insert(one.codecs);
+    dims[one.kind].insert(one.dim);
+    kinds.insert(one.kind.substr(0, one.kind.find(',')));
+  }
+  std::size_t same = 0;
+  for (const std::string& name : listed) {
+    const Instance one(name);
+    CAPTURE(name);
+    CHECK(codecs[one.kind].contains(one.codecs));
+    CHECK(dims[one.kind].contains(one.dim));
+    same += ran.contains(name);
+    if (!ran.contains(name))
+      std::printf("not run as it is: %sWork, %s bits, head_dim %d\n", one.kind.c_str(), one.codecs.c_str(), one.dim);
+  }
+  std::printf("%zu of %zu kernels ran as they are, the others with another head dim or other codecs\n", same, listed.size());
+  CHECK(same > 0);
+
+  const auto include = std::filesystem::path(__FILE__).parent_path() / "../../include";
+  std::size_t works = 0;
+  for (const auto& entry : std::filesystem::recursive_directory_iterator(include)) {
+    if (entry.path().extension() != ".hpp") continue;
+    std::ifstream file(entry.path());
+    for (std::string line; std::getline(file, line);) {
+      std::smatch found;
+      if (!std::regex_search(line, found, std::regex("^struct (\\w+)Work\\b"))) continue;
+      CAPTURE(line);
+      CHECK(kinds.contains(found[1].str()));
+      ++works;
+    }
+  }
+  CHECK(works > 0);
+}
