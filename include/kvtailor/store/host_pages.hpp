@@ -30,7 +30,7 @@ class HostPages {
     }
     bytes_.resize(numbers_.size() * static_cast<std::size_t>(page_bytes));
   }
-  SlicePages head(std::size_t h) { return {bytes_.data(), places_.data() + first_[h], nullptr, page_bytes_}; }
+  SlicePages head(std::size_t h) { return {bytes_.data(), places_.data() + first_[h], nullptr, static_cast<int>(page_bytes_)}; }
 
   // All pages from, or to, memory of the device that begins with page 0.
   template <class Device>
