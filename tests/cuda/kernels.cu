@@ -37,8 +37,9 @@ template <int key_bits, int value_bits, int dim>
 void use_pair(const void** kernels) {
   using Key = typename CodecOf<key_bits, dim>::type;
   using Value = typename CodecOf<value_bits, dim>::type;
-  use<DecodeWork<Key, Value, false, Half>>(kernels);
-  use<DecodeWork<Key, Value, true, Half>>(kernels);
+  use<DecodeWork<Key, Value, false, 8, Half>>(kernels);
+  use<DecodeWork<Key, Value, true, 8, Half>>(kernels);
+  if constexpr (dim <= 128) use<DecodeWork<Key, Value, true, 16, Half>>(kernels);
   use<FinishWork<Value, Half>>(kernels);
   if constexpr (dim == 64 || dim == 128 || dim == 256) {  // these take a third of the registers there are, and long to compile
     use<AppendWork<Key, Value, Half>>(kernels);
@@ -67,7 +68,7 @@ void use_dim(const void** kernels) {
 }  // namespace
 
 void use_kernels(const void** kernels) {
-  use<CountWork>(kernels);
+  use<CountWork<Half>>(kernels);
   use<MarkWork>(kernels);
   use_dim<64>(kernels);
   use_dim<80>(kernels);

@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decode steps with tensor cores, against double precision; without a device, the same blocks of warps simulated. And, on a
-// device alone, what kernels written by hand find.
+// Decode steps and chunks of queries with tensor cores, against double precision; without a device, the same blocks of warps
+// simulated. And, on a device alone, what kernels written by hand find.
 #include "device.cuh"
 #include "overhead/decode.cu"
 #include "reference/split_decode.hpp"
@@ -18,11 +18,12 @@ struct DeviceSide {
   std::vector<std::unique_ptr<device::Array<int>>> tables;
   device::Array<SlicePages> pages;
   device::Array<int> first_slice;
+  device::Array<SeenSlices> seen;
   device::Array<float> max, sum, rows;
 
   template <class Side>
   DeviceSide(const std::vector<Rows>& all, const Side& side)
-      : pages(on_device(all)), first_slice(side.first_slice), max(side.max), sum(side.sum), rows(side.rows) {}
+      : pages(on_device(all)), first_slice(side.first_slice), seen(side.seen), max(side.max), sum(side.sum), rows(side.rows) {}
 
   std::vector<SlicePages> on_device(const std::vector<Rows>& all) {
     std::vector<SlicePages> out;
@@ -41,13 +42,14 @@ struct DeviceSide {
     return out;
   }
   void point(DecodeStep<Half>& step) const {
-    step.split.entry = pages.data();
+    step.entry = pages.data();
     step.split.first_slice = first_slice.data();
+    step.seen = seen.data();
     step.partials = {max.data(), sum.data(), rows.data()};
   }
 };
 
-template <int key_bits, int value_bits, int dim, bool limited>
+template <int key_bits, int value_bits, int dim, bool limited, int width = 8>
 int check(const reference::DecodeCase& c) {
   using Problem = reference::DecodeProblem<key_bits, value_bits, dim>;
   const Problem problem(c);
@@ -59,21 +61,25 @@ int check(const reference::DecodeCase& c) {
     std::printf("%d and %d bits, head_dim %d, %s: %.2f times the bound\n", key_bits, value_bits, dim, where, error);
   };
   if (!device::present()) {
-    expect(problem.template simulate<limited>(), "simulated");
+    expect(problem.template simulate<limited, width>(), "simulated");
     return failures;
   }
-  typename Problem::Side body_side(problem.body, c.blocks), near_side(problem.near, c.blocks);
+  typename Problem::Side body_side(problem.body, c, width), near_side(problem.near, c, width);
   DecodeStep<Half> body = problem.step(body_side), near = problem.step(near_side);
   const DeviceSide<typename Problem::Body> on_body(problem.body, body_side);
   const DeviceSide<typename Problem::Near> on_near(problem.near, near_side);
   const device::Array<Half> queries(problem.queries), out(problem.queries.size());
-  const device::Array<int> position(problem.position);
+  const device::Array<int> position(problem.position), query_start(problem.query_start);
+  const device::Array<float> sink_logits(problem.sink_logits);
   on_body.point(body);
   on_near.point(near);
   body.queries = near.queries = queries.data();
   body.position = near.position = position.data();
+  if (!c.own.empty()) body.query_start = near.query_start = query_start.data();
+  if (c.sinks) body.sink_logits = near.sink_logits = sink_logits.data();
   cuda::Device stream(nullptr);
-  const Status status = launch_decode<typename Problem::Key, typename Problem::Value, limited>(stream, body, near, out.data());
+  const Status status =
+      launch_decode<typename Problem::Key, typename Problem::Value, limited, width>(stream, body, near, out.data());
   if (!status.ok()) {
     std::printf("%s (%d)\n", status.message().c_str(), status.native);
     return failures + 1;
@@ -90,11 +96,15 @@ int check_by_hand() {
   using Key = typename Problem::Key;
   using Fragments = typename FragmentsOf<Key>::type;
   constexpr int dim = by_hand::dim, entries = 4;
-  const Problem problem(
-      {{700, 673, 704, 680}, {1, 1, 1, 1}, 8, entries});  // as many slices each, so that shares are whole entries
-  typename Problem::Side side(problem.body, entries);
+  // As many slices each, so that shares are whole entries.
+  const reference::DecodeCase alike{{700, 673, 704, 680}, {1, 1, 1, 1}, 8, entries};
+  const Problem problem(alike);
+  typename Problem::Side side(problem.body, alike, 8);
   for (int e = 0; e <= entries; ++e) side.first_slice[static_cast<std::size_t>(e)] = 22 * e;
+  side.seen.assign(entries, {0, {0, 0}});
   DecodeStep<Half> step = problem.step(side);
+  step.split.items = entries;
+  step.width = 8;
   std::vector<float> prepared(entries * 8 * dim), units(entries * 8), levels(16, 0.f);
   for (std::size_t v = 0; v < units.size(); ++v) {
     float plain[dim], *const to = prepared.data() + v * dim, most = 0;
@@ -115,7 +125,7 @@ int check_by_hand() {
   on_device.point(step);
   step.queries = queries.data();
   cuda::Device stream(nullptr);
-  const Status status = stream.launch(DecodeWork<Key, Key, false, Half>{step}, entries);
+  const Status status = stream.launch(DecodeWork<Key, Key, false, 8, Half>{step}, entries);
   if (!status.ok()) {
     std::printf("%s (%d)\n", status.message().c_str(), status.native);
     return 1;
@@ -150,9 +160,17 @@ int main() {
   const reference::DecodeCase wide{{40, 65}, {4, 4}, 12, 50};
   reference::DecodeCase windowed = ragged;
   windowed.window = 60;
+  // Chunks of queries of three sequences of two KV heads; then other numbers of queries of each.
+  reference::DecodeCase chunk{{700, 129, 0, 0, 0, 33}, {37, 36, 0, 0, 17, 4}, 4, 50, 0, 33, 2};
+  chunk.sinks = true;
+  reference::DecodeCase chunks = chunk;
+  chunks.own = {33, 0, 5};
+  chunks.window = 90;
+  chunks.cap = 5;
   int failures = check<4, 4, 64, false>(ragged) + check<4, 4, 64, true>(windowed) + check<2, 2, 128, false>(wide) +
                  check<3, 2, 128, false>(ragged) + check<1, 5, 64, false>(ragged) + check<16, 16, 80, false>(ragged) +
-                 check<6, 3, 256, false>(ragged);
+                 check<6, 3, 256, false>(ragged) + check<4, 4, 128, true, 16>(chunk) + check<3, 2, 64, true, 16>(chunks) +
+                 check<16, 16, 128, true, 16>(chunks) + check<2, 2, 128, true, 16>(chunk) + check<6, 6, 256, true>(chunks);
   if (device::present()) failures += check_by_hand<4>() + check_by_hand<16>();
   return device::result(failures);
 }

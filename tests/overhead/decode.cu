@@ -267,7 +267,7 @@ __global__ void __launch_bounds__(32 * warps, coded ? 1 : 2) decode(const Step t
 }  // namespace by_hand
 
 template <class Codec>
-using Composed = kvt::DecodeWork<Codec, Codec, false, kvt::Half>;
+using Composed = kvt::DecodeWork<Codec, Codec, false, 8, kvt::Half>;
 
 void use_kernels(const void** kernels) {
   kernels[0] = reinterpret_cast<const void*>(&by_hand::decode<false>);

@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// A decode step over heads of any length: the data, the step on simulated blocks of warps, and double precision beside it.
+// Attention of a query or a chunk of queries to heads of any length: the data, the step on simulated blocks of warps, and
+// double precision beside it.
 #pragma once
 
 #include <cmath>
@@ -15,7 +16,11 @@ namespace reference {
 struct DecodeCase {
   std::vector<int> body, near;  // rows of each entry, encoded and dense
   int group, blocks;            // query heads of an entry; blocks of threads
-  int window = 0;
+  int window = 0, n = 1;        // n: queries of each sequence, of its newest rows
+  int kv_heads = 1;             // entries of a sequence
+  float cap = 0;
+  bool sinks = false;         // learned sink logits
+  std::vector<int> own = {};  // queries of each sequence, if they are not n
 };
 
 template <int key_bits, int value_bits, int dim>
@@ -29,8 +34,10 @@ struct DecodeProblem {
   DecodeCase shape;
   std::vector<Body> body;
   std::vector<Near> near;
-  std::vector<Half> queries;  // [entries, group, dim]
-  std::vector<int> position;  // [entries]
+  std::vector<Half> queries;     // [sequences, n, kv_heads, group, dim]
+  std::vector<int> position;     // [sequences, n]
+  std::vector<int> query_start;  // [sequences + 1]
+  std::vector<float> sink_logits;
 
   explicit DecodeProblem(const DecodeCase& c) : shape(c) {
     std::mt19937 random(static_cast<unsigned>(dim + c.group));
@@ -38,50 +45,68 @@ struct DecodeProblem {
     for (std::size_t e = 0; e < c.body.size(); ++e) {
       body.emplace_back(c.body[e], 1.f, random);
       near.emplace_back(c.near[e], 1.f, random, 3 * c.body[e]);
-      position.push_back(3 * (c.body[e] + c.near[e]) - 3);
-      for (int i = 0; i < c.group * dim; ++i) queries.push_back(from_float<Half>(normal(random)));
     }
+    query_start.push_back(0);
+    for (int s = 0; s * c.kv_heads < entries(); ++s) {
+      int rows = 0;
+      for (int h = 0; h < c.kv_heads; ++h) rows = std::max(rows, rows_of(s * c.kv_heads + h));
+      const int own = c.own.empty() ? c.n : c.own[static_cast<std::size_t>(s)];
+      for (int i = 0; i < own; ++i) position.push_back(3 * (rows - own + i));
+      query_start.push_back(query_start.back() + own);
+    }
+    for (int i = 0; i < query_start.back() * c.kv_heads * c.group * dim; ++i) {
+      queries.push_back(from_float<Half>(normal(random)));
+    }
+    for (int h = 0; c.sinks && h < c.kv_heads * c.group; ++h) sink_logits.push_back(2 * normal(random));
   }
   int entries() const { return static_cast<int>(body.size()); }
+  int rows_of(int e) const { return shape.body[static_cast<std::size_t>(e)] + shape.near[static_cast<std::size_t>(e)]; }
   static float scale() { return 1 / std::sqrt(static_cast<float>(dim)); }
 
   // Rows of all entries of one kind, and room for partial results.
   struct Side {
     std::vector<SlicePages> pages;
     std::vector<int> first_slice;  // counted by the step
+    std::vector<SeenSlices> seen;
     std::vector<float> max, sum, rows;
 
     template <class Rows>
-    Side(const std::vector<Rows>& all, int blocks) {
-      for (const Rows& one : all) {
-        pages.push_back(one.pages);
-      }
-      first_slice.assign(all.size() + 1, -1);
-      const std::size_t slots = all.size() + static_cast<std::size_t>(blocks);
-      max.assign(8 * slots, NAN);
-      sum.assign(8 * slots, NAN);
-      rows.assign(8 * slots * dim, NAN);
+    Side(const std::vector<Rows>& all, const DecodeCase& c, int width) {
+      for (const Rows& one : all) pages.push_back(one.pages);
+      const auto items = all.size() * static_cast<std::size_t>((c.n * c.group + width - 1) / width);
+      first_slice.assign(items + 1, -1);
+      seen.assign(items, {-1, {-1, -1}});
+      const std::size_t vectors = (items + static_cast<std::size_t>(c.blocks)) * static_cast<std::size_t>(width);
+      max.assign(vectors, NAN);
+      sum.assign(vectors, NAN);
+      rows.assign(vectors * dim, NAN);
     }
   };
   DecodeStep<Half> step(Side& side) const {
-    return {{side.pages.data(), side.first_slice.data(), entries(), shape.blocks},
-            {side.max.data(), side.sum.data(), side.rows.data()},
-            queries.data(),
-            position.data(),
-            1,
-            shape.group,
-            0,
-            shape.window,
-            scale(),
-            0};
+    return {.entry = side.pages.data(),
+            .entries = entries(),
+            .kv_heads = shape.kv_heads,
+            .split = {side.first_slice.data(), 0, shape.blocks},
+            .seen = side.seen.data(),
+            .partials = {side.max.data(), side.sum.data(), side.rows.data()},
+            .queries = queries.data(),
+            .position = position.data(),
+            .query_start = shape.own.empty() ? nullptr : query_start.data(),
+            .n = shape.n,
+            .group = shape.group,
+            .window = shape.window,
+            .scale = scale(),
+            .cap = shape.cap,
+            .sink_logits = shape.sinks ? sink_logits.data() : nullptr,
+            .width = 0};
   }
 
-  template <bool limited>
+  template <bool limited, int width = 8>
   std::vector<Half> simulate() const {
-    Side coded(body, shape.blocks), dense(near, shape.blocks);
-    std::vector<Half> out(queries.size());
+    Side coded(body, shape, width), dense(near, shape, width);
+    std::vector<Half> out(queries.size(), Half{0x7e00});
     SimulatedDevice device;
-    if (!launch_decode<Key, Value, limited>(device, step(coded), step(dense), out.data()).ok()) std::abort();
+    if (!launch_decode<Key, Value, limited, width>(device, step(coded), step(dense), out.data()).ok()) std::abort();
     return out;
   }
 
@@ -89,7 +114,7 @@ struct DecodeProblem {
   double error(const std::vector<Half>& out) const {
     double worst = 0;
     for (int e = 0; e < entries(); ++e) {
-      const int coded = shape.body[static_cast<std::size_t>(e)], all = coded + shape.near[static_cast<std::size_t>(e)];
+      const int coded = shape.body[static_cast<std::size_t>(e)], all = rows_of(e), sequence = e / shape.kv_heads;
       const auto element = [&](bool key, int r, int d) {
         const auto& from_body = body[static_cast<std::size_t>(e)];
         const auto& from_near = near[static_cast<std::size_t>(e)];
@@ -97,17 +122,24 @@ struct DecodeProblem {
         return static_cast<double>(r < coded ? (key ? from_body.keys : from_body.values)[at]
                                              : (key ? from_near.keys : from_near.values)[at]);
       };
-      for (int j = 0; j < shape.group; ++j) {
-        const auto first = static_cast<std::size_t>((e * shape.group + j) * dim);
+      const int begin = query_start[static_cast<std::size_t>(sequence)],
+                end = query_start[static_cast<std::size_t>(sequence) + 1];
+      for (int v = begin * shape.group; v < end * shape.group; ++v) {
+        const int own = position[static_cast<std::size_t>(v / shape.group)];
+        const int head = e % shape.kv_heads * shape.group + v % shape.group;
+        const auto first = static_cast<std::size_t>((v / shape.group * shape.kv_heads * shape.group + head) * dim);
         std::vector<double> weight(static_cast<std::size_t>(all), 0), exact(dim, 0.0);
         double total = 0, spread = 0, length = 0, square = 0;
         for (int r = 0; r < all; ++r) {
-          if (shape.window > 0 && 3 * r <= position[static_cast<std::size_t>(e)] - shape.window) continue;
+          if (3 * r > own || (shape.window > 0 && 3 * r <= own - shape.window)) continue;
           double s = 0;
           for (int d = 0; d < dim; ++d)
             s += static_cast<double>(to_float(queries[first + static_cast<std::size_t>(d)])) * element(true, r, d);
-          total += weight[static_cast<std::size_t>(r)] = std::exp(s * static_cast<double>(scale()));
+          s *= static_cast<double>(scale());
+          if (shape.cap > 0) s = static_cast<double>(shape.cap) * std::tanh(s / static_cast<double>(shape.cap));
+          total += weight[static_cast<std::size_t>(r)] = std::exp(s);
         }
+        if (shape.sinks && total > 0) total += std::exp(static_cast<double>(sink_logits[static_cast<std::size_t>(head)]));
         for (int r = 0; r < all && total > 0; ++r) {
           const double p = weight[static_cast<std::size_t>(r)] / total;
           spread += p * p;
@@ -132,10 +164,10 @@ struct DecodeProblem {
   }
 };
 
-template <int key_bits, int value_bits, int dim, bool limited = false>
+template <int key_bits, int value_bits, int dim, bool limited = false, int width = 8>
 double decode_error(const DecodeCase& c) {
   const DecodeProblem<key_bits, value_bits, dim> problem(c);
-  return problem.error(problem.template simulate<limited>());
+  return problem.error(problem.template simulate<limited, width>());
 }
 
 }  // namespace reference

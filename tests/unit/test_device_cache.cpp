@@ -406,6 +406,87 @@ TEST_CASE("a batch of sequences attends as each does on the host") {
   CHECK(device.allocations == allocations);
 }
 
+TEST_CASE("chunks of queries attend as on the host, after cuts too") {
+  using Codec = KvCodec<TurboQuant<3, 64>, TurboQuant<4, 64>>;
+  constexpr float sinks[] = {0, 3, -2, 5, 1, 2, -1, 4, 0, 1, 3, -3, 2, 0, 1, 5, -2, 1};
+  for (const int group : {1, 3, 4, 8, 9}) {
+    SimulatedDevice device;
+    Pool<Codec> pool;
+    REQUIRE(pool.init(device, 200).ok());
+    const Geometry geometry{1, 2, 2 * group, 64};
+    std::mt19937 random(static_cast<unsigned>(group));
+    std::normal_distribution<float> normal;
+    std::vector<std::unique_ptr<Twin<Codec>>> twins;
+    std::vector<const Cache<Codec>*> caches;
+    for (const int rows : {413, 3, 0, 200}) {
+      twins.push_back(std::make_unique<Twin<Codec>>(device, pool, geometry));
+      for (int left = rows; left > 0; left -= 190) twins.back()->append(std::min(left, 190), random);
+      caches.push_back(&twins.back()->device_cache);
+    }
+    DecodePlan<Codec, SimulatedDevice, float> plan;
+    REQUIRE(plan.init(device, caches, 33).ok());
+    const auto width = static_cast<std::size_t>(geometry.num_q_heads * 64);
+    for (const int n : {33, 1, 9, 2, 8, 7}) {
+      CAPTURE(group);
+      CAPTURE(n);
+      if (n == 9) twins[0]->compress(.6);
+      if (n == 2) twins[0]->truncate(40);
+      for (std::size_t s = 0; s < twins.size(); ++s) {
+        if (s != 2) twins[s]->append(n, random);  // one sequence stays empty
+      }
+      AttendOptions options;
+      if (n % 2 == 1) options.window = n == 7 ? 20 : 150;
+      if (n == 8 || n == 9) options.soft_cap = 4;
+      if (n == 2 || n == 7) options.sink_logits = std::span(sinks).first(static_cast<std::size_t>(2 * group));
+      const auto count = static_cast<std::size_t>(n);
+      std::vector<float> queries(twins.size() * count * width), out(queries.size(), NAN), expected(queries.size());
+      for (float& x : queries) x = normal(random);
+      std::vector<int> positions, start{0};
+      for (std::size_t s = 0; s < twins.size(); ++s) {
+        const auto all = twins[s]->host_cache.positions(0, 0);
+        std::vector<int> own(count, 5);
+        if (s != 2) own.assign(all.end() - n, all.end());
+        const Status status = twins[s]->host_cache.attend(0, queries.data() + positions.size() * width, own, options,
+                                                          expected.data() + positions.size() * width);
+        INFO(status.message());
+        REQUIRE(status.ok());
+        positions.insert(positions.end(), own.begin(), own.end());
+      }
+      const long long allocations = device.allocations, launches = device.launches;
+      REQUIRE(plan.attend(0, queries.data(), positions.data(), n, options, out.data()).ok());
+      CHECK(device.allocations == allocations);
+      CHECK(device.launches == launches + 4);
+      // As for one query a sequence.
+      float worst = 0;
+      for (std::size_t i = 0; i < out.size(); ++i) {
+        const float difference = std::fabs(out[i] - expected[i]);
+        if (!(difference <= worst)) worst = difference;
+      }
+      CHECK(worst <= 3e-3f);
+      // The same queries, counted for each sequence: some of the first and the last, none of the second, all of the third.
+      const std::vector<int> own{n - n / 3, 0, n, n / 2};
+      std::vector<float> fewer, of_fewer;
+      std::vector<int> at;
+      for (std::size_t s = 0; s < twins.size(); ++s) {
+        const std::size_t first = s * count, last = first + static_cast<std::size_t>(own[s]);
+        fewer.insert(fewer.end(), queries.data() + first * width, queries.data() + last * width);
+        of_fewer.insert(of_fewer.end(), out.data() + first * width, out.data() + last * width);
+        at.insert(at.end(), positions.data() + first, positions.data() + last);
+        start.push_back(static_cast<int>(at.size()));
+      }
+      std::vector<float> again(of_fewer.size() + 1, NAN);
+      REQUIRE(plan.attend(0, fewer.data(), at.data(), n, options, again.data(), start.data()).ok());
+      CHECK(std::isnan(again.back()));
+      worst = 0;
+      for (std::size_t i = 0; i < of_fewer.size(); ++i) {  // added in another order
+        const float difference = std::fabs(again[i] - of_fewer[i]);
+        if (!(difference <= worst)) worst = difference;
+      }
+      CHECK(worst <= 1e-3f);
+    }
+  }
+}
+
 TEST_CASE("a compression that fails changes nothing") {
   using Codec = KvCodec<TurboQuant<4, 64>>;
   SimulatedDevice device;
@@ -477,12 +558,26 @@ TEST_CASE("memory that runs out, and calls that make no sense, change nothing") 
     std::vector<float> out(2 * 64);
     CHECK(plan.attend(0, rows.data(), nullptr, {}, out.data()).code == Errc::bad_shape);  // not prepared
     CHECK(plan.init(device, {}).code == Errc::bad_shape);
-    for (long long fail = 1; fail <= 9; ++fail) {
+    for (long long fail = 1; fail <= 11; ++fail) {
       device.fail_at = device.allocations + fail;
       CHECK(plan.init(device, caches).code == Errc::out_of_memory);
     }
     device.fail_at = 0;
-    REQUIRE(plan.init(device, caches).ok());
+    CHECK(plan.init(device, caches, 0).code == Errc::bad_shape);
+    CHECK(plan.init(device, caches, (1 << 16) + 1).code == Errc::bad_shape);
+    CHECK(plan.init(device, std::vector<const Cache<Codec>*>(8192, &cache), 1 << 16).code == Errc::bad_shape);
+    REQUIRE(plan.init(device, caches, 3).ok());
+    const int chunk[] = {97, 98, 99};
+    std::vector<float> out_of_chunk(3 * 2 * 64);
+    for (const int n : {-1, 0, 4}) {
+      CHECK(plan.attend(0, rows.data(), chunk, n, {}, out_of_chunk.data()).code == Errc::bad_shape);
+    }
+    CHECK(plan.attend(0, rows.data(), nullptr, 2, {}, out_of_chunk.data()).code == Errc::bad_shape);
+    CHECK(plan.attend(0, nullptr, chunk, 2, {}, out_of_chunk.data()).code == Errc::bad_shape);
+    CHECK(plan.attend(0, rows.data(), chunk, 2, {}, nullptr).code == Errc::bad_shape);
+    CHECK(plan.attend(-1, rows.data(), chunk, 2, {}, out_of_chunk.data()).code == Errc::bad_shape);
+    REQUIRE(plan.attend(0, rows.data(), chunk, 3, {}, out_of_chunk.data()).ok());
+    for (const float x : out_of_chunk) CHECK(x == doctest::Approx(1).epsilon(1e-3));
     CHECK(plan.attend(1, rows.data(), nullptr, {}, out.data()).code == Errc::bad_shape);
     CHECK(plan.attend(0, rows.data(), nullptr, {.window = 3}, out.data()).code == Errc::bad_shape);
     CHECK(plan.attend(0, rows.data(), nullptr, {.soft_cap = NAN}, out.data()).code == Errc::bad_value);

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// DecodeWarp: attention of up to eight query vectors over slices of one head, by one warp with tensor cores.
+// DecodeWarp: attention of up to eight query vectors, or sixteen, over slices of one head, by one warp with tensor cores.
 //
 // A slice's logits S^T = K q^T are a fragment D of 16 rows by 8 vectors; weights become a fragment B by two transpositions in
 // registers, and outputs O^T = V^T p^T stay in fragments D of 16 dims by 8 vectors. All vectors share each unpacked code.
@@ -88,26 +88,29 @@ struct QueryFragments {
 // What a warp attends with; memory that all lanes see.
 template <int dim>
 struct DecodeQueries {
-  const QueryFragments<dim>* vectors;
-  const int* position;  // [m]
+  const QueryFragments<dim>* vectors;  // eight in each
+  const int* position;                 // [m]
   int m;
   float cap;   // soft cap of logits, times log2(e); 0 means none
   int window;  // as AttendOptions::window
+  // Slices of which all vectors see all rows: their positions are not looked at.
+  int whole_from = 0, whole_to = 0;
 };
 
-// limited: whether a window, positions or a soft cap are looked at; otherwise every row is seen.
-template <class Layout, class Lanes, bool limited = false>
+// limited: whether a window, positions or a soft cap are looked at; otherwise every row is seen. width: vectors at most, a
+// multiple of eight.
+template <class Layout, class Lanes, bool limited = false, int width = 8>
 class DecodeWarp {
  public:
   using Keys = typename Layout::Keys;
   using Values = typename Layout::Values;
   template <class T>
   using Reg = typename Lanes::template Reg<T>;
-  static constexpr int dim = Layout::dim, across = dim / 16;
+  static constexpr int dim = Layout::dim, across = dim / 16, eights = width / 8;
   static constexpr float slack = 3;
   // Whether words of the next slice, and queries, wait in registers: where there are enough. Of the largest heads, words of 16
   // rows are read at a time, in a loop: straight code of 32 would be reordered until it spills.
-  static constexpr bool ahead = dim <= 128, queries_wait = dim <= 128;
+  static constexpr bool ahead = dim <= 128, queries_wait = dim * width <= 1024;
   // Whether scales of values are floats before the next are asked for: more registers, and no copy of the words.
   static constexpr bool converted_early = Layout::table_bytes > 0 || (Keys::words % 4 == 0 && Values::words % 4 == 0);
   template <class Fragments>
@@ -143,7 +146,7 @@ class DecodeWarp {
     for (int slice = first; slice < last; slice += step) {
       const bool more = slice + step < last;
       const Place next = more ? locate(slice + step) : at;
-      Reg<Float4> logit[2];
+      Reg<Float4> logit[eights][2];
       multiply_keys(lanes, at.words, keys, table, query, logit);
       const Reg<Float4> key_scale = row_scales(lanes, scales[0], scales[1]);
       const Reg<std::uint32_t> value_words[2] = {scales[2], scales[3]};
@@ -154,12 +157,18 @@ class DecodeWarp {
         fetch<Keys>(lanes, next.words, keys);
         load_scales(lanes, next, scales);
       }
-      scale_logits(lanes, key_scale, query, logit);
-      if constexpr (limited) hide_unseen(lanes, pages.positions(slice, Layout::bytes), query, logit);
-      hide_or_raise(lanes, slice == rows / slice_rows, rows % slice_rows, logit);
+      KVT_UNROLL_ON_DEVICE
+      for (int v = 0; v < eights; ++v) {
+        scale_logits(lanes, key_scale, query, v, logit[v]);
+        if (limited && (slice < query.whole_from || slice >= query.whole_to)) {
+          hide_unseen(lanes, pages.positions(slice, Layout::bytes), query, v, logit[v]);
+        }
+        hide_or_raise(lanes, slice == rows / slice_rows, rows % slice_rows, v, logit[v]);
+      }
       if constexpr (!converted_early) value_scale = row_scales(lanes, value_words[0], value_words[1]);
-      Reg<std::uint32_t> weight[2][2];
-      to_weights(lanes, value_scale, logit, weight);
+      Reg<std::uint32_t> weight[eights][2][2];
+      KVT_UNROLL_ON_DEVICE
+      for (int v = 0; v < eights; ++v) to_weights(lanes, value_scale, logit[v], v, weight[v]);
       multiply_values(lanes, values_of(lanes, at), values, table, weight);
       if (more) {
         if constexpr (ahead) {
@@ -171,46 +180,55 @@ class DecodeWarp {
       }
       at = next;
     }
-    for (int c = 0; c < 2; ++c) {
-      for (int mask = 4; mask < 32; mask *= 2) {
-        sum_[c] = map(
-            lanes, [](int, float a, float b) { return a + b; }, sum_[c], shuffle_xor(lanes, sum_[c], mask));
+    for (auto& sum : sum_) {
+      for (int c = 0; c < 2; ++c) {
+        for (int mask = 4; mask < 32; mask *= 2) {
+          sum[c] = map(
+              lanes, [](int, float a, float b) { return a + b; }, sum[c], shuffle_xor(lanes, sum[c], mask));
+        }
       }
     }
   }
 
-  // The maximum, and sum of 2^(logit - maximum), of each vector: max [8], sum [8].
+  // The maximum, and sum of 2^(logit - maximum), of each vector: max [width], sum [width].
   KVT_HD void store_state(const Lanes& lanes, float* max, float* sum) const {
-    map(
-        lanes,
-        [&](int lane, float max0, float max1, float sum0, float sum1) {
-          if (lane < 4) {
-            max[2 * lane] = max0;
-            max[2 * lane + 1] = max1;
-            sum[2 * lane] = sum0;
-            sum[2 * lane + 1] = sum1;
-          }
-          return 0;
-        },
-        max_[0], max_[1], sum_[0], sum_[1]);
-  }
-  // rows [8, dim] = or += (if `add`) factor [8] times the weighted rows of each vector, in the codec's basis.
-  KVT_HD void store_rows(const Lanes& lanes, const float* factor, bool add, float* rows) const {
     KVT_UNROLL_ON_DEVICE
-    for (int k = 0; k < across; ++k) {
+    for (int v = 0; v < eights; ++v) {
       map(
           lanes,
-          [&](int lane, const Float4& x) {
-            const int vector = lane % 4 * 2;
-            float* const to = rows + vector * dim + 16 * k + lane / 4;
-            const float by0 = factor[vector] * Values::unit, by1 = factor[vector + 1] * Values::unit;
-            to[0] = x.x[0] * by0 + (add ? to[0] : 0.f);
-            to[dim] = x.x[1] * by1 + (add ? to[dim] : 0.f);
-            to[8] = x.x[2] * by0 + (add ? to[8] : 0.f);
-            to[dim + 8] = x.x[3] * by1 + (add ? to[dim + 8] : 0.f);
+          [&](int lane, float max0, float max1, float sum0, float sum1) {
+            if (lane < 4) {
+              const int vector = 8 * v + 2 * lane;
+              max[vector] = max0;
+              max[vector + 1] = max1;
+              sum[vector] = sum0;
+              sum[vector + 1] = sum1;
+            }
             return 0;
           },
-          acc_[k]);
+          max_[v][0], max_[v][1], sum_[v][0], sum_[v][1]);
+    }
+  }
+  // rows [width, dim] = or += (if `add`) factor [width] times the weighted rows of each vector, in the codec's basis.
+  KVT_HD void store_rows(const Lanes& lanes, const float* factor, bool add, float* rows) const {
+    KVT_UNROLL_ON_DEVICE
+    for (int v = 0; v < eights; ++v) {
+      KVT_UNROLL_ON_DEVICE
+      for (int k = 0; k < across; ++k) {
+        map(
+            lanes,
+            [&](int lane, const Float4& x) {
+              const int vector = 8 * v + lane % 4 * 2;
+              float* const to = rows + vector * dim + 16 * k + lane / 4;
+              const float by0 = factor[vector] * Values::unit, by1 = factor[vector + 1] * Values::unit;
+              to[0] = x.x[0] * by0 + (add ? to[0] : 0.f);
+              to[dim] = x.x[1] * by1 + (add ? to[dim] : 0.f);
+              to[8] = x.x[2] * by0 + (add ? to[8] : 0.f);
+              to[dim + 8] = x.x[3] * by1 + (add ? to[dim + 8] : 0.f);
+              return 0;
+            },
+            acc_[v][k]);
+      }
     }
   }
 
@@ -252,18 +270,20 @@ class DecodeWarp {
   }
 
   KVT_HD void start(const Lanes& lanes, const DecodeQueries<dim>& query) {
-    if constexpr (queries_wait) {
-      for (int k = 0; k < across; ++k) {
-        for (int i = 0; i < 2; ++i) query_[k][i] = map(lanes, [&](int lane) { return query.vectors->word[k][i][lane]; });
+    for (int v = 0; v < eights; ++v) {
+      if constexpr (queries_wait) {
+        for (int k = 0; k < across; ++k) {
+          for (int i = 0; i < 2; ++i) query_[v][k][i] = map(lanes, [&](int lane) { return query.vectors[v].word[k][i][lane]; });
+        }
       }
+      for (int c = 0; c < 2; ++c) {
+        query_unit_[v][c] = map(lanes, [&](int lane) { return query.vectors[v].unit[lane % 4 * 2 + c] * Keys::unit; });
+        unit_[v][c] = limited && query.cap > 0 ? map(lanes, [](int) { return 1.f; }) : query_unit_[v][c];
+        max_[v][c] = most_[v][c] = map(lanes, [](int) { return -std::numeric_limits<float>::infinity(); });
+        sum_[v][c] = map(lanes, [](int) { return 0.f; });
+      }
+      for (int k = 0; k < across; ++k) acc_[v][k] = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
     }
-    for (int c = 0; c < 2; ++c) {
-      query_unit_[c] = map(lanes, [&](int lane) { return query.vectors->unit[lane % 4 * 2 + c] * Keys::unit; });
-      unit_[c] = limited && query.cap > 0 ? map(lanes, [](int) { return 1.f; }) : query_unit_[c];
-      max_[c] = most_[c] = map(lanes, [](int) { return -std::numeric_limits<float>::infinity(); });
-      sum_[c] = map(lanes, [](int) { return 0.f; });
-    }
-    for (int k = 0; k < across; ++k) acc_[k] = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
   }
 
   // What 16 rows are multiplied by: multiply(half), with the words of the half from tile `first` on.
@@ -282,48 +302,61 @@ class DecodeWarp {
     }
   }
   KVT_HD KVT_INLINE void multiply_keys(const Lanes& lanes, const Address& from, Reg<std::uint32_t>* words,
-                                       const std::byte* table, const DecodeQueries<dim>& query, Reg<Float4> (&logit)[2]) const {
+                                       const std::byte* table, const DecodeQueries<dim>& query,
+                                       Reg<Float4> (&logit)[eights][2]) const {
     const auto zero = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
-    const auto multiply = [&](int tile, int k, Reg<Float4>& sum) {
+    // sum(v): of the eight vectors from 8 v on
+    const auto multiply = [&](int tile, int k, auto&& sum) {
       Reg<std::uint32_t> a[4];
       registers<Keys>(lanes, from, words, tile, table, a);
-      if constexpr (queries_wait) {
-        mma(lanes, sum, a, query_[k][0], query_[k][1]);
-      } else {
-        const auto part = [&](int i) { return map(lanes, [&](int lane) { return query.vectors->word[k][i][lane]; }); };
-        mma(lanes, sum, a, part(0), part(1));
+      KVT_UNROLL_ON_DEVICE
+      for (int v = 0; v < eights; ++v) {
+        if constexpr (queries_wait) {
+          mma(lanes, sum(v), a, query_[v][k][0], query_[v][k][1]);
+        } else {
+          const auto part = [&](int i) { return map(lanes, [&](int lane) { return query.vectors[v].word[k][i][lane]; }); };
+          mma(lanes, sum(v), a, part(0), part(1));
+        }
       }
     };
     if constexpr (halved<Keys>) {
       each_half<Keys>(lanes, from, words, [&](int half, int first) {
-        Reg<Float4> sum = zero;
+        Reg<Float4> sum[eights];
+        for (auto& each : sum) each = zero;
         KVT_UNROLL_ON_DEVICE
-        for (int k = 0; k < across; ++k) multiply(first + k, k, sum);
-        (half == 0 ? logit[0] : logit[1]) = sum;
+        for (int k = 0; k < across; ++k) multiply(first + k, k, [&](int v) -> Reg<Float4>& { return sum[v]; });
+        KVT_UNROLL_ON_DEVICE
+        for (int v = 0; v < eights; ++v) (half == 0 ? logit[v][0] : logit[v][1]) = sum[v];
       });
     } else {  // two sums in turn: neither waits for its own last product
-      logit[0] = logit[1] = zero;
+      for (auto& each : logit) each[0] = each[1] = zero;
       KVT_UNROLL_ON_DEVICE
       for (int k = 0; k < across; ++k) {
-        multiply(k, k, logit[0]);
-        multiply(across + k, k, logit[1]);
+        multiply(k, k, [&](int v) -> Reg<Float4>& { return logit[v][0]; });
+        multiply(across + k, k, [&](int v) -> Reg<Float4>& { return logit[v][1]; });
       }
     }
   }
   KVT_HD KVT_INLINE void multiply_values(const Lanes& lanes, const Address& from, Reg<std::uint32_t>* words,
-                                         const std::byte* table, const Reg<std::uint32_t> (&weight)[2][2]) {
+                                         const std::byte* table, const Reg<std::uint32_t> (&weight)[eights][2][2]) {
     each_half<Values>(lanes, from, words, [&](int half, int first) {
-      const Reg<std::uint32_t> low = half == 0 ? weight[0][0] : weight[1][0], high = half == 0 ? weight[0][1] : weight[1][1];
+      Reg<std::uint32_t> part[eights][2];
+      KVT_UNROLL_ON_DEVICE
+      for (int v = 0; v < eights; ++v) {
+        for (int i = 0; i < 2; ++i) part[v][i] = half == 0 ? weight[v][0][i] : weight[v][1][i];
+      }
       KVT_UNROLL_ON_DEVICE
       for (int k = 0; k < across; ++k) {
         Reg<std::uint32_t> a[4];
         registers<Values>(lanes, from, words, first + k, table + value_table_offset, a);
-        mma(lanes, acc_[k], a, low, high);
+        KVT_UNROLL_ON_DEVICE
+        for (int v = 0; v < eights; ++v) mma(lanes, acc_[v][k], a, part[v][0], part[v][1]);
       }
     });
   }
+  // What follows is of the eight vectors from 8 v on.
   KVT_HD KVT_INLINE void scale_logits(const Lanes& lanes, const Reg<Float4>& scale, const DecodeQueries<dim>& query,
-                                      Reg<Float4> (&logit)[2]) const {
+                                      int v, Reg<Float4> (&logit)[2]) const {
     KVT_UNROLL_ON_DEVICE
     for (int j = 0; j < 2; ++j) {
       logit[j] = map(
@@ -343,7 +376,7 @@ class DecodeWarp {
               for (int i = 0; i < 4; ++i) x.x[i] = cap * std::tanh(x.x[i] * (i % 2 == 0 ? unit0 : unit1) * inverse);
               return x;
             },
-            logit[j], query_unit_[0], query_unit_[1]);
+            logit[j], query_unit_[v][0], query_unit_[v][1]);
       }
     }
   }
@@ -361,14 +394,14 @@ class DecodeWarp {
           logit[j]);
     }
   }
-  KVT_HD KVT_INLINE static void hide_unseen(const Lanes& lanes, const int* positions, const DecodeQueries<dim>& query,
+  KVT_HD KVT_INLINE static void hide_unseen(const Lanes& lanes, const int* positions, const DecodeQueries<dim>& query, int v,
                                             Reg<Float4> (&logit)[2]) {
     for (int j = 0; j < 2; ++j) {
       logit[j] = map(
           lanes,
-          [j, positions, &query](int lane, Float4 x) {
+          [j, v, positions, &query](int lane, Float4 x) {
             for (int i = 0; i < 4; ++i) {
-              const int vector = lane % 4 * 2 + i % 2;
+              const int vector = 8 * v + lane % 4 * 2 + i % 2;
               if (vector >= query.m) continue;
               const long long row = positions[16 * j + lane / 4 + i / 2 * 8], own = query.position[vector];
               if (row > own || (query.window != 0 && row <= own - query.window))
@@ -379,34 +412,34 @@ class DecodeWarp {
           logit[j]);
     }
   }
-  KVT_HD KVT_INLINE void find_tops(const Lanes& lanes, const Reg<Float4> (&logit)[2], Reg<float> (&top)[2]) const {
+  KVT_HD KVT_INLINE void find_tops(const Lanes& lanes, const Reg<Float4> (&logit)[2], int v, Reg<float> (&top)[2]) const {
     for (int c = 0; c < 2; ++c) {
       top[c] = map(
           lanes,
           [c](int, const Float4& a, const Float4& b, float unit) {
             return std::fmax(std::fmax(a.x[c], a.x[c + 2]), std::fmax(b.x[c], b.x[c + 2])) * unit;
           },
-          logit[0], logit[1], unit_[c]);
+          logit[0], logit[1], unit_[v][c]);
     }
   }
   // What is rare, found by one vote: rows that are missing, `left` of the slice are there, and logits above the maximum.
-  KVT_HD KVT_INLINE void hide_or_raise(const Lanes& lanes, bool missing, int left, Reg<Float4> (&logit)[2]) {
+  KVT_HD KVT_INLINE void hide_or_raise(const Lanes& lanes, bool missing, int left, int v, Reg<Float4> (&logit)[2]) {
     Reg<float> top[2];
-    find_tops(lanes, logit, top);
+    find_tops(lanes, logit, v, top);
     const auto too_high = [&](bool rare) {
       return any(lanes,
                  map(
                      lanes, [rare](int, float a, float b, float most0, float most1) { return a > most0 || b > most1 || rare; },
-                     top[0], top[1], most_[0], most_[1]));
+                     top[0], top[1], most_[v][0], most_[v][1]));
     };
     if (!too_high(missing)) return;
     if (missing) {
       hide_missing(lanes, left, logit);
-      find_tops(lanes, logit, top);
+      find_tops(lanes, logit, v, top);
     }
-    if (too_high(false)) raise(lanes, top);
+    if (too_high(false)) raise(lanes, top, v);
   }
-  KVT_HD void raise(const Lanes& lanes, Reg<float> (&top)[2]) {
+  KVT_HD void raise(const Lanes& lanes, Reg<float> (&top)[2], int v) {
     Reg<float> factor[2];
     for (int c = 0; c < 2; ++c) {
       for (int mask = 4; mask < 32; mask *= 2) {
@@ -414,27 +447,27 @@ class DecodeWarp {
             lanes, [](int, float a, float b) { return std::fmax(a, b); }, top[c], shuffle_xor(lanes, top[c], mask));
       }
       top[c] = map(
-          lanes, [](int, float a, float b) { return std::fmax(a, b); }, top[c], max_[c]);
+          lanes, [](int, float a, float b) { return std::fmax(a, b); }, top[c], max_[v][c]);
       // A vector that has seen nothing stays so, and keeps its zeros.
       factor[c] = map(
-          lanes, [](int, float before, float now) { return before == now ? 1.f : fast_exp2(before - now); }, max_[c], top[c]);
-      max_[c] = top[c];
-      most_[c] = map(
+          lanes, [](int, float before, float now) { return before == now ? 1.f : fast_exp2(before - now); }, max_[v][c], top[c]);
+      max_[v][c] = top[c];
+      most_[v][c] = map(
           lanes, [](int, float max) { return max + slack; }, top[c]);
-      sum_[c] = map(
-          lanes, [](int, float a, float b) { return a * b; }, sum_[c], factor[c]);
+      sum_[v][c] = map(
+          lanes, [](int, float a, float b) { return a * b; }, sum_[v][c], factor[c]);
     }
     KVT_UNROLL_ON_DEVICE
     for (int k = 0; k < across; ++k) {
-      acc_[k] = map(
+      acc_[v][k] = map(
           lanes,
           [](int, const Float4& x, float f0, float f1) {
             return Float4{{x.x[0] * f0, x.x[1] * f1, x.x[2] * f0, x.x[3] * f1}};
           },
-          acc_[k], factor[0], factor[1]);
+          acc_[v][k], factor[0], factor[1]);
     }
   }
-  KVT_HD KVT_INLINE void to_weights(const Lanes& lanes, const Reg<Float4>& scale, const Reg<Float4> (&logit)[2],
+  KVT_HD KVT_INLINE void to_weights(const Lanes& lanes, const Reg<Float4>& scale, const Reg<Float4> (&logit)[2], int v,
                                     Reg<std::uint32_t> (&weight)[2][2]) {
     KVT_UNROLL_ON_DEVICE
     for (int j = 0; j < 2; ++j) {
@@ -444,10 +477,10 @@ class DecodeWarp {
             return Float4{{weight_of(x.x[0], unit0, max0), weight_of(x.x[1], unit1, max1), weight_of(x.x[2], unit0, max0),
                            weight_of(x.x[3], unit1, max1)}};
           },
-          logit[j], unit_[0], unit_[1], max_[0], max_[1]);
+          logit[j], unit_[v][0], unit_[v][1], max_[v][0], max_[v][1]);
       for (int c = 0; c < 2; ++c) {
-        sum_[c] = map(
-            lanes, [c](int, float sum, const Float4& x) { return sum + (x.x[c] + x.x[c + 2]); }, sum_[c], e);
+        sum_[v][c] = map(
+            lanes, [c](int, float sum, const Float4& x) { return sum + (x.x[c] + x.x[c + 2]); }, sum_[v][c], e);
       }
       for (int i = 0; i < 2; ++i) {
         weight[j][i] = transpose(lanes, map(
@@ -467,10 +500,10 @@ class DecodeWarp {
     return fast_exp2(std::fma(logit, unit, -max));
   }
 
-  Reg<std::uint32_t> query_[queries_wait ? across : 1][2];
-  Reg<Float4> acc_[across];
-  Reg<float> query_unit_[2], unit_[2];    // of queries and keys; of logits, which a cap leaves none
-  Reg<float> max_[2], most_[2], sum_[2];  // most_: what a logit may be before the maximum is raised
+  Reg<std::uint32_t> query_[eights][queries_wait ? across : 1][2];
+  Reg<Float4> acc_[eights][across];
+  Reg<float> query_unit_[eights][2], unit_[eights][2];            // of queries and keys; of logits, which a cap leaves none
+  Reg<float> max_[eights][2], most_[eights][2], sum_[eights][2];  // most_: what a logit may be before the maximum is raised
 };
 
 }  // namespace kvt::inline v0

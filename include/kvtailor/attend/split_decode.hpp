@@ -1,13 +1,14 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// SplitDecode: one decode step of many heads of any length, cut into equal shares of slices for a fixed number of blocks of
-// threads, and joined again.
+// SplitDecode: attention of one query, or of a chunk of queries, of each of many heads of any length, cut into equal shares of
+// slices for a fixed number of blocks of threads, and joined again.
 //
-// The slices of all entries (a KV head of a sequence each) stand in one line, and block b takes those from b total / blocks to
-// (b + 1) total / blocks, whatever entries they belong to. What it finds for entry e goes to slot b + e: along the line either
-// one grows or the other, so no two share a slot. The cut depends on lengths alone, and partial results are joined in the order
-// of blocks, so the output does not depend on who finishes first.
+// The query vectors of an entry (a KV head of a sequence) are taken eight or sixteen at a time: a tile of an entry is an item
+// of work, and its slices are those that one of its queries may see. The slices of all items stand in one line, and block b
+// takes those from b total / blocks to (b + 1) total / blocks, whatever items they belong to. What it finds for item x goes to
+// slot b + x: along the line either one grows or the other, so no two share a slot. The cut depends on lengths and positions
+// alone, and partial results are joined in the order of blocks, so the output does not depend on who finishes first.
 #pragma once
 
 #include "kvtailor/attend/decode_warp.hpp"
@@ -18,22 +19,21 @@
 namespace kvt::inline v0 {
 
 struct SplitDecode {
-  const SlicePages* entry;  // [entries]
-  int* first_slice;         // [entries + 1] slices before an entry, and all
-  int entries, blocks;
+  int* first_slice;  // [items + 1] slices before an item, and all
+  int items, blocks;
 
   struct Range {
     int from, to;
     KVT_HD bool empty() const { return from >= to; }
   };
-  KVT_HD int total() const { return first_slice[entries]; }
-  KVT_HD int slots() const { return entries + blocks; }
+  KVT_HD int total() const { return first_slice[items]; }
+  KVT_HD int slots() const { return items + blocks; }
   KVT_HD int start(int block) const { return static_cast<int>(static_cast<long long>(block) * total() / blocks); }
   // The block that takes a slice.
   KVT_HD int block_of(int slice) const { return static_cast<int>((static_cast<long long>(slice + 1) * blocks - 1) / total()); }
-  // The last entry that begins at or before a slice and is not empty.
-  KVT_HD int entry_of(int slice) const {
-    int low = 0, high = entries - 1;
+  // The last item that begins at or before a slice and is not empty.
+  KVT_HD int item_of(int slice) const {
+    int low = 0, high = items - 1;
     while (low < high) {
       const int middle = (low + high + 1) / 2;
       if (first_slice[middle] <= slice) {
@@ -44,14 +44,21 @@ struct SplitDecode {
     }
     return low;
   }
-  // Slices of an entry that a block takes, counted from the entry's first.
-  KVT_HD Range share(int block, int e) const {
-    const int from = start(block), to = start(block + 1), own = first_slice[e], end = first_slice[e + 1];
+  // Slices of an item that a block takes, counted from the item's first.
+  KVT_HD Range share(int block, int x) const {
+    const int from = start(block), to = start(block + 1), own = first_slice[x], end = first_slice[x + 1];
     return {(from > own ? from : own) - own, (to < end ? to : end) - own};
   }
 };
 
-// Partial results: max, sum [slots, 8], rows [slots, 8, dim].
+// Slices of an entry that hold a row which a query of an item may see: from `first` on. Of those from whole.from up to whole.to
+// every query sees every row.
+struct SeenSlices {
+  int first;
+  SplitDecode::Range whole;
+};
+
+// Partial results: max, sum [slots, width], rows [slots, width, dim].
 struct DecodePartials {
   float *max, *sum, *rows;
 };
@@ -96,41 +103,61 @@ struct FragmentsOf<Dense<Half, dim>> {
 template <class Key, class Value>
 using LayoutOf = SliceLayout<typename FragmentsOf<Key>::type, typename FragmentsOf<Value>::type>;
 
-// One decode step: `group` query heads of each entry, of which a block takes eight from `first_vector` on.
+// `n` queries of each sequence, of `group` query heads for each entry: vector v of an entry is of query v / group. Those are
+// taken `width` at a time.
 template <class T>
 struct DecodeStep {
+  const SlicePages* entry;  // [entries]
+  int entries, kv_heads;    // kv_heads: entries of a sequence
   SplitDecode split;
-  DecodePartials partials;  // of these eight
-  const T* queries;         // [entries, group, dim]
-  const int* position;      // [sequences] of the query, or null; looked at where attention is limited
-  int kv_heads;             // entries of a sequence
-  int group, first_vector, window;
-  float scale, cap;                    // of logits, as AttendOptions; scale is not 0
-  const float* sink_logits = nullptr;  // [kv_heads, group] as AttendOptions, or null
+  SeenSlices* seen;  // [items]
+  DecodePartials partials;
+  const T* queries;          // [sequences, n, kv_heads, group, dim]
+  const int* position;       // [sequences, n] of the queries, or null
+  const int* query_start;    // [sequences + 1] where the queries of a sequence begin, if they are not n each; or null
+  int n, group, window;      // n: queries of a sequence at most
+  float scale, cap;          // of logits, as AttendOptions; scale is not 0
+  const float* sink_logits;  // [kv_heads, group] as AttendOptions, or null
+  int width;
 
-  KVT_HD int vectors() const { return group - first_vector < 8 ? group - first_vector : 8; }
+  KVT_HD int tiles() const { return (n * group + width - 1) / width; }
+  KVT_HD int first_query(int sequence) const { return query_start != nullptr ? query_start[sequence] : sequence * n; }
+  // Vectors of an item.
+  KVT_HD int vectors(int x) const {
+    const int sequence = x / tiles() / kv_heads, all = (first_query(sequence + 1) - first_query(sequence)) * group;
+    const int left = all - x % tiles() * width;
+    return left < width ? left : width;
+  }
+  // The query of an item's vector, counted over all sequences, and the vector, over all query heads of all queries.
+  KVT_HD int query(int x, int vector) const {
+    return first_query(x / tiles() / kv_heads) + (x % tiles() * width + vector) / group;
+  }
+  KVT_HD long long row(int x, int vector) const {
+    return (static_cast<long long>(query(x, vector)) * kv_heads + head(x)) * group + (x % tiles() * width + vector) % group;
+  }
+  KVT_HD int head(int x) const { return x / tiles() % kv_heads; }
 };
 
 // What the warps of a block share, beside the tables.
-template <int dim, int warps>
+template <int dim, int warps, int width>
 struct DecodeShared {
-  QueryFragments<dim> queries;
-  float prepared[8 * dim];  // queries in the basis of the keys
-  float rows[8 * dim];      // queries as they come, then weighted rows
-  float max[warps][8], sum[warps][8], factor[warps][8];
-  int position[8];
+  QueryFragments<dim> queries[width / 8];
+  float prepared[width * dim];  // queries in the basis of the keys
+  float rows[width * dim];      // queries as they come, then weighted rows
+  float max[warps][width], sum[warps][width], factor[warps][width];
+  int position[width];
 };
 
 // Attention to slices. Warps of a block, and blocks of a multiprocessor that registers are shared out among: 128, 168 or 255 a
 // thread. Tables of codes are shared by the warps of a block, so there is one block where there are tables. ptxas reads entries
 // far ahead, and spills where it has less room than here.
-template <class Key, class Value, bool limited, class T>
+template <class Key, class Value, bool limited, int width, class T>
 struct DecodeWork {
   using Layout = LayoutOf<Key, Value>;
   static constexpr int dim = Key::head_dim, dynamic_bytes = Layout::table_bytes;
   static constexpr bool light = dim <= 128 && dynamic_bytes == 0 && !limited;
   static constexpr int warps = dim <= 64 && dynamic_bytes > 0 ? 12 : 8, blocks = light ? 2 : 1;
-  using Shared = DecodeShared<dim, warps>;
+  using Shared = DecodeShared<dim, warps, width>;
 
   DecodeStep<T> step;
 
@@ -139,17 +166,18 @@ struct DecodeWork {
     using Lanes = typename Block::Lanes;
     constexpr float log2e = 1.44269504f, none = -std::numeric_limits<float>::infinity();
     const SplitDecode& split = step.split;
-    const int m = step.vectors(), from = split.start(index), to = split.start(index + 1);
+    const int from = split.start(index), to = split.start(index + 1);
     if (from >= to) return;
     block.each_warp([&](const Lanes& lanes, int warp) {
       lanes.each([&](int lane) { Layout::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
     });
-    for (int e = split.entry_of(from); e < split.entries && split.first_slice[e] < to; ++e) {
-      const SplitDecode::Range share = split.share(index, e);
+    for (int x = split.item_of(from); x < split.items && split.first_slice[x] < to; ++x) {
+      const SplitDecode::Range share = split.share(index, x);
       if (share.empty()) continue;
+      const int m = step.vectors(x);
       block.each_warp([&](const Lanes& lanes, int warp) {
         for (int j = warp; j < m; j += warps) {
-          const T* const query = step.queries + (static_cast<long long>(e) * step.group + step.first_vector + j) * dim;
+          const T* const query = step.queries + step.row(x, j) * dim;
           float* const plain = shared.rows + j * dim;
           lanes.each([&](int lane) {
             for (int d = lane; d < dim; d += Lanes::size) plain[d] = to_float(query[d]);
@@ -157,24 +185,29 @@ struct DecodeWork {
           Key{}.prepare(lanes, plain, step.scale * log2e, shared.prepared + j * dim);
           if constexpr (limited)
             lanes.once([&] {
-              shared.position[j] =
-                  step.position != nullptr ? step.position[e / step.kv_heads] : std::numeric_limits<int>::max();
+              shared.position[j] = step.position != nullptr ? step.position[step.query(x, j)] : std::numeric_limits<int>::max();
             });
         }
       });
-      block.each_warp([&](const Lanes& lanes, int warp) { shared.queries.pack(lanes, shared.prepared, m, warp, warps); });
-      typename Block::template PerWarp<DecodeWarp<Layout, Lanes, limited>> work;
       block.each_warp([&](const Lanes& lanes, int warp) {
-        const DecodeQueries<dim> query{&shared.queries, shared.position, m, step.cap * log2e, step.window};
-        work[warp].run(lanes, split.entry[e], query, table, share.from + warp, share.to, warps);
+        for (int v = 0; v < width / 8; ++v) {
+          shared.queries[v].pack(lanes, shared.prepared + 8 * v * dim, m - 8 * v, warp, warps);
+        }
+      });
+      typename Block::template PerWarp<DecodeWarp<Layout, Lanes, limited, width>> work;
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        const auto [skipped, whole] = step.seen[x];
+        const DecodeQueries<dim> query{shared.queries, shared.position, m, step.cap * log2e, step.window, whole.from, whole.to};
+        work[warp].run(lanes, step.entry[x / step.tiles()], query, table, skipped + share.from + warp, skipped + share.to,
+                       warps);
         work[warp].store_state(lanes, shared.max[warp], shared.sum[warp]);
       });
       // The warps' results at one maximum. Each adds its rows in turn, so that sums are always the same.
-      const long long slot = static_cast<long long>(index + e) * 8;
+      const long long slot = static_cast<long long>(index + x) * width;
       block.each_warp([&](const Lanes& lanes, int warp) {
         if (warp != 0) return;
         lanes.each([&](int lane) {
-          if (lane >= 8) return;
+          if (lane >= width) return;
           float top = none, total = 0;
           for (int w = 0; w < warps; ++w) top = std::fmax(top, shared.max[w][lane]);
           for (int w = 0; w < warps; ++w) {
@@ -202,27 +235,29 @@ struct DecodeWork {
   }
 };
 
-// The softmax state of one vector of one entry over all blocks, and its weighted rows [dim], which all lanes see. No visible
+// The softmax state of one vector of one item over all blocks, and its weighted rows [dim], which all lanes see. No visible
 // row: a maximum of -infinity, and zeros.
 struct DecodeState {
   float max, sum;
 };
 template <int dim, class Lanes, class T>
-KVT_HD DecodeState join_blocks(const Lanes& lanes, const DecodeStep<T>& step, int e, int vector, float* rows) {
+KVT_HD DecodeState join_blocks(const Lanes& lanes, const DecodeStep<T>& step, int x, int vector, float* rows) {
   constexpr float none = -std::numeric_limits<float>::infinity();
   const SplitDecode& split = step.split;
-  const int from = split.first_slice[e], to = split.first_slice[e + 1];
+  const int from = split.first_slice[x], to = split.first_slice[x + 1];
   const int first = from < to ? split.block_of(from) : 0, last = from < to ? split.block_of(to - 1) : -1;
   DecodeState state{none, 0};
   for (int b = first; b <= last; ++b) {
-    if (!split.share(b, e).empty()) state.max = std::fmax(state.max, step.partials.max[(b + e) * 8 + vector]);
+    if (!split.share(b, x).empty()) {
+      state.max = std::fmax(state.max, step.partials.max[static_cast<long long>(b + x) * step.width + vector]);
+    }
   }
   lanes.each([&](int lane) {
     for (int d = lane; d < dim; d += Lanes::size) rows[d] = 0;
   });
   for (int b = first; b <= last && state.max != none; ++b) {
-    if (split.share(b, e).empty()) continue;
-    const long long slot = static_cast<long long>(b + e) * 8 + vector;
+    if (split.share(b, x).empty()) continue;
+    const long long slot = static_cast<long long>(b + x) * step.width + vector;
     const float factor = fast_exp2(step.partials.max[slot] - state.max);
     state.sum += factor * step.partials.sum[slot];
     lanes.each([&](int lane) {
@@ -232,104 +267,174 @@ KVT_HD DecodeState join_blocks(const Lanes& lanes, const DecodeStep<T>& step, in
   return state;
 }
 
-// The output of one vector from the rows that are encoded and the dense ones. scratch, out_row: [dim] that all lanes see.
-template <class Value, class Lanes, class T>
-KVT_HD void finish_vector(const Lanes& lanes, const DecodeStep<T>& body, const DecodeStep<T>& near, int e, int vector,
-                          float* scratch, float* out_row, T* out) {
-  constexpr int dim = Value::head_dim;
-  constexpr float none = -std::numeric_limits<float>::infinity();
-  const DecodeState dense = join_blocks<dim>(lanes, near, e, vector, out_row);
-  const DecodeState coded = join_blocks<dim>(lanes, body, e, vector, scratch);
-  float top = std::fmax(dense.max, coded.max), sink = none;
-  if (body.sink_logits != nullptr && top != none) {
-    constexpr float log2e = 1.44269504f;
-    sink = body.sink_logits[e % body.kv_heads * body.group + body.first_vector + vector] * log2e;
-    top = std::fmax(top, sink);
-  }
-  const float of_dense = dense.max == none ? 0.f : fast_exp2(dense.max - top);
-  const float of_coded = coded.max == none ? 0.f : fast_exp2(coded.max - top);
-  const float of_sink = sink == none ? 0.f : fast_exp2(sink - top);
-  const float sum = of_dense * dense.sum + of_coded * coded.sum + of_sink, inverse = sum > 0 ? 1 / sum : sum == 0 ? 0.f : sum;
-  lanes.each([&](int lane) {
-    for (int d = lane; d < dim; d += Lanes::size) {
-      out_row[d] *= of_dense * inverse;
-      scratch[d] *= of_coded * inverse;
-    }
-  });
-  Value{}.finish(lanes, scratch, out_row);
-  lanes.each([&](int lane) {
-    for (int d = lane; d < dim; d += Lanes::size) out[d] = from_float<T>(out_row[d]);
-  });
-}
-
-// Joins what the blocks of DecodeWork found: a warp for each vector of each entry, entries * vectors blocks.
+// Joins what the blocks of DecodeWork found, of encoded rows and of dense ones: a warp for each vector, items * width blocks.
 template <class Value, class T>
 struct FinishWork {
-  static constexpr int warps = 1, blocks = 1, dynamic_bytes = 0;
+  static constexpr int dim = Value::head_dim, warps = 1, blocks = 1, dynamic_bytes = 0;
   struct Shared {
-    float scratch[Value::head_dim], row[Value::head_dim];
+    float scratch[dim], row[dim];
   };
   DecodeStep<T> body, near;
-  T* out;  // [entries, group, dim]
+  T* out;  // as queries
 
   template <class Block>
   KVT_HD void operator()(const Block& block, int index, Shared& shared, std::byte*) const {
-    const int e = index / body.vectors(), vector = index % body.vectors();
-    T* const to = out + (static_cast<long long>(e) * body.group + body.first_vector + vector) * Value::head_dim;
+    const int x = index / body.width, vector = index % body.width;
+    if (vector >= body.vectors(x)) return;
     block.each_warp([&](const typename Block::Lanes& lanes, int) {
-      finish_vector<Value>(lanes, body, near, e, vector, shared.scratch, shared.row, to);
+      finish(lanes, x, vector, shared.scratch, shared.row, out + body.row(x, vector) * dim);
     });
   }
-};
 
-// Counts slices before a step: first_slice[e + 1] = those of entries up to e. One block.
-struct CountWork {
-  static constexpr int warps = 1, blocks = 1, dynamic_bytes = 0;
-  struct Shared {};
-  const SlicePages* entry;  // [entries]
-  int* first_slice;         // [entries + 1]
-  int entries;
-
-  template <class Block>
-  KVT_HD void operator()(const Block& block, int, Shared&, std::byte*) const {
-    using Lanes = typename Block::Lanes;
-    block.each_warp([&](const Lanes& lanes, int) {
-      int before = 0;
-      lanes.once([&] { first_slice[0] = 0; });
-      for (int e = 0; e < entries; e += Lanes::size) {
-        typename Lanes::template Reg<int> own, scanned;
-        lanes.each([&](int lane) {
-          own[lane] = e + lane < entries ? (*entry[e + lane].rows + slice_rows - 1) / slice_rows : 0;
-          scanned[lane] = own[lane];
-        });
-        lanes.exclusive_scan(scanned);
-        typename Lanes::template Reg<int> sum;
-        lanes.each([&](int lane) {
-          sum[lane] = before + scanned[lane] + own[lane];
-          if (e + lane < entries) first_slice[e + lane + 1] = sum[lane];
-        });
-        before = lanes.shuffle(sum, Lanes::size - 1);
+ private:
+  // scratch, row: [dim] that all lanes see.
+  template <class Lanes>
+  KVT_HD void finish(const Lanes& lanes, int x, int vector, float* scratch, float* row, T* to) const {
+    constexpr float none = -std::numeric_limits<float>::infinity();
+    const DecodeState dense = join_blocks<dim>(lanes, near, x, vector, row);
+    const DecodeState coded = join_blocks<dim>(lanes, body, x, vector, scratch);
+    float top = std::fmax(dense.max, coded.max), sink = none;
+    if (body.sink_logits != nullptr && top != none) {
+      constexpr float log2e = 1.44269504f;
+      sink = body.sink_logits[body.row(x, vector) % (body.kv_heads * body.group)] * log2e;
+      top = std::fmax(top, sink);
+    }
+    const float of_dense = dense.max == none ? 0.f : fast_exp2(dense.max - top);
+    const float of_coded = coded.max == none ? 0.f : fast_exp2(coded.max - top);
+    const float of_sink = sink == none ? 0.f : fast_exp2(sink - top);
+    const float sum = of_dense * dense.sum + of_coded * coded.sum + of_sink, inverse = sum > 0 ? 1 / sum : sum == 0 ? 0.f : sum;
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) {
+        row[d] *= of_dense * inverse;
+        scratch[d] *= of_coded * inverse;
       }
     });
+    Value{}.finish(lanes, scratch, row);
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) to[d] = from_float<T>(row[d]);
+    });
   }
 };
 
-// Launches a step. Query heads of an entry are taken eight at a time, and use the same partial results one after another;
-// first_vector is set here. near: the dense rows. first_slice of both is written before it is read.
-template <class Key, class Value, bool limited, class Device, class T>
+// Counts the slices of items before a step: those that hold a row which one of the item's queries may see. Two blocks: one for
+// encoded rows, one for dense ones. Positions of either rise.
+template <class T>
+struct CountWork {
+  static constexpr int warps = 8, blocks = 1, dynamic_bytes = 0;
+  struct Shared {
+    int total[warps];
+  };
+  DecodeStep<T> body, near;
+  int body_bytes, near_bytes;  // of a slice
+
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int index, Shared& shared, std::byte*) const {
+    using Lanes = typename Block::Lanes;
+    const DecodeStep<T>& step = index == 0 ? body : near;
+    const int slice_bytes = index == 0 ? body_bytes : near_bytes, items = step.split.items;
+    int* const count = step.split.first_slice + 1;
+    typename Block::template PerWarp<int> before;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      before[warp] = 0;
+      lanes.once([&] {
+        if (warp == 0) count[-1] = 0;
+      });
+    });
+    for (int first = 0; first < items; first += warps * Lanes::size) {
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        typename Lanes::template Reg<int> own, sum;
+        lanes.each([&](int lane) {
+          const int x = first + warp * Lanes::size + lane;
+          own[lane] = sum[lane] = x < items ? look(step, x, slice_bytes) : 0;
+        });
+        lanes.exclusive_scan(sum);
+        lanes.each([&](int lane) {
+          const int x = first + warp * Lanes::size + lane;
+          sum[lane] += own[lane];
+          if (x < items) count[x] = sum[lane];
+        });
+        const int all = lanes.shuffle(sum, Lanes::size - 1);
+        lanes.once([&] { shared.total[warp] = all; });
+      });
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        int own = before[warp];
+        for (int w = 0; w < warps; ++w) {
+          if (w < warp) own += shared.total[w];
+          before[warp] += shared.total[w];
+        }
+        lanes.each([&](int lane) {
+          const int x = first + warp * Lanes::size + lane;
+          if (x < items) count[x] += own;
+        });
+      });
+    }
+  }
+
+ private:
+  // Returns how many slices there are.
+  KVT_HD static int look(const DecodeStep<T>& step, int x, int slice_bytes) {
+    const SlicePages& pages = step.entry[x / step.tiles()];
+    const int vectors = step.vectors(x), rows = *pages.rows, all = vectors > 0 ? (rows + slice_rows - 1) / slice_rows : 0;
+    SeenSlices& seen = step.seen[x] = {0, {0, all}};
+    if (all == 0 || step.position == nullptr) return all;
+    long long least = std::numeric_limits<long long>::max(), most = std::numeric_limits<long long>::min();
+    for (int q = step.query(x, 0); q <= step.query(x, vectors - 1); ++q) {
+      least = step.position[q] < least ? step.position[q] : least;
+      most = step.position[q] > most ? step.position[q] : most;
+    }
+    const Rising in{pages, rows, slice_bytes};
+    const int end = in.begun(most);
+    seen.whole.to = in.ended(least);
+    if (step.window > 0) {
+      seen.first = in.ended(least - step.window);
+      seen.whole.from = in.begun(most - step.window);
+    }
+    return end > seen.first ? end - seen.first : 0;
+  }
+  // Rows whose positions rise.
+  struct Rising {
+    const SlicePages& pages;
+    int rows, slice_bytes;
+
+    KVT_HD long long position(int row) const { return pages.positions(row / slice_rows, slice_bytes)[row % slice_rows]; }
+    // Slices whose first row is not behind p. There are no more rows behind p than positions from p to the last row's: where
+    // none was dropped, the least that may have begun are those that have.
+    KVT_HD int begun(long long p) const {
+      const long long behind = position(rows - 1) - p;
+      int low = 0, high = (rows + slice_rows - 1) / slice_rows;
+      if (behind <= 0) return high;
+      if (behind < rows) low = (rows - static_cast<int>(behind) + slice_rows - 1) / slice_rows;
+      for (int probe = low; low < high; probe = low + (high - low) / 2) {
+        if (position(probe * slice_rows) <= p) {
+          low = probe + 1;
+        } else {
+          high = probe;
+        }
+      }
+      return low;
+    }
+    // Slices none of whose rows is behind p, or one less.
+    KVT_HD int ended(long long p) const {
+      const int count = begun(p);
+      return count > 0 && position(rows - 1) > p ? count - 1 : count;
+    }
+  };
+};
+
+// Launches a step: near is that of the dense rows. width, items and what is counted are set here.
+template <class Key, class Value, bool limited, int width = 8, class Device, class T>
 Status launch_decode(Device& device, DecodeStep<T> body, DecodeStep<T> near, T* out) {
   using Plain = Dense<Half, Key::head_dim>;
-  if (body.split.entries == 0) return success();
-  for (const DecodeStep<T>* step : {&body, &near}) {
-    KVT_TRY(device.launch(CountWork{step->split.entry, step->split.first_slice, step->split.entries}, 1));
+  for (DecodeStep<T>* step : {&body, &near}) {
+    step->width = width;
+    step->split.items = step->entries * step->tiles();
   }
-  for (int first = 0; first < body.group; first += 8) {
-    body.first_vector = near.first_vector = first;
-    KVT_TRY(device.launch(DecodeWork<Key, Value, limited, T>{body}, body.split.blocks));
-    KVT_TRY(device.launch(DecodeWork<Plain, Plain, limited, T>{near}, near.split.blocks));
-    KVT_TRY(device.launch(FinishWork<Value, T>{body, near, out}, body.split.entries * body.vectors()));
-  }
-  return success();
+  const int items = body.split.items;
+  if (items == 0) return success();
+  KVT_TRY(device.launch(CountWork<T>{body, near, LayoutOf<Key, Value>::bytes, LayoutOf<Plain, Plain>::bytes}, 2));
+  KVT_TRY(device.launch(DecodeWork<Key, Value, limited, width, T>{body}, body.split.blocks));
+  KVT_TRY(device.launch(DecodeWork<Plain, Plain, limited, width, T>{near}, near.split.blocks));
+  return device.launch(FinishWork<Value, T>{body, near, out}, items * width);
 }
 
 }  // namespace kvt::inline v0

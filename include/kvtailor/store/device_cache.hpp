@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // DeviceCache: the keys and values of one sequence on a device. PagePool: the pages of encoded rows that sequences share.
-// DecodePlan: attention of a batch of sequences, of any lengths, in one set of launches.
+// DecodePlan: attention of a batch of sequences, of any lengths, in one set of launches: of a query each, or of chunks.
 //
 //   cuda::Device device(stream);
 //   KVT_TRY(pool.init(device, 4096));                                   // once
@@ -10,7 +10,7 @@
 //   KVT_TRY(plan.init(device, caches));                                 // each batch
 //   KVT_TRY(cache.reserve(1));                                          // each step, or for many ahead
 //   KVT_TRY(cache.append(layer, keys, values, positions, 1));           // each layer of each step
-//   KVT_TRY(plan.attend(layer, queries, positions, {}, out));
+//   KVT_TRY(plan.attend(layer, queries, positions, {}, out));           // or n queries a sequence, if init() was told
 //   KVT_TRY(cache.cut(keep, stride));                                   // drops rows; refresh() gives their pages back
 //   KVT_TRY(cache.fork(other));                                         // another sequence with the same beginning
 //   KVT_TRY(cache.download(host));                                      // to a cache of the host; upload(host) is the way back
@@ -141,6 +141,7 @@ class DeviceCache {
   }
 
   const Geometry& geometry() const { return geometry_; }
+  const DeviceCacheOptions& options() const { return options_; }
   // Rows a head has at most: all it was given since the last refresh(), and what it had then.
   int most_rows(int layer, int kv_head) const { return most_rows(layer * geometry_.num_kv_heads + kv_head); }
 
@@ -364,7 +365,6 @@ class DeviceCache {
   }
 
  protected:
-  const DeviceCacheOptions& options() const { return options_; }
   Device* device() const { return device_; }
   DeviceHeads all_heads() const { return heads(0); }
   int most_rows(int head) const { return bound_[static_cast<std::size_t>(head)]; }
@@ -511,16 +511,30 @@ class DecodePlan {
   using Plain = typename Cache::Plain;
   static constexpr int head_dim = Codec::head_dim;
 
-  // The caches of a batch, of one geometry; they must outlive the plan, and init() comes again after theirs.
-  Status init(Device& device, std::span<const Cache* const> caches) {
+  // The caches of a batch, of one geometry; they must outlive the plan, and init() comes again after theirs. max_queries: of a
+  // sequence in one attend(), for which there is room then: 8 head_dim bytes for each of their vectors.
+  Status init(Device& device, std::span<const Cache* const> caches, int max_queries = 1) {
     if (caches.empty()) return error(Errc::bad_shape, "a batch of no caches");
     const Geometry& geometry = caches[0]->geometry();
     KVT_TRY(geometry.validate());
+    int most_rows = 1;
     for (const Cache* cache : caches) {
       if (!(cache->geometry() == geometry)) return error(Errc::bad_shape, "the caches of a batch have different geometries");
+      most_rows = std::max(most_rows, cache->options().max_rows);
+    }
+    if (max_queries < 1 || max_queries > 1 << 16) {
+      return error(Errc::bad_shape, "max_queries is {}; it must be from 1 to {}", max_queries, 1 << 16);
     }
     const auto entries = caches.size() * static_cast<std::size_t>(geometry.num_kv_heads);
     const auto layers = static_cast<std::size_t>(geometry.num_layers);
+    const long long vectors = static_cast<long long>(max_queries) * geometry.group_size();
+    const int width = vectors > 8 ? widest : 8;
+    const auto items = entries * static_cast<std::size_t>((vectors + width - 1) / width);
+    // Slices of all items are counted in an int.
+    if (const double slices = static_cast<double>(items) * (most_rows / slice_rows + 1); slices > 1 << 30) {
+      return error(Errc::bad_shape, "{} queries of each sequence may read {} slices of 32 rows; there must be fewer",
+                   max_queries, slices);
+    }
     std::vector<SlicePages> host;  // dense [layers, entries], encoded
     for (const bool near : {true, false}) {
       for (int layer = 0; layer < geometry.num_layers; ++layer) {
@@ -530,19 +544,18 @@ class DecodePlan {
         }
       }
     }
-    int body_blocks = 0, near_blocks = 0, limited = 0;
-    KVT_TRY(device.template resident_blocks<DecodeWork<Key, Value, false, T>>(body_blocks));
-    KVT_TRY(device.template resident_blocks<DecodeWork<Key, Value, true, T>>(limited));
-    KVT_TRY(device.template resident_blocks<DecodeWork<Plain, Plain, false, T>>(near_blocks));
     DeviceArray<SlicePages, Device> pages;
     Side body, near;
+    KVT_TRY(body.template count_blocks<Key, Value>(device));
+    KVT_TRY(near.template count_blocks<Plain, Plain>(device));
     KVT_TRY(pages.allocate(device, 2 * layers * entries));
-    KVT_TRY(body.init(device, entries, std::min(body_blocks, limited)));
-    KVT_TRY(near.init(device, entries, near_blocks));
+    KVT_TRY(body.init(device, items, static_cast<std::size_t>(width)));
+    KVT_TRY(near.init(device, items, static_cast<std::size_t>(width)));
     KVT_TRY(device.copy_to(pages.data(), host.data(), host.size() * sizeof(SlicePages)));
     device_ = &device;
     geometry_ = geometry;
     entries_ = static_cast<int>(entries);
+    max_queries_ = max_queries;
     pages_ = std::move(pages);
     body_ = std::move(body);
     near_ = std::move(near);
@@ -553,8 +566,19 @@ class DecodePlan {
   // those of the queries; rows after them are not seen. They may be null where there is no window and no row is later. Sink
   // logits are of the device too: the span is not looked into here.
   Status attend(int layer, const T* queries, const int* positions, const AttendOptions& options, T* out) {
+    return attend(layer, queries, positions, 1, options, out);
+  }
+  // n queries of each sequence, queries and out [sequences, n, num_q_heads, head_dim], positions [sequences, n] in any order.
+  // Their keys and values were appended. query_start [sequences + 1], on the device: where sequences have other numbers of
+  // queries, none or n at most, those of sequence s are query_start[s] up to query_start[s + 1] of all; or null.
+  Status attend(int layer, const T* queries, const int* positions, int n, const AttendOptions& options, T* out,
+                const int* query_start = nullptr) {
     if (device_ == nullptr || layer < 0 || layer >= geometry_.num_layers) {
       return error(Errc::bad_shape, "layer is {}; the plan has {}", layer, geometry_.num_layers);
+    }
+    if (n < 1 || n > max_queries_) {
+      return error(Errc::bad_shape, "there are {} queries a sequence; they must be from 1 to {}, as init() was told", n,
+                   max_queries_);
     }
     if (queries == nullptr || out == nullptr) return error(Errc::bad_shape, "a pointer to queries or outputs is null");
     if (!std::isfinite(options.scale) || !std::isfinite(options.soft_cap) || options.soft_cap < 0 || options.window < 0) {
@@ -565,51 +589,71 @@ class DecodePlan {
                    static_cast<double>(options.sink_logits.size()), geometry_.num_q_heads);
     }
     if (positions == nullptr && options.window > 0) return error(Errc::bad_shape, "a window needs positions");
-    const float scale = options.scale != 0 ? options.scale : 1.f / std::sqrt(static_cast<float>(head_dim));
-    const auto step = [&](Side& side, bool near) {
-      const SlicePages* const first =
-          pages_.data() + ((near ? 0 : geometry_.num_layers) + layer) * static_cast<std::ptrdiff_t>(entries_);
-      return DecodeStep<T>{.split = side.split(first, entries_),
-                           .partials = side.partials(),
-                           .queries = queries,
-                           .position = positions,
-                           .kv_heads = geometry_.num_kv_heads,
-                           .group = geometry_.group_size(),
-                           .first_vector = 0,
-                           .window = options.window,
-                           .scale = scale,
-                           .cap = options.soft_cap,
-                           .sink_logits = options.sink_logits.empty() ? nullptr : options.sink_logits.data()};
+    if (positions == nullptr && n > 1) return error(Errc::bad_shape, "a chunk of {} queries needs positions", n);
+    const auto step = [&](const Side& side, bool near, int blocks) {
+      return DecodeStep<T>{
+          .entry = pages_.data() + ((near ? 0 : geometry_.num_layers) + layer) * static_cast<std::ptrdiff_t>(entries_),
+          .entries = entries_,
+          .kv_heads = geometry_.num_kv_heads,
+          .split = {side.first_slice.data(), 0, blocks},
+          .seen = side.seen.data(),
+          .partials = {side.max.data(), side.sum.data(), side.rows.data()},
+          .queries = queries,
+          .position = positions,
+          .query_start = query_start,
+          .n = n,
+          .group = geometry_.group_size(),
+          .window = options.window,
+          .scale = options.scale != 0 ? options.scale : 1.f / std::sqrt(static_cast<float>(head_dim)),
+          .cap = options.soft_cap,
+          .sink_logits = options.sink_logits.empty() ? nullptr : options.sink_logits.data(),
+          .width = 0};
     };
-    const DecodeStep<T> body = step(body_, false), near = step(near_, true);
-    return positions != nullptr || options.soft_cap > 0 ? launch_decode<Key, Value, true>(*device_, body, near, out)
-                                                        : launch_decode<Key, Value, false>(*device_, body, near, out);
+    const auto launch = [&](auto kind) {
+      constexpr Kind k = decltype(kind)::value;
+      return launch_decode < Key, Value, k != all_seen,
+             k == wide ? widest : 8 > (*device_, step(body_, false, body_.blocks[k]), step(near_, true, near_.blocks[k]), out);
+    };
+    if (widest > 8 && static_cast<long long>(n) * geometry_.group_size() > 8) return launch(Is<wide>{});
+    if (positions != nullptr || options.soft_cap > 0) return launch(Is<limited>{});
+    return launch(Is<all_seen>{});
   }
   long long workspace_bytes() const { return pages_.bytes() + body_.bytes() + near_.bytes(); }
 
  private:
+  // Kernels: for vectors that see all rows, for up to eight vectors, and for more.
+  enum Kind { all_seen, limited, wide };
+  template <Kind kind>
+  using Is = std::integral_constant<Kind, kind>;
+  static constexpr int widest = head_dim <= 128 ? 16 : 8;  // vectors at a time, where registers allow
+
   // Slices counted and partial results, of encoded or of dense rows; used by one layer after another.
   struct Side {
     DeviceArray<int, Device> first_slice;
+    DeviceArray<SeenSlices, Device> seen;
     DeviceArray<float, Device> max, sum, rows;
-    int blocks = 0;
+    int blocks[3] = {};  // of each kind
 
-    Status init(Device& device, std::size_t entries, int num_blocks) {
-      blocks = num_blocks;
-      const std::size_t slots = entries + static_cast<std::size_t>(blocks);
-      KVT_TRY(first_slice.allocate(device, entries + 1));
-      KVT_TRY(max.allocate(device, 8 * slots));
-      KVT_TRY(sum.allocate(device, 8 * slots));
-      return rows.allocate(device, 8 * slots * head_dim);
+    template <class K, class V>
+    Status count_blocks(Device& device) {
+      KVT_TRY(device.template resident_blocks<DecodeWork<K, V, false, 8, T>>(blocks[all_seen]));
+      KVT_TRY(device.template resident_blocks<DecodeWork<K, V, true, 8, T>>(blocks[limited]));
+      return device.template resident_blocks<DecodeWork<K, V, true, widest, T>>(blocks[wide]);
     }
-    SplitDecode split(const SlicePages* entry, int entries) const { return {entry, first_slice.data(), entries, blocks}; }
-    DecodePartials partials() const { return {max.data(), sum.data(), rows.data()}; }
-    long long bytes() const { return first_slice.bytes() + max.bytes() + sum.bytes() + rows.bytes(); }
+    Status init(Device& device, std::size_t items, std::size_t width) {
+      const auto vectors = (items + static_cast<std::size_t>(*std::max_element(blocks, blocks + 3))) * width;
+      KVT_TRY(first_slice.allocate(device, items + 1));
+      KVT_TRY(seen.allocate(device, items));
+      KVT_TRY(max.allocate(device, vectors));
+      KVT_TRY(sum.allocate(device, vectors));
+      return rows.allocate(device, vectors * head_dim);
+    }
+    long long bytes() const { return first_slice.bytes() + seen.bytes() + max.bytes() + sum.bytes() + rows.bytes(); }
   };
 
   Device* device_ = nullptr;
   Geometry geometry_ = {};
-  int entries_ = 0;
+  int entries_ = 0, max_queries_ = 0;
   DeviceArray<SlicePages, Device> pages_;
   Side body_, near_;
 };
