@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// A batch of sequences in device caches, one of them compressed, copied, and swapped out and in, step by step and as a captured
-// graph, beside the same on a simulated device.
+// A batch of sequences in device caches, one of them compressed, copied, and swapped out and in, a chunk of queries and then
+// step by step, as captured graphs, beside the same on a simulated device.
 #include <cmath>
 #include <memory>
 #include <random>
@@ -14,7 +14,7 @@ namespace {
 
 using namespace kvt;
 
-constexpr int sequences = 3, replays = 140;  // replays: so many that rows are encoded
+constexpr int sequences = 3, chunk = 9, replays = 140;  // replays: so many that rows are encoded
 
 // Memory of the host for a simulated device, and of the device for a real one.
 template <class T>
@@ -103,19 +103,43 @@ std::vector<float> run(Device& device) {
   caches.push_back(std::make_unique<Cache>());
   expect(caches[0]->fork(*caches[2]));
   for (auto& cache : caches) {
-    expect(cache->reserve(replays));
+    expect(cache->reserve(chunk + replays));
     batch.push_back(cache.get());
   }
   DecodePlan<Codec, Device, Half> plan;
-  expect(plan.init(device, batch));
+  expect(plan.init(device, batch, chunk));
+  std::vector<Half> result;
+  const auto keep = [&](const Half* out, int n) {
+    const std::size_t before = result.size(), more = static_cast<std::size_t>(sequences * n * 6 * dim);
+    result.resize(before + more);
+    expect(device.copy_from(result.data() + before, out, more * sizeof(Half)));
+  };
+  {
+    const Half* const keys = place(device, halves(chunk * 2 * dim), owners);
+    const Half* const values = place(device, halves(chunk * 2 * dim), owners);
+    const Half* const queries = place(device, halves(sequences * chunk * 6 * dim), owners);
+    Half* const out = place(device, std::vector<Half>(static_cast<std::size_t>(sequences * chunk * 6 * dim)), owners);
+    std::vector<int> positions;
+    for (int i = 0; i < sequences * chunk; ++i) positions.push_back(400 + i % chunk);
+    const int* const at = place(device, positions, owners);
+    const bool done = repeat(device, 1, [&] {
+      for (auto& cache : caches) {
+        const Status status = cache->append(0, keys, values, at, chunk);
+        if (!status.ok()) return status;
+      }
+      return plan.attend(0, queries, at, chunk, {.window = 300, .soft_cap = 20}, out);
+    });
+    if (!done) return {};
+    keep(out, chunk);
+  }
   const Half* const row = place(device, halves(2 * 2 * dim), owners);  // a key, then a value, again and again
   const int* const position = place(device, std::vector<int>{1000}, owners);
   const Half* const queries = place(device, halves(sequences * 6 * dim), owners);
   Half* const out = place(device, std::vector<Half>(static_cast<std::size_t>(sequences * 6 * dim)), owners);
   const auto outputs = [&] {
-    std::vector<Half> result(static_cast<std::size_t>(sequences * 6 * dim));
-    expect(device.copy_from(result.data(), out, result.size() * sizeof(Half)));
-    return result;
+    std::vector<Half> now(static_cast<std::size_t>(sequences * 6 * dim));
+    expect(device.copy_from(now.data(), out, now.size() * sizeof(Half)));
+    return now;
   };
   expect(plan.attend(0, queries, nullptr, {}, out));
   const std::vector<Half> before = outputs();
@@ -144,8 +168,9 @@ std::vector<float> run(Device& device) {
     return plan.attend(0, queries, nullptr, {}, out);
   });
   if (!done) return {};
+  keep(out, 1);
   std::vector<float> floats;
-  for (const Half x : outputs()) floats.push_back(to_float(x));
+  for (const Half x : result) floats.push_back(to_float(x));
   return floats;
 }
 

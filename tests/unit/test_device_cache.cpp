@@ -456,13 +456,13 @@ TEST_CASE("chunks of queries attend as on the host, after cuts too") {
       REQUIRE(plan.attend(0, queries.data(), positions.data(), n, options, out.data()).ok());
       CHECK(device.allocations == allocations);
       CHECK(device.launches == launches + 4);
-      // As for one query a sequence.
+      // Rounding to fp16 as in test_decode_warp.cpp, with the whole weight on one row.
       float worst = 0;
       for (std::size_t i = 0; i < out.size(); ++i) {
         const float difference = std::fabs(out[i] - expected[i]);
         if (!(difference <= worst)) worst = difference;
       }
-      CHECK(worst <= 3e-3f);
+      CHECK(worst <= 1.8e-3f);
       // The same queries, counted for each sequence: some of the first and the last, none of the second, all of the third.
       const std::vector<int> own{n - n / 3, 0, n, n / 2};
       std::vector<float> fewer, of_fewer;
@@ -478,11 +478,11 @@ TEST_CASE("chunks of queries attend as on the host, after cuts too") {
       REQUIRE(plan.attend(0, fewer.data(), at.data(), n, options, again.data(), start.data()).ok());
       CHECK(std::isnan(again.back()));
       worst = 0;
-      for (std::size_t i = 0; i < of_fewer.size(); ++i) {  // added in another order
+      for (std::size_t i = 0; i < of_fewer.size(); ++i) {  // states joined in another order
         const float difference = std::fabs(again[i] - of_fewer[i]);
         if (!(difference <= worst)) worst = difference;
       }
-      CHECK(worst <= 1e-3f);
+      CHECK(worst <= 1e-6f);
     }
   }
 }

@@ -40,7 +40,7 @@ void list_kernel() {
 
 namespace {
 
-// DecodeWork<Rotated<LloydMax<4, 64, ..>>, .., true, Half>: "Decode, true", "4 4" and 64.
+// DecodeWork<Rotated<LloydMax<4, 64, ..>>, .., true, 8, Half>: "Decode, true, 8", "4 4" and 64.
 struct Instance {
   std::string kind, codecs;
   int dim = 0;
@@ -48,7 +48,7 @@ struct Instance {
   explicit Instance(const std::string& name) {
     std::smatch found;
     if (std::regex_search(name, found, std::regex("(\\w+)Work"))) kind = found[1];
-    if (std::regex_search(name, found, std::regex(", (true|KeyDiff|SinkRecent)|, [\\w:]*::(KeyDiff|SinkRecent)"))) {
+    if (std::regex_search(name, found, std::regex(", (true, \\d+|KeyDiff|SinkRecent)|, [\\w:]*::(KeyDiff|SinkRecent)"))) {
       kind += ", " + found[1].str() + found[2].str();
     }
     const std::regex codec("LloydMax<(\\d+), (\\d+)|Dense<[^,]*Half, (\\d+)>");
@@ -89,23 +89,29 @@ void run() {
     REQUIRE(host.append(0, keys.data(), values.data(), positions).ok());
   };
   const auto compare = [&](const DeviceCache<Codec, SimulatedDevice>& on_device) {
-    std::vector<float> queries(width), expected(width);
-    for (float& x : queries) x = to_float(from_float<Half>(normal(random)));
-    std::vector<Half> halves, out(width);
-    for (const float x : queries) halves.push_back(from_float<Half>(x));
+    constexpr int queries = 7;  // of two heads each: sixteen vectors at a time
+    std::vector<float> vectors(queries * width), expected(vectors.size());
+    for (float& x : vectors) x = to_float(from_float<Half>(normal(random)));
+    std::vector<Half> halves, out(vectors.size());
+    for (const float x : vectors) halves.push_back(from_float<Half>(x));
     DecodePlan<Codec, SimulatedDevice, Half> plan;
     const DeviceCache<Codec, SimulatedDevice>* const all[] = {&on_device};
-    REQUIRE(plan.init(device, all).ok());
-    const int now = host.end_position(0) - 1;
-    for (const AttendOptions& options : {AttendOptions{}, AttendOptions{.window = 150}}) {
-      REQUIRE(host.attend(0, queries.data(), std::span(&now, 1), options, expected.data()).ok());
-      const int* const position = options.window != 0 ? &now : nullptr;  // limited, or not
-      REQUIRE(plan.attend(0, halves.data(), position, options, out.data()).ok());
+    REQUIRE(plan.init(device, all, queries).ok());
+    std::vector<int> positions(queries);
+    for (int i = 0; i < queries; ++i) positions[static_cast<std::size_t>(i)] = host.end_position(0) - queries + i;
+    const auto check = [&](int n, const AttendOptions& options, const int* position) {
+      const auto last = std::span(positions).last(static_cast<std::size_t>(n));
+      std::fill(out.begin(), out.end(), Half{0x7e00});
+      REQUIRE(host.attend(0, vectors.data(), last, options, expected.data()).ok());
+      REQUIRE(plan.attend(0, halves.data(), position, n, options, out.data()).ok());
       // As in test_device_cache.cpp, and the output is rounded to fp16.
-      for (std::size_t i = 0; i < out.size(); ++i) {
+      for (std::size_t i = 0; i < static_cast<std::size_t>(n * width); ++i) {
         CHECK(std::fabs(to_float(out[i]) - expected[i]) <= 3e-3f + std::fabs(expected[i]) / 2048);
       }
-    }
+    };
+    check(1, {}, nullptr);
+    check(1, {.window = 150}, &positions.back());
+    check(queries, {}, positions.data());
   };
   for (const int n : {170, 1, 140}) append(n);
   compare(cache);
@@ -133,6 +139,8 @@ TEST_CASE("caches of every codec and every head dim") {
   run<6, 6, 112>();
   run<3, 2, 192>();
   run<4, 3, 64>();
+  run<3, 3, 64>();  // sixteen vectors at a time: heads of at most 128
+  run<3, 2, 96>();
   run<16, 16, 128>();
   run<2, 2, 64, SinkRecent>();
   run<2, 2, 128, SinkRecent>();

@@ -355,8 +355,8 @@ class DecodeWarp {
     });
   }
   // What follows is of the eight vectors from 8 v on.
-  KVT_HD KVT_INLINE void scale_logits(const Lanes& lanes, const Reg<Float4>& scale, const DecodeQueries<dim>& query,
-                                      int v, Reg<Float4> (&logit)[2]) const {
+  KVT_HD KVT_INLINE void scale_logits(const Lanes& lanes, const Reg<Float4>& scale, const DecodeQueries<dim>& query, int v,
+                                      Reg<Float4> (&logit)[2]) const {
     KVT_UNROLL_ON_DEVICE
     for (int j = 0; j < 2; ++j) {
       logit[j] = map(
@@ -450,7 +450,8 @@ class DecodeWarp {
           lanes, [](int, float a, float b) { return std::fmax(a, b); }, top[c], max_[v][c]);
       // A vector that has seen nothing stays so, and keeps its zeros.
       factor[c] = map(
-          lanes, [](int, float before, float now) { return before == now ? 1.f : fast_exp2(before - now); }, max_[v][c], top[c]);
+          lanes, [](int, float before, float now) { return before == now ? 1.f : fast_exp2(before - now); }, max_[v][c],
+          top[c]);
       max_[v][c] = top[c];
       most_[v][c] = map(
           lanes, [](int, float max) { return max + slack; }, top[c]);

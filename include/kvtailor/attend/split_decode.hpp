@@ -148,9 +148,9 @@ struct DecodeShared {
   int position[width];
 };
 
-// Attention to slices. Warps of a block, and blocks of a multiprocessor that registers are shared out among: 128, 168 or 255 a
-// thread. Tables of codes are shared by the warps of a block, so there is one block where there are tables. ptxas reads entries
-// far ahead, and spills where it has less room than here.
+// Attention to slices, of `width` vectors at a time. Warps of a block, and blocks of a multiprocessor that registers are shared
+// out among: 128, 168 or 255 a thread. Tables of codes are shared by the warps of a block, so there is one block where there
+// are tables. ptxas reads entries far ahead, and spills where it has less room than here.
 template <class Key, class Value, bool limited, int width, class T>
 struct DecodeWork {
   using Layout = LayoutOf<Key, Value>;
