@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decode steps of the device cache: microseconds a layer and bytes read a second, beside the speed of a plain copy. JSON on
+// Decode steps of the device cache: microseconds a layer and bytes read a second, beside the speed of a plain copy; and chunks
+// of the newest 512 queries of each sequence: microseconds a layer and the products and sums of attention a second. JSON on
 // standard output. Shapes are those of a layer of Llama-3.1-8B (32 query heads, 8 KV heads of 128); as many layers are attended
 // in turn as it takes for their rows to be out of the caches of the device. Figures are medians, least and most of 21 passes.
 #include <algorithm>
@@ -81,7 +82,7 @@ void measure(const char* name, cudaStream_t stream, int rows, int batch, double 
   for (Half& x : host) x = from_float<Half>(normal(random));
   Half *values, *queries, *out;
   int* positions;
-  const auto queries_size = static_cast<std::size_t>(batch * q_heads * dim);
+  const auto queries_size = static_cast<std::size_t>(batch) * chunk * q_heads * dim;
   check(cudaMalloc(&values, host.size() * sizeof(Half)));
   check(cudaMalloc(&queries, queries_size * sizeof(Half)));
   check(cudaMalloc(&out, queries_size * sizeof(Half)));
@@ -112,29 +113,41 @@ void measure(const char* name, cudaStream_t stream, int rows, int batch, double 
     view.push_back(caches.back().get());
   }
   cuda::DecodePlan<Codec, Half> plan;
-  check(plan.init(device, view));
+  check(plan.init(device, view, chunk));
   check(cudaStreamSynchronize(stream));
   const Times attend = time(stream, [&] {
     for (int layer = 0; layer < layers; ++layer) check(plan.attend(layer, queries, nullptr, {}, out));
   });
+  std::vector<int> newest;
+  for (int s = 0; s < batch; ++s) {
+    for (int i = 0; i < chunk; ++i) newest.push_back(rows - chunk + i);
+  }
+  int* newest_on_device;
+  check(cudaMalloc(&newest_on_device, newest.size() * sizeof(int)));
+  check(cudaMemcpy(newest_on_device, newest.data(), newest.size() * sizeof(int), cudaMemcpyHostToDevice));
+  const Times attend_chunk = time(stream, [&] {
+    for (int layer = 0; layer < layers; ++layer) check(plan.attend(layer, queries, newest_on_device, chunk, {}, out));
+  });
+  const double operations = 4.0 * dim * q_heads * batch * (static_cast<double>(chunk) * rows - .5 * chunk * (chunk - 1));
   int next = rows;
   const Times append = time(stream, [&] {
     for (int layer = 0; layer < layers; ++layer) check(caches[0]->append(layer, values, values, positions + next, 1));
     ++next;
   });
   const auto each = [&](const Times& t) { return Times{t.median / layers, t.least / layers, t.most / layers}; };
-  const Times a = each(attend), b = each(append);
+  const Times a = each(attend), b = each(append), c = each(attend_chunk);
   std::printf(
       "%s\n  {\"codec\": \"%s\", \"rows\": %d, \"batch\": %d, \"layers\": %d, \"stored_bytes_a_layer\": %.0f,\n"
       "   \"attend_us\": [%.2f, %.2f, %.2f], \"bytes_a_second\": %.4g, \"share_of_copy\": %.3f, \"append_us\": [%.2f, %.2f, "
-      "%.2f]}",
+      "%.2f],\n   \"chunk_us\": [%.2f, %.2f, %.2f], \"chunk_operations_a_second\": %.4g}",
       first_line ? "" : ",", name, rows, batch, layers, stored, a.median, a.least, a.most, 1e6 * stored / a.median,
-      1e6 * stored / a.median / copy, b.median, b.least, b.most);
+      1e6 * stored / a.median / copy, b.median, b.least, b.most, c.median, c.least, c.most, 1e6 * operations / c.median);
   first_line = false;
   check(cudaFree(values));
   check(cudaFree(queries));
   check(cudaFree(out));
   check(cudaFree(positions));
+  check(cudaFree(newest_on_device));
 }
 
 }  // namespace
