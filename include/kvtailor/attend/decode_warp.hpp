@@ -112,7 +112,8 @@ class DecodeWarp {
   // rows are read at a time, in a loop: straight code of 32 would be reordered until it spills.
   static constexpr bool ahead = dim <= 128, queries_wait = dim * width <= 1024;
   // Whether scales of values are floats before the next are asked for: more registers, and no copy of the words.
-  static constexpr bool converted_early = Layout::table_bytes > 0 || (Keys::words % 4 == 0 && Values::words % 4 == 0);
+  static constexpr bool converted_early =
+      width == 8 && (Layout::table_bytes > 0 || (Keys::words % 4 == 0 && Values::words % 4 == 0));
   template <class Fragments>
   static constexpr bool halved = dim > 192 && !Fragments::streamed;
   template <class Fragments>

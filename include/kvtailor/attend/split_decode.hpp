@@ -156,7 +156,7 @@ struct DecodeWork {
   using Layout = LayoutOf<Key, Value>;
   static constexpr int dim = Key::head_dim, dynamic_bytes = Layout::table_bytes;
   static constexpr bool light = dim <= 128 && dynamic_bytes == 0 && !limited;
-  static constexpr int warps = dim <= 64 && dynamic_bytes > 0 ? 12 : 8, blocks = light ? 2 : 1;
+  static constexpr int warps = dim <= 64 && dynamic_bytes > 0 && width == 8 ? 12 : 8, blocks = light ? 2 : 1;
   using Shared = DecodeShared<dim, warps, width>;
 
   DecodeStep<T> step;
