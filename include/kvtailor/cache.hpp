@@ -190,7 +190,8 @@ class KvCache {
     Layer& state = layers_[static_cast<std::size_t>(layer)];
     KVT_TRY(detail::check_positions(positions, state.queries.last_position() + 1));
     return guarded([&] {
-      state.queries.push(queries, positions, static_cast<std::size_t>(geometry_.num_q_heads) * head_dim, window_size());
+      state.queries.push(queries, positions, static_cast<std::size_t>(geometry_.num_q_heads) * head_dim,
+                         static_cast<std::size_t>(window_of(selector_)));
       state.attend = attend;
       state.attend.sink_logits = {};
       return success();
@@ -503,15 +504,6 @@ class KvCache {
       return Budget::needs | selector_.active_needs();
     } else {
       return Budget::needs | Selector::needs;
-    }
-  }
-  // Queries kept for a selector that names no window of its own.
-  static constexpr int default_window = 64;
-  std::size_t window_size() const noexcept {
-    if constexpr (requires { selector_.window; }) {
-      return static_cast<std::size_t>(std::max(1, selector_.window));
-    } else {
-      return default_window;
     }
   }
 

@@ -10,6 +10,7 @@
 
 #include "kvtailor/kvtailor.hpp"
 #include "kvtailor/store/device_kv_cache.hpp"
+#include "reference/policies.hpp"
 
 using namespace kvt;
 
@@ -32,9 +33,9 @@ struct Twin {
   std::vector<int> next;  // position of each layer
   bool whole_blocks = true;
 
-  Twin(SimulatedDevice& device, Pool<Codec>& pool, const Geometry& g)
-      : geometry(g), next(static_cast<std::size_t>(g.num_layers)) {
-    REQUIRE(device_cache.init(device, pool, g, {sink_rows, recent_rows, 300, 4096}).ok());
+  Twin(SimulatedDevice& device, Pool<Codec>& pool, const Geometry& g, const Budget& budget = {}, const Selector& selector = {})
+      : geometry(g), host_cache(budget, selector), next(static_cast<std::size_t>(g.num_layers)) {
+    REQUIRE(device_cache.init(device, pool, g, {sink_rows, recent_rows, 300, 4096}, budget, selector).ok());
     REQUIRE(host_cache.init(g, {sink_rows, recent_rows, 128, nullptr}).ok());
   }
   void append(int n, std::mt19937& random) {
@@ -50,6 +51,23 @@ struct Twin {
       INFO(status.message());
       REQUIRE(status.ok());
       REQUIRE(device_cache.append(layer, keys.data(), values.data(), positions.data(), n).ok());
+    }
+  }
+  // n queries at every other position, the last at that of the last row.
+  template <class T = float>
+  void observe(int n, std::mt19937& random, const AttendOptions& options = {}) {
+    std::normal_distribution<float> normal;
+    for (int layer = 0; layer < geometry.num_layers; ++layer) {
+      std::vector<T> queries;
+      for (int i = 0; i < n * geometry.num_q_heads * dim; ++i) queries.push_back(from_float<T>(normal(random)));
+      std::vector<float> floats;
+      for (const T x : queries) floats.push_back(to_float(x));
+      std::vector<int> positions;
+      for (int i = 0; i < n; ++i) positions.push_back(next[static_cast<std::size_t>(layer)] - 2 * (n - 1 - i));
+      const Status status = host_cache.observe(layer, floats.data(), positions, options);
+      INFO(status.message());
+      REQUIRE(status.ok());
+      REQUIRE(device_cache.observe(layer, queries.data(), positions.data(), n, options).ok());
     }
   }
   // Keeps that share of the rows on both.
@@ -127,13 +145,17 @@ struct Twin {
       const auto check = [&](auto codec, bool key, const std::vector<float>& exact) {
         using One = decltype(codec);
         float decoded[dim];
-        Half scale;
-        std::memcpy(&scale, from + (key ? Body::key_scale_at(row) : Body::value_scale_at(row)), 2);
-        for (int d = 0; d < dim; ++d) {
-          const int code = key ? Body::template element<true>(from, row, d) : Body::template element<false>(from, row, d);
-          decoded[d] = typename One::Levels{}.value[code] * (One::unit * to_float(scale));
+        const auto code = [&](int d) {
+          return key ? Body::template element<true>(from, row, d) : Body::template element<false>(from, row, d);
+        };
+        if constexpr (std::is_same_v<One, typename Cache<Codec>::Plain>) {
+          for (int d = 0; d < dim; ++d) decoded[d] = to_float(Half{static_cast<std::uint16_t>(code(d))});
+        } else {
+          Half scale;
+          std::memcpy(&scale, from + (key ? Body::key_scale_at(row) : Body::value_scale_at(row)), 2);
+          for (int d = 0; d < dim; ++d) decoded[d] = typename One::Levels{}.value[code(d)] * (One::unit * to_float(scale));
+          One::Rotate::inverse(Serial{}, decoded);
         }
-        One::Rotate::inverse(Serial{}, decoded);
         double square = 0, size = 0;
         for (int d = 0; d < dim; ++d) {
           const double e = static_cast<double>(exact[static_cast<std::size_t>(r * dim + d)]);
@@ -282,6 +304,183 @@ TEST_CASE("memory after a compression to bytes is at most those, and as much as 
   check_bytes<Uniform>(false, 1);
   check_bytes<Uniform>(true, 1);
   check_bytes<Adaptive>(false, 3);  // one more row may go to several heads
+}
+
+namespace {
+
+// Shares rows out evenly, and shows the scores.
+struct Spy {
+  static constexpr EvidenceSet needs = Evidence::scores;
+  std::vector<float>* scores = nullptr;
+  Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept {
+    scores->assign(want.scores.begin(), want.scores.end());
+    return Uniform{}.allocate(want, keep);
+  }
+};
+
+// The largest error of scores on a device, relative to double precision on the rows as the codec decodes them.
+template <class Codec, class T>
+double score_error(const Geometry& geometry, const SnapKv& selector, int queries, const AttendOptions& options) {
+  constexpr int dim = Codec::head_dim;
+  SimulatedDevice device;
+  Pool<Codec> pool;
+  REQUIRE(pool.init(device, 100).ok());
+  std::vector<float> scores;
+  DeviceKvCache<Spy, SnapKv, Codec, SimulatedDevice> cache;
+  REQUIRE(cache.init(device, pool, geometry, {sink_rows, recent_rows, 300, 4096}, Spy{&scores}, selector).ok());
+  std::mt19937 random(static_cast<unsigned>(dim + geometry.num_q_heads + queries));
+  std::normal_distribution<float> normal;
+  const auto draw = [&](int n) {
+    std::vector<float> x(static_cast<std::size_t>(n));
+    for (float& v : x) v = normal(random);
+    return x;
+  };
+  // Of one layer: two appends, and queries among the rows of the second.
+  REQUIRE(geometry.num_layers == 1);
+  std::vector<float> keys;  // [rows, num_kv_heads, dim], fp16
+  std::vector<int> positions;
+  for (const int n : {290, 217}) {
+    std::vector<float> k = draw(n * geometry.num_kv_heads * dim);
+    for (float& x : k) x = to_float(from_float<Half>(x));
+    const std::size_t first = positions.size();
+    for (int i = 0; i < n; ++i) positions.push_back(positions.empty() ? 0 : positions.back() + 1 + i % 3);
+    REQUIRE(cache.reserve(n).ok());
+    REQUIRE(cache.append(0, k.data(), k.data(), positions.data() + first, n).ok());
+    keys.insert(keys.end(), k.begin(), k.end());
+  }
+  std::vector<int> where;
+  for (int i = 0; i < queries; ++i) where.push_back(positions.back() - 3 * (queries - i));
+  std::vector<T> q;
+  for (const float x : draw(queries * geometry.num_q_heads * dim)) q.push_back(from_float<T>(x));
+  REQUIRE(cache.observe(0, q.data(), where.data(), queries, options).ok());
+
+  // Keys as the device has them: one block is dense as it came, two by the codec, a row at a time.
+  const int rows = static_cast<int>(positions.size()), encoded = *cache.body(0)[0].rows, group = geometry.group_size();
+  const typename Codec::key_type codec{};
+  std::vector<std::byte> block(static_cast<std::size_t>(codec.max_block_bytes(1)));
+  REQUIRE(encoded == 256);
+  REQUIRE(cache.compress(Retain::ratio(.7)).ok());
+  double worst = 0;
+  for (int h = 0; h < geometry.num_kv_heads; ++h) {
+    reference::SnapKvInput in;
+    for (int r = 0; r < rows; ++r) {
+      float key[dim];
+      std::copy_n(keys.data() + (r * geometry.num_kv_heads + h) * dim, dim, key);
+      if (r >= sink_rows && r < sink_rows + encoded) {
+        codec.encode_row(SimulatedWarp{}, key, block.data(), 1, 0, key);
+        codec.decode(block.data(), 1, 0, key);
+      }
+      in.keys.insert(in.keys.end(), key, key + dim);
+    }
+    const int last = std::min(queries, selector.window);
+    for (int w = queries - last; w < queries; ++w) {
+      for (int d = 0; d < group * dim; ++d)
+        in.queries.push_back(to_float(q[static_cast<std::size_t>((w * geometry.num_q_heads + h * group) * dim + d)]));
+      in.window_positions.push_back(where[static_cast<std::size_t>(w)]);
+    }
+    in.positions = positions;
+    in.dim = dim;
+    in.group = group;
+    in.kernel = selector.kernel;
+    in.maximum = selector.pool == SnapKv::Pool::maximum;
+    in.scale = static_cast<double>(options.scale);
+    in.soft_cap = static_cast<double>(options.soft_cap);
+    in.sliding = options.window;
+    const std::vector<double> expected = reference::snap_kv(in);
+    for (int r = 0; r < rows; ++r) {
+      const auto got = static_cast<double>(scores[static_cast<std::size_t>(h * rows + r)]);
+      const double want = expected[static_cast<std::size_t>(r)];
+      if (r < sink_rows || r >= rows - recent_rows) {
+        CHECK(got == INFINITY);
+      } else if (want == INFINITY) {
+        CHECK(got == 2);
+      } else {
+        const double error = want == 0 ? got : std::fabs(got - want) / want;
+        if (!(error <= worst)) worst = error;
+      }
+    }
+  }
+  return worst;
+}
+
+}  // namespace
+
+namespace {
+
+// Compression by queries, again and again, and what cuts, truncations and forks do to them.
+template <class Codec, class Budget, class T>
+void check_queries(const Geometry& geometry, const SnapKv& selector, const AttendOptions& options, unsigned seed) {
+  SimulatedDevice device;
+  Pool<Codec> pool;
+  REQUIRE(pool.init(device, 100).ok());
+  using Both = Twin<Codec, Budget, SnapKv>;
+  Both twin(device, pool, geometry, {}, selector), child(device, pool, geometry, {}, selector);
+  std::mt19937 random(seed);
+  const auto check = [&](Both& both) {
+    both.compress_alone(Retain::ratio(.6));
+    both.compare_all();
+    CHECK(both.device_cache.compress(Retain::ratio(.9)).code == Errc::bad_value);  // queries are used up
+    both.compare_all();
+  };
+  twin.append(290, random);
+  twin.template observe<T>(3, random, options);
+  twin.append(200, random);
+  twin.template observe<T>(50, random);
+  twin.append(40, random);  // after the queries
+  twin.template observe<T>(5, random, options);
+  twin.append(3, random);
+  check(twin);
+  for (const int n : {140, 1, 1, 1, 30}) {  // the ring goes round
+    twin.append(n, random);
+    twin.template observe<T>(std::min(n / 2 + 1, 9), random, options);
+  }
+  twin.truncate(16);
+  REQUIRE(twin.host_cache.fork(child.host_cache).ok());
+  REQUIRE(twin.device_cache.fork(child.device_cache).ok());
+  child.next = twin.next;
+  child.whole_blocks = false;
+  check(twin);
+  child.append(20, random);
+  child.template observe<T>(2, random, options);
+  check(child);
+  twin.append(10, random);
+  twin.template observe<T>(4, random, options);
+  twin.truncate(5000);
+  CHECK(twin.device_cache.compress(Retain::ratio(1)).code == Errc::bad_budget);  // no rows
+  twin.append(60, random);
+  CHECK(twin.device_cache.compress(Retain::ratio(.8)).code == Errc::bad_value);  // no queries
+  twin.compress_alone(Retain::ratio(1));                                         // needs none
+  twin.compare_all();
+}
+
+}  // namespace
+
+TEST_CASE("compression by queries keeps the rows on a device that it keeps on the host") {
+  using Coded = KvCodec<TurboQuant<3, 64>, TurboQuant<2, 64>>;
+  check_queries<Coded, Uniform, Half>({2, 2, 6, 64}, {}, {}, 20);
+  check_queries<Coded, Adaptive, float>({2, 2, 2, 64}, {.window = 12, .kernel = 7}, {.scale = .2f}, 21);
+  check_queries<KvCodec<TurboQuant<4, 80>>, Adaptive, BFloat16>({1, 2, 8, 80}, {.window = 33}, {.window = 250, .soft_cap = 6},
+                                                                22);
+  const SnapKv maximum{.window = 20, .pool = SnapKv::Pool::maximum};
+  check_queries<KvCodec<TurboQuant<5, 64>>, Uniform, Half>({2, 1, 4, 64}, maximum, {}, 23);
+  check_queries<KvCodec<Dense<Half, 64>>, Adaptive, BFloat16>({2, 2, 6, 64}, {.window = 40}, {}, 24);
+}
+
+TEST_CASE("SnapKv's scores on a device are those of the plain loops") {
+  using Fp16 = KvCodec<Dense<Half, 64>>;
+  using Fp16 = KvCodec<Dense<Half, 64>>;
+  const SnapKv narrow{.window = 9, .kernel = 3, .pool = SnapKv::Pool::maximum};
+  const AttendOptions limited{.window = 200, .soft_cap = 4};
+  // An error of a logit is that of the weight. Logits of a few are right to 2^-24 of a few, and errors of many queries average.
+  CHECK(score_error<Fp16, float>({1, 2, 6, 64}, {}, 64, {}) <= 5e-7);
+  CHECK(score_error<Fp16, BFloat16>({1, 1, 4, 64}, {.window = 40, .kernel = 1}, 70, limited) <= 5e-7);
+  CHECK(score_error<KvCodec<TurboQuant<4, 80>, TurboQuant<1, 80>>, Half>({1, 2, 6, 80}, {}, 33, {}) <= 5e-7);
+  CHECK(score_error<KvCodec<TurboQuant<3, 64>, TurboQuant<2, 64>>, Half>({1, 2, 6, 64}, {}, 33, limited) <= 5e-7);
+  CHECK(score_error<KvCodec<TurboQuant<6, 256>, TurboQuant<2, 256>>, Half>({1, 1, 2, 256}, {}, 33, {}) <= 5e-7);
+  // Logits up to 15, and seven queries of one head.
+  CHECK(score_error<Fp16, Half>({1, 2, 2, 64}, narrow, 7, {.scale = .3f}) <= 5e-6);
+  // Levels of two bits are right to 2.5e-4, and 192 logits average.
+  CHECK(score_error<KvCodec<TurboQuant<2, 128>>, Half>({1, 2, 6, 128}, {}, 64, {}) <= 5e-5);
 }
 
 TEST_CASE("a fork goes its own way") {
@@ -511,6 +710,89 @@ TEST_CASE("a compression that fails changes nothing") {
   CHECK(device.allocated_bytes == allocated);
   CHECK(twin.device_cache.memory().total() == bytes);
   twin.compare_all();
+}
+
+TEST_CASE("queries that are missing or make no sense, and memory for them that runs out, change nothing") {
+  using Codec = KvCodec<TurboQuant<4, 64>>;
+  using Observer = DeviceKvCache<Uniform, SnapKv, Codec, SimulatedDevice>;
+  SimulatedDevice device;
+  Pool<Codec> pool;
+  REQUIRE(pool.init(device, 60).ok());
+  const long long of_pool = device.allocated_bytes;
+  const Geometry geometry{2, 2, 6, 64};
+  std::mt19937 random(14);
+  {
+    Observer cache;
+    std::vector<float> queries(3 * 6 * 64, 1.f);
+    const int positions[] = {1, 2, 4};
+    CHECK(cache.observe(0, queries.data(), positions, 3).code == Errc::bad_shape);  // not prepared
+    CHECK(cache.fork(cache).code == Errc::bad_shape);
+    for (const SnapKv& wrong : {SnapKv{.window = 0}, SnapKv{.kernel = 4}, SnapKv{.kernel = -1}, SnapKv{.window = 65537}}) {
+      CHECK(cache.init(device, pool, geometry, {}, {}, wrong).code == Errc::bad_value);
+    }
+    CHECK(cache.init(device, pool, {1, 0, 2, 64}).code == Errc::bad_shape);
+    DeviceKvCache<Uniform, SinkRecent, Codec, SimulatedDevice> other;
+    CHECK(other.init(device, pool, geometry, {}, {}, {.num_sinks = -1}).code == Errc::bad_value);
+    for (long long fail = 1; fail <= 7; ++fail) {
+      device.fail_at = device.allocations + fail;
+      CHECK(cache.init(device, pool, geometry).code == Errc::out_of_memory);
+      CHECK(device.allocated_bytes == of_pool);
+    }
+    device.fail_at = 0;
+
+    // A selector that needs none keeps none.
+    REQUIRE(other.init(device, pool, geometry).ok());
+    const long long launches = device.launches;
+    REQUIRE(other.observe(0, queries.data(), positions, 3).ok());
+    CHECK(device.launches == launches);
+    CHECK(other.memory().evidence_bytes == 0);
+  }
+  CHECK(device.allocated_bytes == of_pool);
+
+  Twin<Codec, Uniform, SnapKv> twin(device, pool, geometry), child(device, pool, geometry);
+  for (const int n : {290, 200}) twin.append(n, random);
+  Observer& cache = twin.device_cache;
+  CHECK(cache.memory().evidence_bytes == 2 * 2 * (64 * (3 * 64 * 4 + 4) + 20));
+  CHECK(device.allocated_bytes == of_pool + cache.memory().total() + child.device_cache.memory().total() -
+                                      (60 - pool.free_pages()) * Pool<Codec>::page_bytes);
+  std::vector<float> queries(3 * 6 * 64, 1.f);
+  const int last = twin.next[0], positions[] = {last - 3, last - 1, last};
+  REQUIRE(cache.observe(0, queries.data(), positions, 3).ok());
+  CHECK(cache.compress(Retain::ratio(.5)).message() ==
+        "the token selector has seen 0 queries of layer 1; call observe() before compress()");
+  twin.compare_all();
+  const long long allocations = device.allocations;
+  CHECK(cache.observe(2, queries.data(), positions, 3).code == Errc::bad_shape);
+  CHECK(cache.observe<float>(1, nullptr, positions, 3).code == Errc::bad_shape);
+  CHECK(cache.observe(1, queries.data(), nullptr, 3).code == Errc::bad_shape);
+  CHECK(cache.observe(1, queries.data(), positions, -1).code == Errc::bad_shape);
+  CHECK(cache.observe(1, queries.data(), positions, 3, {.scale = NAN}).code == Errc::bad_value);
+  CHECK(cache.observe(1, queries.data(), positions, 3, {.window = -1}).code == Errc::bad_value);
+  CHECK(cache.observe<float>(1, nullptr, nullptr, 0).ok());
+  CHECK(cache.compress(Retain::ratio(.5)).code == Errc::bad_value);  // still none
+  REQUIRE(cache.observe(1, queries.data(), positions, 3).ok());
+  for (int layer = 0; layer < 2; ++layer) REQUIRE(twin.host_cache.observe(layer, queries.data(), positions).ok());
+  CHECK(device.allocations == allocations + 3);  // of the compression that said no
+
+  const long long bytes = device.allocated_bytes;
+  for (long long fail = 1; fail <= 4; ++fail) {
+    device.fail_at = device.allocations + fail;
+    CHECK(cache.compress(Retain::ratio(.5)).code == Errc::out_of_memory);
+  }
+  child.append(30, random);
+  child.observe(2, random);
+  for (long long fail = 1; fail <= 7; ++fail) {
+    device.fail_at = device.allocations + fail;
+    CHECK(cache.fork(child.device_cache).code == Errc::out_of_memory);
+  }
+  device.fail_at = 0;
+  CHECK(device.allocated_bytes == bytes);
+  twin.compare_all();
+  child.compare_all();
+  for (auto* one : {&twin, &child}) {  // the queries are still there
+    one->compress_alone(Retain::ratio(.95));
+    one->compare_all();
+  }
 }
 
 TEST_CASE("memory that runs out, and calls that make no sense, change nothing") {

@@ -48,9 +48,11 @@ struct QueryFragments {
   std::uint32_t word[dim / 16][2][32];
   float unit[8];
 
-  // prepared [m, dim], m <= 8: in the codec's basis, times scale and log2(e). A warp's share of the words.
+  // prepared [m, dim], m <= 8: in the codec's basis, times scale and log2(e). A warp's share of the words. rest: gets the words
+  // of what rounding leaves, in the same units; both together are right to 2^-25 of a vector's largest element.
   template <class Lanes>
-  KVT_HD void pack(const Lanes& lanes, const float* prepared, int m, int warp = 0, int warps = 1) {
+  KVT_HD void pack(const Lanes& lanes, const float* prepared, int m, int warp = 0, int warps = 1,
+                   QueryFragments* rest = nullptr) {
     auto largest = map(lanes, [&](int lane) {
       float most = 0;
       for (int d = lane % 4; d < dim && lane / 4 < m; d += 4) most = std::fmax(most, std::fabs(prepared[lane / 4 * dim + d]));
@@ -69,7 +71,11 @@ struct QueryFragments {
           for (int k = warp; k < dim / 16; k += warps) {
             for (int i = 0; i < 2; ++i) {
               const float* const from = prepared + vector * dim + 16 * k + 8 * i + 2 * (lane % 4);
-              word[k][i][lane] = vector < m ? pack_halves(from[0] * inverse, from[1] * inverse) : 0;
+              const std::uint32_t both = vector < m ? pack_halves(from[0] * inverse, from[1] * inverse) : 0;
+              word[k][i][lane] = both;
+              if (rest == nullptr) continue;
+              rest->word[k][i][lane] =
+                  vector < m ? pack_halves(from[0] * inverse - low_half(both), from[1] * inverse - high_half(both)) : 0;
             }
           }
           return 0;
@@ -101,6 +107,9 @@ struct DecodeQueries {
 // multiple of eight.
 template <class Layout, class Lanes, bool limited = false, int width = 8>
 class DecodeWarp {
+  template <class>
+  friend struct WindowMass;  // reads slices too
+
  public:
   using Keys = typename Layout::Keys;
   using Values = typename Layout::Values;
@@ -239,6 +248,10 @@ class DecodeWarp {
   struct Place {
     Address words, scales;
   };
+  KVT_HD KVT_INLINE static Place place(const Lanes& lanes, const std::byte* slice) {
+    return {map(lanes, [&](int lane) { return slice + 16 * lane; }),
+            map(lanes, [&](int lane) { return slice + (Layout::scales_at + lane / 4 * 4 * Layout::scale_words); })};
+  }
   KVT_HD KVT_INLINE static Address values_of(const Lanes& lanes, const Place& at) {
     return offset(lanes, at.words, Layout::values_at);
   }

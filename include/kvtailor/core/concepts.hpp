@@ -22,6 +22,16 @@ concept TokenSelector = requires(const S s, const HeadEvidence& seen, std::span<
   noexcept->std::same_as<Status>;
 };
 
+// Queries that are kept for such a selector.
+template <TokenSelector S>
+constexpr int window_of(const S& selector) {
+  if constexpr (requires { selector.window; }) {
+    return selector.window > 1 ? selector.window : 1;
+  } else {
+    return 64;
+  }
+}
+
 // How many rows each head keeps: sum(keep) == min(want.total, sum(seen)) and floor[h] <= keep[h] <= seen[h].
 template <class B>
 concept BudgetAllocator = requires(const B b, const BudgetRequest& want, std::span<int> keep) {

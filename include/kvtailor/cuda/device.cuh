@@ -90,9 +90,9 @@ class Device {
   Status not_captured() const {
     cudaStreamCaptureStatus status = cudaStreamCaptureStatusNone;
     KVT_TRY(check(cudaStreamIsCapturing(stream_, &status), "the state of the stream is unknown"));
-    return check(
-        status == cudaStreamCaptureStatusNone ? cudaSuccess : cudaErrorStreamCaptureUnsupported,
-        "the stream is being captured: only append(), attend(), cut() and truncate() may be called, with room reserved");
+    return check(status == cudaStreamCaptureStatusNone ? cudaSuccess : cudaErrorStreamCaptureUnsupported,
+                 "the stream is being captured: only append(), observe(), attend(), cut() and truncate() may be called, with "
+                 "room reserved");
   }
   template <class Work>
   static Status allow() {

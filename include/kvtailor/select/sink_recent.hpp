@@ -16,8 +16,12 @@ struct SinkRecent {
   static constexpr EvidenceSet needs = Evidence::positions;
   int num_sinks = 4;  // rows at positions 0 .. num_sinks - 1
 
-  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
+  Status check() const noexcept {
     if (num_sinks < 0) return error(Errc::bad_value, "num_sinks is {}; it must be zero or more", num_sinks);
+    return success();
+  }
+  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
+    KVT_TRY(check());
     const int n = seen.num_rows();
     // The index, not the position: fp32 holds it exactly up to 16 million rows.
     for (int row = 0; row < n; ++row) {

@@ -24,9 +24,13 @@ struct SnapKv {
   int kernel = 5;   // rows pooled together, odd
   Pool pool = Pool::average;
 
-  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
+  Status check() const noexcept {
     if (window < 1) return error(Errc::bad_value, "window is {}; it must be 1 or more", window);
     if (kernel < 1 || kernel % 2 == 0) return error(Errc::bad_value, "kernel is {}; it must be odd and positive", kernel);
+    return success();
+  }
+  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
+    KVT_TRY(check());
     if (seen.window_positions.empty()) {
       return error(Errc::bad_value, "SnapKv has seen {} queries; call observe() before compress()", 0);
     }
@@ -68,13 +72,7 @@ struct SnapKv {
         for (int row = from; row < to; ++row) mass[row] += logit[row] * share;
       }
       for (int row = 0; row < before; ++row) {
-        // Neighbours past the ends count as nothing; the average divides by the kernel all the same.
-        float pooled = 0;
-        for (int i = std::max(0, row - kernel / 2); i <= std::min(before - 1, row + kernel / 2); ++i) {
-          pooled = pool == Pool::average ? pooled + mass[i] : std::max(pooled, mass[i]);
-        }
-        if (pool == Pool::average) pooled /= static_cast<float>(kernel);
-        score[static_cast<std::size_t>(row)] += pooled * average;
+        score[static_cast<std::size_t>(row)] += pooled(mass, row, before) * average;
       }
     }
     // No mean of shares is above one.
@@ -82,7 +80,35 @@ struct SnapKv {
     return success();
   }
 
+  // The same on a device: see store/head_score.hpp.
+  template <int dim, int warps>
+  struct Shared {};
+  template <class Block, class Rows, class Window, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, const Window& seen, Memory&, float* score) const {
+    using Lanes = typename Block::Lanes;
+    const int before = rows.rows_before(seen.first_position());
+    const float average = 1.f / (static_cast<float>(seen.size()) * static_cast<float>(seen.group()));
+    for (int g = 0; g < seen.group(); ++g) {
+      const float* const mass = seen.of_query_head(block, g);
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        lanes.each([&](int lane) {
+          for (int r = warp * Lanes::size + lane; r < rows.count; r += Block::warps * Lanes::size) {
+            score[r] = r >= before ? 2.f : (g == 0 ? 0.f : score[r]) + pooled(mass, r, before) * average;
+          }
+        });
+      });
+    }
+  }
+
  private:
+  // Over the neighbours of a row. Those past the ends count as nothing; the average divides by the kernel all the same.
+  KVT_HD float pooled(const float* mass, int row, int before) const {
+    const int first = row > kernel / 2 ? row - kernel / 2 : 0,
+              last = before - 1 - row > kernel / 2 ? row + kernel / 2 : before - 1;
+    float sum = 0;
+    for (int i = first; i <= last; ++i) sum = pool == Pool::average ? sum + mass[i] : mass[i] > sum ? mass[i] : sum;
+    return pool == Pool::average ? sum / static_cast<float>(kernel) : sum;
+  }
   static float dot(const float* a, const float* b, int dim) {
     float part[8] = {};
     for (int d = 0; d < dim; d += 8) {

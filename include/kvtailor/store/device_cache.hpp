@@ -35,6 +35,22 @@
 
 namespace kvt::inline v0 {
 
+namespace detail {
+
+// As far as the host sees: sink logits are of the device.
+inline Status check_options(const Geometry& geometry, const AttendOptions& options) {
+  if (!std::isfinite(options.scale) || !std::isfinite(options.soft_cap) || options.soft_cap < 0 || options.window < 0) {
+    return error(Errc::bad_value, "scale, soft cap and window must be finite, and the latter two not negative");
+  }
+  if (!options.sink_logits.empty() && options.sink_logits.size() != static_cast<std::size_t>(geometry.num_q_heads)) {
+    return error(Errc::bad_shape, "there are {} sink logits for {} query heads",
+                 static_cast<double>(options.sink_logits.size()), geometry.num_q_heads);
+  }
+  return success();
+}
+
+}  // namespace detail
+
 template <class Codec, class Device>
 class PagePool {
  public:
@@ -365,6 +381,10 @@ class DeviceCache {
   }
 
  protected:
+  Status check_layer(int layer) const {
+    if (layer >= 0 && layer < geometry_.num_layers) return success();
+    return error(Errc::bad_shape, "layer is {}; the cache has {}", layer, geometry_.num_layers);
+  }
   Device* device() const { return device_; }
   DeviceHeads all_heads() const { return heads(0); }
   int most_rows(int head) const { return bound_[static_cast<std::size_t>(head)]; }
@@ -400,10 +420,6 @@ class DeviceCache {
   }
   static int near_pages(const DeviceCacheOptions& options) { return static_cast<int>(pages_of(most_dense(options))); }
   std::size_t kv_heads() const { return static_cast<std::size_t>(geometry_.num_kv_heads); }
-  Status check_layer(int layer) const {
-    if (layer >= 0 && layer < geometry_.num_layers) return success();
-    return error(Errc::bad_shape, "layer is {}; the cache has {}", layer, geometry_.num_layers);
-  }
   template <class Host>
   Status check_counterpart(const Host& host) const noexcept {
     static_assert(std::is_same_v<typename Host::codec_type, Codec>, "rows are exchanged between caches of one codec");
@@ -581,13 +597,7 @@ class DecodePlan {
                    max_queries_);
     }
     if (queries == nullptr || out == nullptr) return error(Errc::bad_shape, "a pointer to queries or outputs is null");
-    if (!std::isfinite(options.scale) || !std::isfinite(options.soft_cap) || options.soft_cap < 0 || options.window < 0) {
-      return error(Errc::bad_value, "scale, soft cap and window must be finite, and the latter two not negative");
-    }
-    if (!options.sink_logits.empty() && options.sink_logits.size() != static_cast<std::size_t>(geometry_.num_q_heads)) {
-      return error(Errc::bad_shape, "there are {} sink logits for {} query heads",
-                   static_cast<double>(options.sink_logits.size()), geometry_.num_q_heads);
-    }
+    KVT_TRY(detail::check_options(geometry_, options));
     if (positions == nullptr && options.window > 0) return error(Errc::bad_shape, "a window needs positions");
     if (positions == nullptr && n > 1) return error(Errc::bad_shape, "a chunk of {} queries needs positions", n);
     const auto step = [&](const Side& side, bool near, int blocks) {

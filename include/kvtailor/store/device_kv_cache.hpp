@@ -3,15 +3,19 @@
 //
 // DeviceKvCache: a device cache composed with policies that decide which rows stay.
 //
-//   KVT_TRY(cache.compress(Retain::ratio(0.25)));   // after prefill, between chunks, or while decoding
-//   KVT_TRY(cache.reserve(1));                      // what was reserved before is gone
+//   KVT_TRY(cache.append(layer, keys, values, positions, n));
+//   KVT_TRY(cache.observe(layer, queries, positions, n));   // if the selector needs queries
+//   KVT_TRY(cache.compress(Retain::ratio(0.25)));           // after prefill, between chunks, or while decoding
+//   KVT_TRY(cache.reserve(1));                              // what was reserved before is gone
 //
-// compress() waits for the device, and takes memory while it runs: five bytes for each row of each head.
+// compress() waits for the device, and takes memory while it runs: five bytes for each row of each head, nine if the selector
+// needs queries. observe() and truncate() are as append(): they allocate nothing, wait for nothing, and can be captured.
 #pragma once
 
 #include "kvtailor/budget/request.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/store/device_cache.hpp"
+#include "kvtailor/store/device_queries.hpp"
 #include "kvtailor/store/head_score.hpp"
 
 namespace kvt::inline v0 {
@@ -31,17 +35,44 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
   using Value = typename Codec::value_type;
 
  public:
+  // Queries are kept only if the selector needs them: fp32, for the life of the cache.
   Status init(Device& device, typename Rows::Pool& pool, const Geometry& geometry, const DeviceCacheOptions& options = {},
               const Budget& budget = {}, const Selector& selector = {}) {
+    if constexpr (requires { selector.check(); }) KVT_TRY(selector.check());
+    Window window;
+    KVT_TRY(geometry.validate());
+    if constexpr (needs_queries) KVT_TRY(window.init(device, geometry, window_of(selector)));
     KVT_TRY(Rows::init(device, pool, geometry, options));
     budget_ = budget;
     selector_ = selector;
+    window_ = std::move(window);
     return success();
+  }
+
+  // Shows the cache the queries (post-RoPE) that come with the rows just appended: [n, num_q_heads, head_dim] at positions [n],
+  // which increase, after all it was shown; both of the device. Costs nothing if the selector needs none. T is Half, BFloat16
+  // or float. Sink logits are not looked at.
+  template <class T>
+  Status observe(int layer, const T* queries, const int* positions, int n, const AttendOptions& attend = {}) {
+    KVT_TRY(this->check_layer(layer));
+    KVT_TRY(detail::check_options(this->geometry(), attend));
+    if (n < 0) return error(Errc::bad_shape, "there are {} queries; it must be zero or more", n);
+    if (n > 0 && (queries == nullptr || positions == nullptr)) return error(Errc::bad_shape, "a pointer to queries is null");
+    if (!needs_queries || n == 0) return success();
+    const int heads = this->geometry().num_kv_heads;
+    const float scale = attend.scale != 0 ? attend.scale : 1.f / std::sqrt(static_cast<float>(Rows::head_dim));
+    return this->device()->launch(ObserveWork<T>{window_.queries().from_head(layer * heads),
+                                                 queries,
+                                                 positions,
+                                                 n,
+                                                 heads,
+                                                 {0, 0, attend.window, scale, attend.soft_cap}},
+                                  heads);
   }
 
   // Keeps so many rows: the budget allocator says how many of each head, the token selector which. Sink rows and the newest
   // recent_rows always stay, in number as in kind. A budget of rows or a ratio is met exactly; bytes are not exceeded: what
-  // falls is pages of 128 rows of a head, and the dense zone and tables stay as they are.
+  // falls is pages of 128 rows of a head, and the dense zone and tables stay as they are. Observed queries are used up.
   Status compress(Retain retain) {
     std::vector<int> near, body;
     KVT_TRY(this->read_rows(near, body));
@@ -70,42 +101,81 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     KVT_TRY(scores.allocate(device, places));
     KVT_TRY(marks.allocate(device, places));
     KVT_TRY(kept.allocate(device, heads));
-    const DeviceHeads all = this->all_heads();
-    KVT_TRY(device.launch(ScoreWork<Key, Value, Selector>{all, selector_, scores.data(), stride}, geometry.num_heads()));
-    std::vector<float> seen_scores;
-    if constexpr (EvidenceSet(Budget::needs).has(Evidence::scores)) {
-      std::vector<float> padded(places);
-      KVT_TRY(device.copy_from(padded.data(), scores.data(), places * sizeof(float)));
-      for (std::size_t h = 0; h < heads; ++h) {
-        const auto first = padded.begin() + static_cast<std::ptrdiff_t>(h) * stride;
-        seen_scores.insert(seen_scores.end(), first, first + seen[h]);
-      }
+    const bool bytes = retain.unit == Retain::Unit::bytes;
+    if (!bytes && want.total == rows) {  // needs no scores, but MarkWork any numbers
+      keep = seen;
+      KVT_TRY(device.clear(scores.data(), places * sizeof(float)));
+    } else {
+      std::vector<float> seen_scores;
+      KVT_TRY(score(want, scores.data(), stride, seen_scores));
       want.scores = seen_scores;
+      if (bytes) {
+        KVT_TRY(fit_bytes(budget_, retain.amount, rows, floor_rows, want, keep, [&](std::span<const int> counts) {
+          std::size_t pages = 0;
+          for (std::size_t h = 0; h < heads; ++h) pages += Rows::pages_of(counts[h] - dense[h]);
+          return this->memory_with_pages(pages).total() + window_.bytes();
+        }));
+      }
+      KVT_TRY(allocate_rows(budget_, want, keep));
     }
-    if (retain.unit == Retain::Unit::bytes) {
-      KVT_TRY(fit_bytes(budget_, retain.amount, rows, floor_rows, want, keep, [&](std::span<const int> counts) {
-        std::size_t pages = 0;
-        for (std::size_t h = 0; h < heads; ++h) pages += Rows::pages_of(counts[h] - dense[h]);
-        return this->memory_with_pages(pages).total();
-      }));
-    }
-    KVT_TRY(allocate_rows(budget_, want, keep));
     KVT_TRY(device.copy_to(kept.data(), keep.data(), heads * sizeof(int)));
-    KVT_TRY(device.launch(MarkWork{all, kept.data(), scores.data(), marks.data(), stride}, geometry.num_heads()));
+    KVT_TRY(device.launch(MarkWork{this->all_heads(), kept.data(), scores.data(), marks.data(), stride}, geometry.num_heads()));
     KVT_TRY(this->cut(marks.data(), stride));
+    KVT_TRY(window_.forget());
     return this->refresh();
   }
-  // As DeviceCache::fork(), policies too.
+  // As DeviceCache::truncate(), queries too.
+  Status truncate(int position) {
+    KVT_TRY(Rows::truncate(position));
+    return window_.truncate(position);
+  }
+  // As DeviceCache::fork(), policies and queries too.
   Status fork(DeviceKvCache& child) const {
+    KVT_TRY(this->check_layer(0));
+    Window window;
+    KVT_TRY(window_.copy_to(window));
     KVT_TRY(Rows::fork(child));
     child.budget_ = budget_;
     child.selector_ = selector_;
+    child.window_ = std::move(window);
     return success();
+  }
+  // As DeviceCache::memory(); evidence is the room for queries.
+  Memory memory() const {
+    Memory m = Rows::memory();
+    m.evidence_bytes = window_.bytes();
+    return m;
   }
 
  private:
+  static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
+  using Window = DeviceQueryWindow<Device>;
+
+  // Scores [heads, stride] of all rows, and those of the rows that are there, for an allocator that needs them.
+  Status score(const BudgetRequest& want, float* scores, long long stride, std::vector<float>& seen_scores) const {
+    Device& device = *this->device();
+    const auto places = want.seen.size() * static_cast<std::size_t>(stride);
+    DeviceArray<float, Device> mass;
+    if constexpr (needs_queries) {
+      KVT_TRY(window_.check_seen(want.num_kv_heads));
+      KVT_TRY(mass.allocate(device, places));
+    }
+    const ScoreWork<Key, Value, Selector> work{this->all_heads(), selector_, scores, stride, window_.queries(), mass.data()};
+    KVT_TRY(device.launch(work, static_cast<int>(want.seen.size())));
+    if constexpr (EvidenceSet(Budget::needs).has(Evidence::scores)) {
+      std::vector<float> padded(places);
+      KVT_TRY(device.copy_from(padded.data(), scores, places * sizeof(float)));
+      for (std::size_t h = 0; h < want.seen.size(); ++h) {
+        const auto first = padded.begin() + static_cast<std::ptrdiff_t>(h) * stride;
+        seen_scores.insert(seen_scores.end(), first, first + want.seen[h]);
+      }
+    }
+    return success();
+  }
+
   Budget budget_ = {};
   Selector selector_ = {};
+  Window window_;  // empty if the selector needs no queries
 };
 
 }  // namespace kvt::inline v0

@@ -8,18 +8,24 @@
 // A selector that works on a device has, beside score() for the host:
 //   Shared<dim, warps>                              memory that the warps share
 //   score_on_device(block, rows, shared, scores)    rows: see ScoredRows
+// or, if it needs queries,
+//   score_on_device(block, rows, window, shared, scores)    window: see WindowMass; it has one query or more
+// and, if not all it may be told makes sense, check(), which returns a Status.
 #pragma once
 
 #include <limits>
 
+#include "kvtailor/core/evidence.hpp"
 #include "kvtailor/core/half.hpp"
 #include "kvtailor/store/head_work.hpp"
+#include "kvtailor/store/window_mass.hpp"
 
 namespace kvt::inline v0 {
 
 // The rows of a head in the order of their positions, wherever they are stored.
-template <class Key, class Value>
+template <class KeyCodec, class Value>
 struct ScoredRows {
+  using Key = KeyCodec;
   static constexpr int dim = Key::head_dim, warps = 8;
   using Body = LayoutOf<Key, Value>;
   using Near = LayoutOf<Dense<Half, dim>, Dense<Half, dim>>;
@@ -40,6 +46,19 @@ struct ScoredRows {
     const int at = place(r), slice = at / slice_rows;
     return is_encoded(r) ? body.positions(slice, Body::bytes)[at % slice_rows]
                          : near.positions(slice, Near::bytes)[at % slice_rows];
+  }
+  // How many rows come before a position.
+  KVT_HD int rows_before(int at) const {
+    int first = 0, last = count;
+    while (first < last) {
+      const int middle = first + (last - first) / 2;
+      if (position(middle) < at) {
+        first = middle + 1;
+      } else {
+        last = middle;
+      }
+    }
+    return first;
   }
   // Key r to `to` [dim], in the basis of the key codec: angles and lengths are those of keys as they came.
   template <class Lanes>
@@ -75,20 +94,35 @@ struct ScoredRows {
 template <class Key, class Value, class Selector>
 struct ScoreWork {
   using Rows = ScoredRows<Key, Value>;
-  static constexpr int warps = Rows::warps, blocks = 1, dynamic_bytes = 0;
-  using Shared = typename Selector::template Shared<Rows::dim, warps>;
+  using Window = WindowMass<Rows>;
+  static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
+  static constexpr int warps = Rows::warps, blocks = 1, dynamic_bytes = needs_queries ? Window::table_bytes : 0;
+  struct Shared {
+    typename Selector::template Shared<Rows::dim, warps> own;
+    std::conditional_t<needs_queries, typename Window::Shared, std::byte> window;
+  };
 
   DeviceHeads heads;
   Selector selector;
   float* scores;  // [heads, stride]
   long long stride;
+  DeviceQueries queries;  // if the selector needs them
+  float* mass;            // [heads, stride], likewise
 
   template <class Block>
-  KVT_HD void operator()(const Block& block, int h, Shared& shared, std::byte*) const {
+  KVT_HD void operator()(const Block& block, int h, Shared& shared, [[maybe_unused]] std::byte* table) const {
     using Lanes = typename Block::Lanes;
     const Rows rows(heads, h);
     float* const own = scores + h * stride;
-    selector.score_on_device(block, rows, shared, own);
+    if constexpr (needs_queries) {
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        lanes.each([&](int lane) { Rows::Body::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
+      });
+      const Window window{rows, queries, h, shared.window, table, mass + h * stride};
+      selector.score_on_device(block, rows, window, shared.own, own);
+    } else {
+      selector.score_on_device(block, rows, shared.own, own);
+    }
     const int recent = rows.count - rows.sinks < heads.recent_rows ? rows.count - rows.sinks : heads.recent_rows;
     block.each_warp([&](const Lanes& lanes, int warp) {
       if (warp != 0) return;
