@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// A prompt and then decoding with the cache on a device: one sequence, 3-bit keys and 2-bit values, compressed to half of its
-// rows after the prompt, checked against the host's cache.
+// A prompt and then decoding with the cache on a device: one sequence, 3-bit keys and 2-bit values, compressed after the prompt
+// to the half of its rows that the last queries look at, checked against the host's cache.
 #include <cmath>
 #include <cstdio>
 #include <random>
@@ -15,20 +15,20 @@ namespace {
 using Codec = kvt::KvCodec<kvt::TurboQuant<3, 128>, kvt::TurboQuant<2, 128>>;
 
 constexpr kvt::Geometry geometry{.num_layers = 1, .num_kv_heads = 2, .num_q_heads = 8, .head_dim = 128};
-constexpr int prompt = 1000, steps = 8;
+constexpr int prompt = 1000, steps = 8, window = 64;
 
 kvt::Status run() {
   cudaStream_t stream = nullptr;  // the engine's
   kvt::cuda::Device device(stream);
   kvt::cuda::PagePool<Codec> pool;  // shared by all sequences: 64 pages of 128 rows of a head
-  kvt::cuda::KvCache<kvt::Uniform, kvt::SinkRecent, Codec> cache;
+  kvt::cuda::KvCache<kvt::Adaptive, kvt::SnapKv, Codec> cache;
   using Plan = kvt::cuda::DecodePlan<Codec, float>;
   Plan plan;
   KVT_TRY(pool.init(device, 64));
   KVT_TRY(cache.init(device, pool, geometry, {.max_append = prompt}));
   const Plan::Cache* const batch[] = {&cache};
   KVT_TRY(plan.init(device, batch, prompt));
-  kvt::KvCache<kvt::Uniform, kvt::SinkRecent, Codec> host;
+  kvt::KvCache<kvt::Adaptive, kvt::SnapKv, Codec> host;
   KVT_TRY(host.init(geometry));
 
   constexpr int row = geometry.num_kv_heads * geometry.head_dim, query = geometry.num_q_heads * geometry.head_dim;
@@ -73,6 +73,8 @@ kvt::Status run() {
     std::printf("up to position %d: differs from the host by at most %.1e\n", where.back(), static_cast<double>(worst));
     if (!(worst <= 3e-3f)) return kvt::error(kvt::Errc::bad_value, "device and host differ by {}", static_cast<double>(worst));
     if (step == 0) {
+      KVT_TRY(cache.observe(0, queries.data() + (prompt - window) * query, positions.data() + prompt - window, window));
+      KVT_TRY(host.observe(0, q.data() + (prompt - window) * query, std::span(where).last(window)));
       KVT_TRY(cache.compress(kvt::Retain::ratio(0.5)));
       KVT_TRY(host.compress(kvt::Retain::ratio(0.5)));
       KVT_TRY(cache.reserve(steps));  // pages for all that follows: append() and attend() allocate nothing

@@ -11,6 +11,7 @@
 #endif
 #include "kvtailor/select/key_diff.hpp"
 #include "kvtailor/select/sink_recent.hpp"
+#include "kvtailor/select/snap_kv.hpp"
 
 namespace {
 
@@ -45,8 +46,11 @@ void use_pair(const void** kernels) {
     use<AppendWork<Key, Value, Half>>(kernels);
     use<CutWork<Key, Value>>(kernels);
     use<TruncateWork<Key, Value>>(kernels);
-    if constexpr (key_bits == value_bits) use<ScoreWork<Key, Value, KeyDiff>>(kernels);  // looks at keys only
-    if constexpr (key_bits == 2) {                                                       // copies bytes; looks at positions
+    if constexpr (key_bits == value_bits) {  // look at keys only
+      use<ScoreWork<Key, Value, KeyDiff>>(kernels);
+      use<ScoreWork<Key, Value, SnapKv>>(kernels);
+    }
+    if constexpr (key_bits == 2) {  // copies bytes; looks at positions
       use<ForkWork<Key, Value>>(kernels);
       use<ScoreWork<Key, Value, SinkRecent>>(kernels);
     }
@@ -70,6 +74,9 @@ void use_dim(const void** kernels) {
 void use_kernels(const void** kernels) {
   use<CountWork<Half>>(kernels);
   use<MarkWork>(kernels);
+  use<ObserveWork<Half>>(kernels);
+  use<TruncateQueriesWork>(kernels);
+  use<CopyQueriesWork>(kernels);
   use_dim<64>(kernels);
   use_dim<80>(kernels);
   use_dim<96>(kernels);

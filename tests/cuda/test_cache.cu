@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // A batch of sequences in device caches, one of them compressed, copied, and swapped out and in, a chunk of queries and then
-// step by step, as captured graphs, beside the same on a simulated device.
+// step by step, as captured graphs, and one compressed again, beside the same on a simulated device.
 #include <cmath>
 #include <memory>
 #include <random>
@@ -59,8 +59,8 @@ bool repeat(cuda::Device& device, int times, Step step) {
   return true;
 }
 
-template <class Codec, class Device>
-std::vector<float> run(Device& device) {
+template <class Codec, class Device, class Selector>
+std::vector<float> run(Device& device, const Selector& selector) {
   constexpr int dim = Codec::head_dim;
   const Geometry geometry{1, 2, 6, dim};
   std::mt19937 random(dim);
@@ -78,18 +78,21 @@ std::vector<float> run(Device& device) {
   };
   PagePool<Codec, Device> pool;
   expect(pool.init(device, 40));
-  using Cache = DeviceKvCache<Uniform, SinkRecent, Codec, Device>;
+  using Cache = DeviceKvCache<Uniform, Selector, Codec, Device>;
   std::vector<std::unique_ptr<Cache>> caches;
   std::vector<const DeviceCache<Codec, Device>*> batch;
   for (int s = 0; s < 2; ++s) {
     caches.push_back(std::make_unique<Cache>());
-    expect(caches.back()->init(device, pool, geometry, {4, 32, 400, 2048}));
+    expect(caches.back()->init(device, pool, geometry, {4, 32, 400, 2048}, {}, selector));
     const int n = s == 0 ? 390 : 7;
     std::vector<int> positions;
     for (int i = 0; i < n; ++i) positions.push_back(i);
+    constexpr int seen = 5;  // queries
     expect(caches.back()->reserve(n));
     expect(caches.back()->append(0, place(device, halves(n * 2 * dim), owners), place(device, halves(n * 2 * dim), owners),
                                  place(device, positions, owners), n));
+    expect(caches.back()->observe(0, place(device, halves(seen * 6 * dim), owners),
+                                  place(device, std::vector<int>(positions.end() - seen, positions.end()), owners), seen));
     if (s == 0) {
       const long long bytes = caches.back()->memory().total() - PagePool<Codec, Device>::page_bytes;
       const int free = pool.free_pages();
@@ -162,12 +165,16 @@ std::vector<float> run(Device& device) {
       if (captured(device) && cache->compress(Retain::ratio(.5)).native != cudaErrorStreamCaptureUnsupported) {
         return error(Errc::device, "a compression was captured");
       }
-      const Status status = cache->append(0, row, row + 2 * dim, position, 1);
-      if (!status.ok()) return status;
+      KVT_TRY(cache->append(0, row, row + 2 * dim, position, 1));
+      KVT_TRY(cache->observe(0, queries, position, 1));
     }
     return plan.attend(0, queries, nullptr, {}, out);
   });
   if (!done) return {};
+  keep(out, 1);
+  expect(caches[0]->truncate(2000));
+  expect(caches[0]->compress(Retain::ratio(.6)));
+  expect(plan.attend(0, queries, nullptr, {}, out));
   keep(out, 1);
   std::vector<float> floats;
   for (const Half x : result) floats.push_back(to_float(x));
@@ -193,16 +200,16 @@ class EngineMemory : public std::pmr::memory_resource {
   bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
 };
 
-template <class Codec>
-int check(const char* name) {
+template <class Codec, class Selector>
+int check(const char* name, const Selector& selector) {
   SimulatedDevice simulated;
-  const std::vector<float> expected = run<Codec>(simulated);
+  const std::vector<float> expected = run<Codec>(simulated, selector);
   if (expected.empty() || !device::present()) return expected.empty();
   cudaStream_t stream;
   device::check(cudaStreamCreate(&stream), "stream");
   EngineMemory memory;
   cuda::Device real(stream, &memory);
-  const std::vector<float> got = run<Codec>(real);
+  const std::vector<float> got = run<Codec>(real, selector);
   device::check(cudaStreamDestroy(stream), "stream");
   int failures = (got.size() != expected.size()) + (memory.bytes != 0);
   for (std::size_t i = 0; i < got.size() && failures < 5; ++i) {
@@ -217,7 +224,10 @@ int check(const char* name) {
 }  // namespace
 
 int main() {
-  return device::result(check<KvCodec<TurboQuant<4, 64>>>("turbo4, 64") +
-                        check<KvCodec<TurboQuant<3, 128>, TurboQuant<2, 128>>>("turbo3/turbo2, 128") +
-                        check<KvCodec<Dense<Half, 64>>>("fp16, 64"));
+  using Turbo = KvCodec<TurboQuant<3, 128>, TurboQuant<2, 128>>;
+  return device::result(check<KvCodec<TurboQuant<4, 64>>>("turbo4, 64, sink_recent", SinkRecent{}) +
+                        check<KvCodec<TurboQuant<4, 64>>>("turbo4, 64, snap_kv", SnapKv{}) +
+                        check<Turbo>("turbo3/turbo2, 128, snap_kv", SnapKv{.window = 40}) +
+                        check<Turbo>("turbo3/turbo2, 128, key_diff", KeyDiff{}) +
+                        check<KvCodec<Dense<Half, 64>>>("fp16, 64, snap_kv", SnapKv{.window = 3}));
 }

@@ -48,7 +48,8 @@ struct Instance {
   explicit Instance(const std::string& name) {
     std::smatch found;
     if (std::regex_search(name, found, std::regex("(\\w+)Work"))) kind = found[1];
-    if (std::regex_search(name, found, std::regex(", (true, \\d+|KeyDiff|SinkRecent)|, [\\w:]*::(KeyDiff|SinkRecent)"))) {
+    if (std::regex_search(name, found,
+                          std::regex(", (true, \\d+|KeyDiff|SinkRecent|SnapKv)|, [\\w:]*::(KeyDiff|SinkRecent|SnapKv)"))) {
       kind += ", " + found[1].str() + found[2].str();
     }
     const std::regex codec("LloydMax<(\\d+), (\\d+)|Dense<[^,]*Half, (\\d+)>");
@@ -115,6 +116,14 @@ void run() {
   };
   for (const int n : {170, 1, 140}) append(n);
   compare(cache);
+  std::vector<Half> seen(10 * width);
+  for (Half& x : seen) x = from_float<Half>(normal(random));
+  std::vector<float> floats;
+  for (const Half x : seen) floats.push_back(to_float(x));
+  std::vector<int> where(10);
+  for (int i = 0; i < 10; ++i) where[static_cast<std::size_t>(i)] = host.end_position(0) - 10 + i;
+  REQUIRE(host.observe(0, floats.data(), where).ok());
+  REQUIRE(cache.observe(0, seen.data(), where.data(), 10).ok());
   REQUIRE(host.compress(Retain::ratio(.8)).ok());
   REQUIRE(cache.compress(Retain::ratio(.8)).ok());
   compare(cache);
@@ -145,6 +154,13 @@ TEST_CASE("caches of every codec and every head dim") {
   run<2, 2, 64, SinkRecent>();
   run<2, 2, 128, SinkRecent>();
   run<2, 2, 256, SinkRecent>();
+  run<1, 1, 64, SnapKv>();
+  run<2, 2, 128, SnapKv>();
+  run<3, 3, 256, SnapKv>();
+  run<4, 4, 64, SnapKv>();
+  run<5, 5, 64, SnapKv>();
+  run<6, 6, 64, SnapKv>();
+  run<16, 16, 128, SnapKv>();
 }
 
 TEST_CASE("the body of every kernel has run, for every codec and for every head dim") {

@@ -174,7 +174,6 @@ struct WindowMass {
       typename Lanes::template Reg<std::uint32_t> words[Reader::template kept<Keys>], scales[4] = {};
       Reader::template fetch<Keys>(lanes, at.words, words);
       Reader::load_scales(lanes, at, scales);
-      const auto by = Reader::row_scales(lanes, scales[0], scales[1]);
       Reader::template each_half<Keys>(lanes, at.words, words, [&](int half, int first) {
         typename Lanes::template Reg<Float4> logit[eights];
         for (int e = 0; e < eights; ++e) logit[e] = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
@@ -194,7 +193,7 @@ struct WindowMass {
         const int row = slice * slice_rows + 16 * half;
         const int* const positions = pages.positions(slice, Layout::bytes) + 16 * half;
         KVT_UNROLL_ON_DEVICE
-        for (int e = 0; e < eights; ++e) finish<Layout>(lanes, by, half, e, count - row, positions, logit[e]);
+        for (int e = 0; e < eights; ++e) finish<Layout>(lanes, scales, half, e, count - row, positions, logit[e]);
         if (pass == 0) {
           KVT_UNROLL_ON_DEVICE
           for (int k = 0; k < 2 * eights; ++k) state.add(lanes, k / 2, k % 2, logit[k / 2]);
@@ -206,17 +205,18 @@ struct WindowMass {
   }
   // Products to logits: scaled, capped, and -infinity where a row is not there or not seen. `left`: rows from the first on.
   template <class Layout, class Lanes>
-  KVT_HD KVT_INLINE void finish(const Lanes& lanes, const typename Lanes::template Reg<Float4>& scales, int half, int e,
-                                int left, const int* positions, typename Lanes::template Reg<Float4>& logit) const {
+  KVT_HD KVT_INLINE void finish(const Lanes& lanes, const typename Lanes::template Reg<std::uint32_t> (&scales)[4], int half,
+                                int e, int left, const int* positions, typename Lanes::template Reg<Float4>& logit) const {
     using Keys = typename Layout::Keys;
     const int sliding = queries.state[head].sliding;
     const float cap = queries.state[head].soft_cap * 1.44269504f;
     logit = map(
         lanes,
-        [&](int lane, Float4 x, const Float4& by) {
+        [&](int lane, Float4 x, std::uint32_t even, std::uint32_t odd) {
+          const std::uint32_t both = half == 0 ? even : odd;  // of rows g and g + 8
           for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, vector = lane % 4 * 2 + i % 2;
-            const float scale = Keys::scaled ? by.x[2 * half + i / 2] : 1.f;
+            const float scale = !Keys::scaled ? 1.f : i < 2 ? low_half(both) : high_half(both);
             x.x[i] *= scale * (shared.query[e].unit[vector] * Keys::unit);
             if (cap > 0) x.x[i] = cap * std::tanh(x.x[i] / cap);
             const int own = shared.position[8 * e + vector], at = row < left ? positions[row] : own;
@@ -224,7 +224,7 @@ struct WindowMass {
           }
           return x;
         },
-        logit, scales);
+        logit, scales[0], scales[1]);
   }
   template <class Lanes, class Rank>
   KVT_HD KVT_INLINE void store_weights(const Lanes& lanes, const typename Lanes::template Reg<Float4> (&logit)[eights],
