@@ -468,7 +468,6 @@ TEST_CASE("compression by queries keeps the rows on a device that it keeps on th
 
 TEST_CASE("SnapKv's scores on a device are those of the plain loops") {
   using Fp16 = KvCodec<Dense<Half, 64>>;
-  using Fp16 = KvCodec<Dense<Half, 64>>;
   const SnapKv narrow{.window = 9, .kernel = 3, .pool = SnapKv::Pool::maximum};
   const AttendOptions limited{.window = 201, .soft_cap = 4};
   // An error of a logit is that of the weight. Logits of a few are right to 2^-24 of a few, and errors of many queries average.
