@@ -96,7 +96,7 @@ struct ScoreWork {
   using Rows = ScoredRows<Key, Value>;
   using Window = WindowMass<Rows>;
   static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
-  static constexpr int warps = Rows::warps, blocks = needs_queries && Rows::dim < 128 ? 2 : 1,
+  static constexpr int warps = Rows::warps, blocks = needs_queries ? Window::blocks : 1,
                        dynamic_bytes = needs_queries ? Window::table_bytes : 0;
   struct Shared {
     typename Selector::template Shared<Rows::dim, warps> own;

@@ -21,6 +21,8 @@ struct WindowMass {
   static constexpr int dim = Rows::dim, warps = Rows::warps;
   static constexpr int eights = dim <= 128 ? 4 : 2, vectors = 8 * eights;  // queries at a time
   static constexpr int table_bytes = Rows::Body::table_bytes;
+  // That registers are shared out among: codes beside the logits of so many queries need more than 128 a thread.
+  static constexpr int blocks = Rows::Body::Keys::scaled ? 1 : 2;
   struct Shared {
     QueryFragments<dim> query[eights], rest[eights];
     float prepared[8 * dim];
