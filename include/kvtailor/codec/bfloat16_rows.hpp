@@ -1,13 +1,13 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Attention on rows of bf16, on a host with AVX2: sixteen elements at a time of several rows and vectors, so that nothing that
-// was widened is stored. For fp16, which one instruction widens, RowCodec is as fast.
+// Attention on rows of bf16, on a host with AVX2 and F16C: sixteen elements at a time of several rows and vectors, so that
+// nothing that was widened is stored. For fp16, which one instruction widens, RowCodec is as fast.
 #pragma once
 
 #include "kvtailor/codec/integer_rows.hpp"
 #include "kvtailor/core/half.hpp"
-#if defined(KVT_HOST_AVX2)
+#if defined(KVT_HOST_AVX2) && defined(__F16C__)
 
 namespace kvt::inline v0::detail {
 

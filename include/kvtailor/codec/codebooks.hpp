@@ -8,7 +8,7 @@
 namespace kvt::inline v0 {
 
 // A level is HalfLevels<head_dim, bits>::whole[i] * unit, i below 2^(bits-1); the other half is its mirror image. Whole numbers
-// are at most 64 up to 4 bits, and at most 127.
+// are at most 64 up to 4 bits, and at most 127 above.
 template <int head_dim, int bits>
 struct HalfLevels;
 

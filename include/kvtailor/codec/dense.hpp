@@ -51,7 +51,7 @@ struct Dense : RowCodec<Dense<T, dim>, dim, 0, dim* static_cast<int>(sizeof(T))>
   }
   KVT_HD KVT_INLINE float row_scale(const std::byte*, int) const { return 1.f; }
 
-#if defined(KVT_HOST_AVX2)
+#if defined(KVT_HOST_AVX2) && defined(__F16C__)
   template <class Lanes>
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {

@@ -7,6 +7,7 @@
 #include <bit>
 #include <cstdint>
 #include <cstring>
+#include <type_traits>
 
 #include "kvtailor/core/config.hpp"
 #if defined(__AVX2__) && !defined(__CUDA_ARCH__)
@@ -117,6 +118,11 @@ KVT_HD KVT_INLINE void load_floats(const T* from, float* to) {
     load_sixteen(from + i, x);
     _mm256_storeu_ps(to + i, x[0]);
     _mm256_storeu_ps(to + i + 8, x[1]);
+  }
+  if constexpr (std::is_same_v<T, Half>) {
+    for (; i + 8 <= n; i += 8) {
+      _mm256_storeu_ps(to + i, _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from + i))));
+    }
   }
 #endif
   for (; i < n; ++i) to[i] = to_float(from[i]);
