@@ -3,19 +3,22 @@
 //
 // The bytes of encoded blocks. They are the library's storage format: a change of any number here means that blocks
 // encoded by an earlier version no longer decode to the same rows, so it goes with a new version and a line in the change
-// log. They may change when levels, states' values, signs of the rotation, plane layout or the rule of a scale change on
-// purpose; never because of a compiler, its options or the machine.
+// log. They may change when levels, states' values, signs of the rotation, plane or tile layout or the rule of a scale change
+// on purpose; never because of a compiler, its options or the machine.
 #include <doctest/doctest.h>
 
+#include <algorithm>
 #include <cstdint>
 #include <cstdio>
 #include <string>
 #include <vector>
 
 #include "kvtailor/codec/dense.hpp"
+#include "kvtailor/codec/group_int.hpp"
 #include "kvtailor/codec/rotated.hpp"
 #include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
+#include "kvtailor/codec/turbo_quant_unbiased.hpp"
 
 using namespace kvt;
 
@@ -47,13 +50,25 @@ std::vector<std::byte> encoded(int rows) {
   return block;
 }
 
-template <class Codec>
-void check(const char* name, std::uint64_t want) {
-  const std::uint64_t have = hash(encoded<Codec>(50));
+void check(const char* name, const std::vector<std::byte>& bytes, std::uint64_t want) {
+  const std::uint64_t have = hash(bytes);
   char text[20];
   std::snprintf(text, sizeof text, "%016llx", static_cast<unsigned long long>(have));
   INFO(std::string(name) << " has the hash 0x" << text);
   CHECK(have == want);
+}
+// Of 50 rows, the scales, then the codes, each row as in a block of its own: however they lie in a block together.
+template <class Codec>
+void check(const char* name, std::uint64_t want) {
+  constexpr int n = 50, scale = Codec::scale_bytes, code = Codec::code_bytes;
+  const std::vector<std::byte> block = encoded<Codec>(n);
+  std::vector<std::byte> rows(block.size()), one(Codec::row_bytes);
+  for (int row = 0; row < n; ++row) {
+    Codec{}.copy_row(block.data(), n, row, one.data(), 1, 0);
+    std::copy_n(one.data(), scale, rows.data() + scale * row);
+    std::copy_n(one.data() + scale, code, rows.data() + scale * n + code * row);
+  }
+  check(name, rows, want);
 }
 
 }  // namespace
@@ -94,6 +109,14 @@ TEST_CASE("trellis blocks have the bytes they always had") {
   check<Rotated<Trellis<2, 40>>>("trellis, head dim 40", 0x29eda36c228e1a22ull);
   check<Rotated<Trellis<2, 128>>>("trellis, head dim 128", 0x47646d7528b94b56ull);
   check<Trellis<2, 256>>("trellis, head dim 256, not rotated", 0xf2f17353cd71e01dull);
+}
+
+TEST_CASE("tiles have the bytes they always had") {
+  check("2 bits", encoded<TurboQuant<2, 64>>(50), 0xfed8e4d7d3a69f33ull);
+  check("trellis, 3 bits", encoded<Rotated<Trellis<3, 64>>>(50), 0x67c867acc1b5419eull);
+  check("q8_0", encoded<Q8_0<96>>(50), 0xb15b5ff7a9d55fdbull);
+  check("q5_1", encoded<Q5_1<64>>(50), 0xa0804c51f2c894d2ull);
+  check("2 bits and a sketch", encoded<TurboQuantUnbiased<2, 64>>(50), 0xfee541581f8e804full);
 }
 
 TEST_CASE("a block of one row, byte by byte") {

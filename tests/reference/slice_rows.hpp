@@ -23,8 +23,9 @@ struct Format {
   using Codec = TurboQuant<bits, size>;
   using Fragments = CodeFragments<bits, size>;
   static int element(const std::byte* block, int n, int row, int d) {
-    const auto* const codes = reinterpret_cast<const unsigned char*>(block) + n * Codec::scale_bytes + row * Codec::code_bytes;
-    return Codec::code_at(codes, d);
+    std::byte own[Codec::row_bytes];
+    Codec{}.copy_row(block, n, row, own, 1, 0);
+    return Codec::code_at(reinterpret_cast<const unsigned char*>(own) + Codec::scale_bytes, d);
   }
 };
 template <int size>

@@ -13,7 +13,7 @@
 #include <type_traits>
 #include <vector>
 
-#include "kvtailor/codec/byte_rows.hpp"
+#include "kvtailor/codec/integer_rows.hpp"
 #include "kvtailor/core/concepts.hpp"
 
 namespace codecs {
@@ -65,7 +65,7 @@ inline double squared_distance(const std::vector<float>& a, const std::vector<fl
   return sum;
 }
 
-// What the host rounds to where rows are bytes (byte_rows.hpp), as shares of a query's largest element and of the largest
+// What the host rounds to where rows are bytes (integer_rows.hpp), as shares of a query's largest element and of the largest
 // weight; zero elsewhere.
 struct HostUnits {
   double query = 0, weight = 0;
@@ -82,7 +82,7 @@ HostUnits host_units() {
   } else if constexpr (requires(Codec c) { c.codec; }) {  // Shifted
     return host_units<decltype(Codec::codec)>();
   } else if constexpr (requires { typename Codec::Integers; }) {
-    if constexpr (Codec::head_dim % 32 != 0) return {};
+    if constexpr (!Codec::tiled) return {};
     constexpr double more = std::max(1.0, Codec::Integers::most / 64.0);
     if (Codec::Integers::coarse) return {more / 127, more / 255};
   }

@@ -105,8 +105,10 @@ std::vector<float> attend(DecodePlan<Codec, CountingDevice, float>& plan) {
 
 // Code or element d of an encoded row of the host, by the codec's own description of its blocks.
 template <int bits, int dim>
-int host_element(const Rotated<LloydMax<bits, dim>>&, const std::byte* block, int n, int row, int d) {
-  return LloydMax<bits, dim>::code_at(reinterpret_cast<const unsigned char*>(block) + 2 * n + row * dim * bits / 8, d);
+int host_element(const Rotated<LloydMax<bits, dim>>& codec, const std::byte* block, int n, int row, int d) {
+  std::byte own[LloydMax<bits, dim>::row_bytes];
+  codec.copy_row(block, n, row, own, 1, 0);
+  return LloydMax<bits, dim>::code_at(reinterpret_cast<const unsigned char*>(own) + 2, d);
 }
 template <int dim>
 int host_element(const Dense<Half, dim>&, const std::byte* block, int, int row, int d) {

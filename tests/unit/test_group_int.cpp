@@ -106,21 +106,25 @@ std::vector<float> read_plainly(const Block<Codec>& block) {
     }
   } else {
     for (int r = 0; r < block.n; ++r) {
+      std::vector<unsigned char> row(Codec::row_bytes);  // in a block of its own a row is whole
+      block.codec.copy_row(block.data.data(), block.n, r, reinterpret_cast<std::byte*>(row.data()), 1, 0);
+      const unsigned char* group = row.data();
       for (int first = 0; first < dim; first += 32) {
         const int size = std::min(32, dim - first), header = T::symmetric ? 2 : 4;
         for (int i = 0; i < size; ++i) {
-          const int code = code_at(block.at(at + header), bits, size, i);
-          const float scale = half_at(block.at(at));
+          const int code = code_at(group + header, bits, size, i);
+          const float scale = half_at(group);
           if (!T::symmetric) {
-            out.push_back(half_at(block.at(at + 2)) + scale * static_cast<float>(code));
+            out.push_back(half_at(group + 2) + scale * static_cast<float>(code));
           } else if (bits == 8) {
             out.push_back(scale * static_cast<float>(code < 128 ? code : code - 256));
           } else {
             out.push_back(scale * static_cast<float>(code - (1 << (bits - 1))));
           }
         }
-        at += header + size * bits / 8;
+        group += header + size * bits / 8;
       }
+      at += static_cast<int>(group - row.data());
     }
   }
   CHECK(at == block.bytes);

@@ -20,6 +20,7 @@ namespace kvt::inline v0 {
 
 template <class T, int dim>
 struct Dense : RowCodec<Dense<T, dim>, dim, 0, dim* static_cast<int>(sizeof(T))> {
+  static constexpr bool tiled = false;
   // No limit of its own: each element is compared with max_element().
   static constexpr double max_row_norm() { return static_cast<double>(max_element()) * dim; }
   static constexpr float max_element() {
@@ -32,14 +33,14 @@ struct Dense : RowCodec<Dense<T, dim>, dim, 0, dim* static_cast<int>(sizeof(T))>
 
   template <class Lanes>
   KVT_HD void encode_row(const Lanes& lanes, const float* x, std::byte* block, int n, int row, float*) const {
-    T* const to = reinterpret_cast<T*>(Dense::codes(block, n, row));
+    T* const to = reinterpret_cast<T*>(Dense::code_bytes_of(block, n, row));
     lanes.each([&](int lane) {
       for (int d = lane; d < dim; d += Lanes::size) to[d] = from_float<T>(x[d]);
     });
   }
   template <int lanes>
   KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<dim, lanes>& to) const {
-    const T* const from = reinterpret_cast<const T*>(Dense::codes(block, n, row));
+    const T* const from = reinterpret_cast<const T*>(Dense::code_bytes_of(block, n, row));
     if constexpr (lanes == 1) {
       load_floats<dim>(from, to.x);
     } else {

@@ -6,7 +6,8 @@
 //
 // Block:   n rows of ceil(head_dim / 32) groups: Half scale; Half least, if asymmetric; then the codes, see IntCodes. If
 //          head_dim is no multiple of 32 (ggml has no such rows), the last group is shorter: of 8 or 16 elements, laid out
-//          alike.
+//          alike. In tiles of eight rows, if head_dim is a multiple of 32: the fp16 numbers of the rows, for each group, one
+//          after the other; then the codes, by words of four bytes.
 // Value:   asymmetric  least + scale * code
 //          symmetric   scale * (code - 2^(bits - 1)), where the element of largest magnitude, whatever its sign, has code 0
 //          8 bits      symmetric: scale * code, code -127 .. 127 in two's complement
@@ -38,6 +39,14 @@ struct GroupInt
   static constexpr int last_size = dim % group_size;  // of the group that is shorter, if there is one
   static constexpr int header_bytes = symmetric ? 2 : 4;
   static constexpr int group_bytes = header_bytes + group_size * bits / 8;
+  static constexpr bool tiled = last_size == 0;
+  static constexpr int tile_unit = 2;
+  KVT_HD static constexpr int tile_place(int j, int row) {
+    const int group = j / group_bytes, at = j % group_bytes - header_bytes;  // below zero in the header
+    if (at < 0) return ((group * header_bytes + at + header_bytes) / 2 * 8 + row) * 2 + j % 2;
+    const int code = group * (group_bytes - header_bytes) + at;
+    return tile_codes + (code / 4 * 8 + row) * 4 + code % 4;
+  }
 
   // Scale and least element must fit in fp16.
   static constexpr double max_row_norm() {
@@ -46,35 +55,36 @@ struct GroupInt
 
   template <class Lanes>
   KVT_HD void encode_row(const Lanes& lanes, const float* x, std::byte* block, int n, int row, float* scratch) const {
-    unsigned char* const to = GroupInt::code_bytes_of(block, n, row);
+    const auto to = GroupInt::code_bytes_of(block, n, row);
+    const auto group = [&](int first) { return GroupBytes<decltype(to)>{to, first / group_size * group_bytes}; };
     for (int g = 0; g < dim / group_size; ++g) {
-      encode_group<group_size>(lanes, x + g * group_size, to + g * group_bytes, scratch + g * group_size);
+      encode_group<group_size>(lanes, x + g * group_size, group(g * group_size), scratch + g * group_size);
     }
     if constexpr (last_size > 0) {
       constexpr int first = dim - last_size;
-      encode_group<last_size>(lanes, x + first, to + first / group_size * group_bytes, scratch + first);
+      encode_group<last_size>(lanes, x + first, group(first), scratch + first);
     }
   }
 
   template <int lanes>
   KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<dim, lanes>& to) const {
-    const unsigned char* const from = GroupInt::code_bytes_of(block, n, row);
     if constexpr (lanes == 1) {
-      for (int g = 0; g < dim / group_size; ++g) load_group<group_size>(from + g * group_bytes, to.x + g * group_size);
+      const typename GroupInt::OwnCodes own(block, n, row);
+      for (int g = 0; g < dim / group_size; ++g) load_group<group_size>(own.bytes + g * group_bytes, to.x + g * group_size);
       if constexpr (last_size > 0) {
         constexpr int first = dim - last_size;
-        load_group<last_size>(from + first / group_size * group_bytes, to.x + first);
+        load_group<last_size>(own.bytes + first / group_size * group_bytes, to.x + first);
       }
     } else {
+      const auto from = GroupInt::code_bytes_of(block, n, row);
       for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) {
         const int d = i * lanes + lane;
-        const unsigned char* const group = from + d / group_size * group_bytes;
+        const GroupBytes<decltype(from)> group{from, d / group_size * group_bytes};
+        const GroupBytes<decltype(from)> codes{from, group.first + header_bytes};
         if (d < dim - last_size) {
-          to.x[i] = Header(group).value(Codes<group_size>::at(group + header_bytes, d % group_size));
+          to.x[i] = Header(group).value(Codes<group_size>::at(codes, d % group_size));
         } else if (d < dim) {
-          if constexpr (last_size > 0) {
-            to.x[i] = Header(group).value(Codes<last_size>::at(group + header_bytes, d % group_size));
-          }
+          if constexpr (last_size > 0) to.x[i] = Header(group).value(Codes<last_size>::at(codes, d % group_size));
         } else {
           to.x[i] = 0;
         }
@@ -88,15 +98,25 @@ struct GroupInt
   using Codes = detail::IntCodes<bits, n>;
   using Levels = detail::IntLevels<bits>;
   static constexpr int half = 1 << (bits - 1);
+  static constexpr int tile_codes = dim / group_size * header_bytes * 8;  // where those of a tile begin
 
+  // The bytes of a row from `first` on.
+  template <class Bytes>
+  struct GroupBytes {
+    Bytes bytes;
+    int first;
+    KVT_HD KVT_INLINE auto& operator[](int j) const { return bytes[first + j]; }
+  };
   struct Header {
     float scale, least = 0;
 
-    KVT_HD KVT_INLINE explicit Header(const unsigned char* group) {
-      Half stored[header_bytes / 2];
-      std::memcpy(stored, group, sizeof stored);
-      scale = to_float(stored[0]);
-      if constexpr (!symmetric) least = to_float(stored[1]);
+    template <class Bytes>
+    KVT_HD KVT_INLINE explicit Header(const Bytes& group) : scale(number(group, 0)) {
+      if constexpr (!symmetric) least = number(group, 2);
+    }
+    template <class Bytes>
+    KVT_HD KVT_INLINE static float number(const Bytes& group, int at) {
+      return to_float(Half{static_cast<std::uint16_t>(group[at] | group[at + 1] << 8)});
     }
     // The product is exact, so it does not matter whether it is fused with the sum.
     KVT_HD KVT_INLINE float value(int code) const {
@@ -117,12 +137,12 @@ struct GroupInt
     for (int i = 0; i < n; ++i) x[i] = header.value(code[i]);
   }
 
-  template <int n, class Lanes>
-  KVT_HD static void encode_group(const Lanes& lanes, const float* x, unsigned char* to, float* scratch) {
+  template <int n, class Lanes, class Bytes>
+  KVT_HD static void encode_group(const Lanes& lanes, const float* x, const GroupBytes<Bytes>& to, float* scratch) {
     const auto store = [&](float scale, float least) {
       lanes.once([&] {
-        const Half stored[2] = {from_float<Half>(scale), from_float<Half>(least)};
-        std::memcpy(to, stored, header_bytes);
+        const std::uint16_t stored[2] = {from_float<Half>(scale).bits, from_float<Half>(least).bits};
+        for (int j = 0; j < header_bytes; ++j) to[j] = static_cast<unsigned char>(stored[j / 2] >> (j % 2 * 8));
       });
     };
     const auto each_element = [&](auto code) {
@@ -149,7 +169,7 @@ struct GroupInt
             [&](float v) { return detail::whole_part<Levels::most>(detail::rounded_product(v, inverse) + (half + 0.5f)); });
       }
     }
-    Codes<n>::pack(lanes, scratch, to + header_bytes);
+    Codes<n>::pack(lanes, scratch, GroupBytes<Bytes>{to.bytes, to.first + header_bytes});
   }
   // The first of those elements for which f is largest, which decides on the sign of a zero and on that of a scale.
   template <int n, class Lanes, class F>
@@ -177,25 +197,28 @@ struct GroupInt
 
  public:
 #if defined(KVT_HOST_AVX2)
-  struct Integers {
-    static constexpr int size = dim, group = group_size, most = half;
-    static constexpr bool has_least = !symmetric;
-    static constexpr bool coarse = false;
-    const std::byte* block;
-    int n;
+  using TileRows = typename GroupInt::Tiles;
+  struct Integers : TileRows {
+    static constexpr int size = dim, group = group_size, most = half, offset = half;
+    static constexpr bool has_least = !symmetric, coarse = false;
+    using TileRows::TileRows;
 
-    template <int c>
-    KVT_INLINE __m256i bytes(int row) const {
-      static_assert(group_size == 32);
-      const __m256i code =
-          Codes<group_size>::bytes_at(GroupInt::code_bytes_of(block, n, row) + c * group_bytes + header_bytes, 0);
-      return bits == 8 && symmetric ? code : _mm256_sub_epi8(code, _mm256_set1_epi8(static_cast<char>(half)));
+    template <int k>
+    KVT_INLINE static __m256i column(const unsigned char* tile) {
+      const __m256i code = Codes<group_size>::template column<k % 8>(tile + tile_codes, k / 8);
+      return bits == 8 && symmetric ? _mm256_xor_si256(code, _mm256_set1_epi8(static_cast<char>(half))) : code;
     }
-    KVT_INLINE float scale(int row, int g) const { return header(row, g).scale; }
-    KVT_INLINE float least(int row, int g) const { return header(row, g).value(half); }
+    KVT_INLINE __m256 scales(int row, int g) const { return numbers(row, header_bytes / 2 * g); }
+    // Of integers around zero: half a code less.
+    KVT_INLINE __m256 leasts(int row, int g) const {
+      const __m256 scale = numbers(row, header_bytes / 2 * g), least = numbers(row, header_bytes / 2 * g + 1);
+      return _mm256_fmadd_ps(scale, _mm256_set1_ps(half), least);
+    }
 
    private:
-    KVT_INLINE Header header(int row, int g) const { return Header(GroupInt::code_bytes_of(block, n, row) + g * group_bytes); }
+    KVT_INLINE __m256 numbers(int row, int which) const {
+      return detail::load_eight(reinterpret_cast<const Half*>(this->tile(row)) + 8 * which);
+    }
   };
 #endif
 };

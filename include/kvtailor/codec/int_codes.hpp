@@ -42,8 +42,8 @@ struct IntCodes {
   static constexpr int bytes = high_bytes + stride;
 
   // code [n] are whole numbers in memory that all lanes see; bits above the lowest ones are dropped.
-  template <class Lanes>
-  KVT_HD KVT_INLINE static void pack(const Lanes& lanes, const float* code, unsigned char* to) {
+  template <class Lanes, class Bytes>
+  KVT_HD KVT_INLINE static void pack(const Lanes& lanes, const float* code, const Bytes& to) {
     lanes.each([&](int lane) {
       for (int j = lane; j < high_bytes; j += Lanes::size) {
         int byte = 0;
@@ -84,17 +84,26 @@ struct IntCodes {
       return _mm256_or_si256(low, _mm256_andnot_si256(unset, _mm256_set1_epi32(1 << width)));
     }
   }
-  // Codes i .. i + 31, one a byte.
-  KVT_INLINE static __m256i bytes_at(const unsigned char* from, int i) requires(n % 32 == 0) {
-    const __m256i low = plane_codes<width, stride>(from + high_bytes, i);
+  // Codes 4 k .. 4 k + 3 of eight rows, one a byte: of the group `group` of tiles of groups.
+  template <int k>
+  KVT_INLINE static __m256i column(const unsigned char* tile, int group) requires(n == 32) {
+    const int first = group * bytes / 4;
+    const __m256i low = plane_codes<width, stride, k>(tile, first + high_bytes / 4);
     if constexpr (high_bytes == 0) {
       return low;
     } else {
-      return _mm256_or_si256(low, _mm256_and_si256(spread_bits(from + i / 8), _mm256_set1_epi8(1 << width)));
+      // Byte k / 2 of a row's word has the bits of eight elements.
+      const __m256i place = _mm256_set1_epi32(k % 2 == 0 ? 0x08040201 : static_cast<int>(0x80402010u));
+      const __m256i from =
+          _mm256_add_epi8(_mm256_set1_epi32(0x01010101 * (k / 2)),
+                          _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+      const __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(tile_words(tile, first), from), place);
+      return _mm256_or_si256(low, _mm256_and_si256(_mm256_cmpeq_epi8(bit, place), _mm256_set1_epi8(1 << width)));
     }
   }
 #endif
-  KVT_HD KVT_INLINE static int at(const unsigned char* from, int i) {
+  template <class Bytes>
+  KVT_HD KVT_INLINE static int at(const Bytes& from, int i) {
     int code = from[high_bytes + i % stride] >> (i / stride * width) & mask;
     if constexpr (high_bytes > 0) code |= (from[i / 8] >> i % 8 & 1) << width;
     return code;

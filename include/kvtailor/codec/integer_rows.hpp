@@ -1,79 +1,45 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Attention on rows of small integers, on a host with AVX2: products of 16 bits, sums of 32 bits.
+// Attention on rows of small integers, on a host with AVX2. Rows lie in tiles of eight (see row_wise.hpp), so that a register
+// holds four elements of each of eight rows: sums of keys need no lanes to be added up, and one shuffle of bytes turns four
+// rows and four elements round for values.
 //
 // Rows are seen through a type R:
-//   size, group           elements of a row, and of those that share a scale; both multiples of 32
-//   most                  the largest magnitude an integer has, at most 128
-//   bytes<c>(row)         integers 32 c .. 32 c + 31 of a row
-//   scale(row, g)         what the integers of group g are multiplied by; least(row, g), if has_least, what is added then
-//   coarse                its own error allows for queries and weights of a byte: see byte_rows.hpp
+//   size, group            elements of a row, and of those that share a scale; multiples of 8
+//   most                   the largest magnitude an integer has, at most 128
+//   coarse                 its own error allows for queries and weights of a byte
+//   tile_bytes             of a tile
+//   tile(row)              rows row .. row + 7, which begin a tile
+//   column<k>(tile)        integers 4 k .. 4 k + 3 of each row, plus `offset`, so that none is below zero
+//   scales(row, g)         what the integers of group g of rows row .. row + 7 are multiplied by; zeros of rows that are not
+//   leasts(row, g)         there. What is added then, if has_least.
+//
+// Products are of 16 bits, sums of 32. Coarse rows are multiplied by bytes where there is no instruction for sums of products,
+// and added up in 16 bits as long as they fit.
 //
 // Error:   queries are rounded to 2^-16 of their largest element, or 2^-31 dim most of their norm where that is more; weights
 //          times scales to 2^-16 of the largest of 128 rows, or 2^-32 most of their sum. Below 1e-30 they count as zero.
+//          Bytes: queries to half a unit of 1/127 of their largest element; weights times scales to a unit of 1/255 of the
+//          largest of 128 rows, up or down so that nothing is lost in sum. Where integers are larger than 64, there are
+//          64/most as many units.
 #pragma once
 
+#include "kvtailor/core/half.hpp"
 #include "kvtailor/core/simd.hpp"
 #if defined(KVT_HOST_AVX2)
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <cstring>
+#include <numeric>
+#include <type_traits>
 #include <utility>
 
 namespace kvt::inline v0::detail {
 
-// 32 numbers in 32 bytes as 16-bit numbers: elements 0 .. 7 and 16 .. 23 in to[0], 8 .. 15 and 24 .. 31 in to[1].
-KVT_INLINE void widen(__m256i bytes, __m256i* to) {
-  const __m256i signs = _mm256_cmpgt_epi8(_mm256_setzero_si256(), bytes);
-  to[0] = _mm256_unpacklo_epi8(bytes, signs);
-  to[1] = _mm256_unpackhi_epi8(bytes, signs);
-}
-
 KVT_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-KVT_INLINE __m256i load_bytes(const void* low, const void* high) {
-  return _mm256_inserti128_si256(_mm256_castsi128_si256(_mm_loadu_si128(static_cast<const __m128i*>(low))),
-                                 _mm_loadu_si128(static_cast<const __m128i*>(high)), 1);
-}
-// Codes of `width` bits of elements i .. i + 31, one a byte, from a plane in which byte j of `stride` holds elements j,
-// j + stride, j + 2 stride, ... from the low bits up.
-template <int width, int stride>
-KVT_INLINE __m256i plane_codes(const unsigned char* plane, int i) {
-  const auto shift = [&](int element) { return (i + element) / stride * width; };
-  const auto from = [&](int element) { return plane + (i + element) % stride; };
-  __m256i codes;
-  if constexpr (stride % 32 == 0) {
-    codes = _mm256_srli_epi16(load_bytes(from(0)), shift(0));
-  } else if constexpr (stride % 16 == 0) {
-    codes = _mm256_srlv_epi64(load_bytes(from(0), from(16)), _mm256_setr_epi64x(shift(0), shift(0), shift(16), shift(16)));
-  } else if constexpr (stride % 8 == 0) {
-    const auto eight = [&](int element) {
-      long long bytes;
-      std::memcpy(&bytes, from(element), 8);
-      return bytes;
-    };
-    codes = _mm256_srlv_epi64(_mm256_setr_epi64x(eight(0), eight(8), eight(16), eight(24)),
-                              _mm256_setr_epi64x(shift(0), shift(8), shift(16), shift(24)));
-  } else {
-    alignas(32) unsigned char each[32];
-    for (int k = 0; k < 32; ++k) each[k] = static_cast<unsigned char>(*from(k) >> shift(k));
-    codes = load_bytes(each);
-  }
-  return width == 8 ? codes : _mm256_and_si256(codes, _mm256_set1_epi8((1 << width) - 1));
-}
-// 32 bits as bytes of all ones or zero.
-KVT_INLINE __m256i spread_bits(const unsigned char* from) {
-  int bits;
-  std::memcpy(&bits, from, sizeof bits);
-#if defined(KVT_HOST_AVX512)
-  return _mm256_movm_epi8(static_cast<__mmask32>(bits));
-#else
-  const __m256i byte = _mm256_setr_epi64x(0, 0x0101010101010101, 0x0202020202020202, 0x0303030303030303);
-  const __m256i place = _mm256_set1_epi64x(static_cast<long long>(0x8040201008040201u));
-  return _mm256_cmpeq_epi8(_mm256_and_si256(_mm256_shuffle_epi8(_mm256_set1_epi32(bits), byte), place), place);
-#endif
-}
 // Bytes of an aligned table of `size` bytes, 16 to 128, at indices below it.
 template <int size>
 KVT_INLINE __m256i look_up_bytes(const std::int8_t* table, __m256i index) {
@@ -102,12 +68,6 @@ KVT_INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) {
   return sum;
 }
 
-#if defined(KVT_HOST_AVX512)
-inline constexpr int registers_of_sums = 16;
-#else
-inline constexpr int registers_of_sums = 8;
-#endif
-
 // f<0>(), f<1>(), ... Compilers keep arrays in registers only if their indices are constants from the start.
 template <int count, class F>
 KVT_INLINE void each(F f) {
@@ -123,117 +83,207 @@ KVT_INLINE void each_batch(int m, F f, int j = 0) {
   }
 }
 
-struct FourSums {
-  __m256i of[4];
-  KVT_INLINE void clear() { of[0] = of[1] = of[2] = of[3] = _mm256_setzero_si256(); }
-  // To each sum its own products.
-  KVT_INLINE void add(const __m256i (&x)[4], __m256i y) {
-    of[0] = add_products(of[0], x[0], y);
-    of[1] = add_products(of[1], x[1], y);
-    of[2] = add_products(of[2], x[2], y);
-    of[3] = add_products(of[3], x[3], y);
+inline constexpr int most_integer_vectors = 8, most_integer_rows = 128;  // at once
+
+// Eight words of four bytes, one of each row of a tile.
+KVT_INLINE __m256i tile_words(const unsigned char* tile, int word) { return load_bytes(tile + 32 * word); }
+// Codes of `width` bits of elements 4 k .. 4 k + 3, one a byte, from a plane in which byte j of `stride` holds elements j,
+// j + stride, j + 2 stride, ... from the low bits up. It begins at a word of the tile.
+template <int width, int stride, int k>
+KVT_INLINE __m256i plane_codes(const unsigned char* tile, int first_word) {
+  static_assert(stride % 4 == 0);
+  const __m256i words = tile_words(tile, first_word + k % (stride / 4));
+  if constexpr (width == 8) {
+    return words;
+  } else {
+    return _mm256_and_si256(_mm256_srli_epi16(words, k / (stride / 4) * width), _mm256_set1_epi8((1 << width) - 1));
+  }
+}
+// Four words of four bytes turned round, in either half: bytes 0 of all words, then bytes 1, ...
+KVT_INLINE __m256i turned(__m256i x) {
+  const __m128i from = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
+  return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(from));
+}
+// fp16 numbers 0 .. 7; zeros from `count` on, which are not read.
+KVT_INLINE __m256 load_eight(const Half* from, int count = 8) {
+  alignas(32) float x[8] = {};
+  if (count >= 8) {
+    load_floats<8>(from, x);
+  } else {
+    for (int i = 0; i < count; ++i) x[i] = to_float(from[i]);
+  }
+  return _mm256_load_ps(x);
+}
+
+// What follows knows nothing of codecs, so that one copy of each function serves all of them. There are two ways to multiply:
+//   products   out[i * out_stride + 8 t + r] = sum over groups g of scale[g * most_integer_rows + 8 t + r] times (row r of
+//              tile t . query i, in group g, less start[i * groups + g]), of `columns` registers of each tile and query
+//   sums       to[i * to_stride + 4 c ..] += unit[i] * (sum over rows of weight i times column c of the row, less start[i]),
+//              of columns that are turned, most_tiles registers each, as many as weights
+// A register of a query or of weights is four elements again and again: what four elements, or four rows, are met by.
+inline constexpr int most_tiles = most_integer_rows / 8;
+
+KVT_INLINE void add_group(__m256i whole, std::uint32_t start, const float* scale, bool first, float* out) {
+  const __m256 sum = _mm256_cvtepi32_ps(_mm256_sub_epi32(whole, _mm256_set1_epi32(static_cast<int>(start))));
+  const __m256 by = _mm256_load_ps(scale);
+  _mm256_store_ps(out, first ? _mm256_mul_ps(sum, by) : _mm256_fmadd_ps(sum, by, _mm256_load_ps(out)));
+}
+// Of two columns, a half of whose rows is in either half of a register.
+KVT_INLINE void add_columns(__m256i first, __m256i second, std::uint32_t start, float unit, float* to) {
+  const __m256i eight =
+      _mm256_add_epi32(_mm256_permute2x128_si256(first, second, 0x20), _mm256_permute2x128_si256(first, second, 0x31));
+  const __m256 whole = _mm256_cvtepi32_ps(_mm256_sub_epi32(eight, _mm256_set1_epi32(static_cast<int>(start))));
+  _mm256_storeu_ps(to, _mm256_fmadd_ps(whole, _mm256_set1_ps(unit), _mm256_loadu_ps(to)));
+}
+
+// Of numbers that fit 16 bits.
+KVT_INLINE __m128i to_words(__m256i x) { return _mm_packs_epi32(_mm256_castsi256_si128(x), _mm256_extracti128_si256(x, 1)); }
+
+// 16-bit queries and weights. A register of a query or of weights has four words four times.
+struct Words {
+  using Element = std::int16_t;
+
+  template <int many, int>
+  [[gnu::noinline]] static void products(const __m256i* x, int tiles, int columns, int groups, const __m256i* q,
+                                         const std::uint32_t* start, const float* scale, float* out, int out_stride) {
+    for (int t = 0; t < tiles; ++t) {
+      for (int g = 0; g < groups; ++g) {
+        const int first = columns / groups * g;
+        __m256i sum[many];
+        multiply<many>(x + t * columns + first, columns / groups, q + first, columns, sum);
+        each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+          add_group(sum[i], start[i * groups + g], scale + g * most_integer_rows + 8 * t, g == 0, out + i * out_stride + 8 * t);
+        });
+      }
+    }
+  }
+  template <int many, int>
+  [[gnu::noinline]] static void sums(const __m256i* x, int columns, int tiles, const __m256i* weights, int,
+                                     const std::uint32_t* start, const float* unit, float* to, int to_stride) {
+    for (int c = 0; c < columns; c += 2) {
+      __m256i sum[2][many];
+      multiply<many>(x + c * most_tiles, tiles, weights, most_tiles, sum[0]);
+      multiply<many>(x + (c + 1) * most_tiles, tiles, weights, most_tiles, sum[1]);
+      each<many>([&]<int i>()
+                     KVT_INLINE_LAMBDA { add_columns(sum[0][i], sum[1][i], start[i], unit[i], to + i * to_stride + 4 * c); });
+    }
+  }
+  KVT_INLINE static void store_eight(__m256i x, Element* to) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), to_words(x)); }
+  KVT_INLINE static __m256i four_elements(const Element* from) {
+    long long four;
+    std::memcpy(&four, from, sizeof four);
+    return _mm256_set1_epi64x(four);
+  }
+  KVT_INLINE static __m256i eight_weights(__m128i words) {
+    return _mm256_permute4x64_epi64(_mm256_castsi128_si256(words), 0x50);
+  }
+
+ private:
+  // Sums of x[k] times y[i * stride + k] over n registers, in each word of 32 bits those of four elements.
+  template <int many>
+  KVT_INLINE static void multiply(const __m256i* x, int n, const __m256i* y, int stride, __m256i (&sum)[many]) {
+    __m256i two[many][2];
+    each<many>([&]<int i>() KVT_INLINE_LAMBDA { two[i][0] = two[i][1] = _mm256_setzero_si256(); });
+    for (int k = 0; k < n; ++k) {
+      const __m256i low = _mm256_unpacklo_epi8(x[k], _mm256_setzero_si256());
+      const __m256i high = _mm256_unpackhi_epi8(x[k], _mm256_setzero_si256());
+      each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+        two[i][0] = add_products(two[i][0], low, y[i * stride + k]);
+        two[i][1] = add_products(two[i][1], high, y[i * stride + k]);
+      });
+    }
+    each<many>([&]<int i>() KVT_INLINE_LAMBDA { sum[i] = _mm256_hadd_epi32(two[i][0], two[i][1]); });
   }
 };
 
-// Products of rows that are unpacked already know nothing of codecs: one copy of each function serves all of them.
+#if !defined(KVT_HOST_AVX512)
+// Queries and weights of a byte, the latter less `middle`. A register of either has four bytes eight times. `fit` is how
+// many products of registers fit in 16 bits when they are added up.
+struct Bytes {
+  using Element = std::int8_t;
 
-// out[i * out_stride + row] = x[row] . q[i], of n rows, a multiple of 4, of `registers` registers each, every `apart`
-// registers. Those of more than one group are sums over groups of the products of the group times scale[g * scale_stride +
-// row].
-template <int many, int groups>
-[[gnu::noinline]] inline void row_products(const __m256i* x, int n, int registers, int apart, const __m256i* q,
-                                           const float* scale, int scale_stride, float* out, int out_stride) {
-  constexpr int near = registers_of_sums / 4;  // rows at a time
-  for (int row = 0; row < n; row += 4) {
-    __m256i half[many][2];
-    __m256 scaled[many][4];
-    each<4 / near>([&]<int part>() KVT_INLINE_LAMBDA {
-      constexpr int r = part * near;
-      const __m256i* const y = x + (row + r) * apart;
+  template <int many, int fit>
+  [[gnu::noinline]] static void products(const __m256i* x, int tiles, int columns, int groups, const __m256i* q,
+                                         const std::uint32_t* start, const float* scale, float* out, int out_stride) {
+    for (int t = 0; t < tiles; ++t) {
       for (int g = 0; g < groups; ++g) {
-        __m256i sum[many][near];
+        const int first = columns / groups * g;
+        __m256i sum[many];
+        multiply<many, fit>(x + t * columns + first, columns / groups, q + first, columns, sum, [](__m256i) {});
         each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-          each<near>([&]<int s>() KVT_INLINE_LAMBDA { sum[i][s] = _mm256_setzero_si256(); });
-        });
-        const int end = registers / groups * (g + 1);
-        for (int k = registers / groups * g; k < end; ++k) {
-          each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-            each<near>([&]<int s>()
-                           KVT_INLINE_LAMBDA { sum[i][s] = add_products(sum[i][s], y[s * apart + k], q[i * apart + k]); });
-          });
-        }
-        each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-          if constexpr (groups == 1) {
-            each<near / 2>([&]<int s>()
-                               KVT_INLINE_LAMBDA { half[i][r / 2 + s] = _mm256_hadd_epi32(sum[i][2 * s], sum[i][2 * s + 1]); });
-          } else {
-            each<near>([&]<int s>() KVT_INLINE_LAMBDA {
-              const __m256 by = _mm256_broadcast_ss(scale + g * scale_stride + row + r + s);
-              const __m256 whole = _mm256_cvtepi32_ps(sum[i][s]);
-              scaled[i][r + s] = g == 0 ? _mm256_mul_ps(whole, by) : _mm256_fmadd_ps(whole, by, scaled[i][r + s]);
-            });
-          }
+          add_group(sum[i], start[i * groups + g], scale + g * most_integer_rows + 8 * t, g == 0, out + i * out_stride + 8 * t);
         });
       }
-    });
-    each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-      __m128 logit;
-      if constexpr (groups == 1) {
-        const __m256i four = _mm256_hadd_epi32(half[i][0], half[i][1]);
-        logit = _mm_cvtepi32_ps(_mm_add_epi32(_mm256_castsi256_si128(four), _mm256_extracti128_si256(four, 1)));
-      } else {
-        const __m256 four =
-            _mm256_hadd_ps(_mm256_hadd_ps(scaled[i][0], scaled[i][1]), _mm256_hadd_ps(scaled[i][2], scaled[i][3]));
-        logit = _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1));
-      }
-      _mm_store_ps(out + i * out_stride + row, logit);
-    });
+    }
   }
-}
-
-// to[0 .. 31] += unit * sums of 32 elements, in the order that unpacking bytes gives them.
-KVT_INLINE void add_elements(const __m256i (&sum)[4], float unit, float* to) {
-  const __m256 by = _mm256_set1_ps(unit);
-  const auto add_eight = [&](__m256i whole, float* eight) KVT_INLINE_LAMBDA {
-    _mm256_storeu_ps(eight, _mm256_fmadd_ps(_mm256_cvtepi32_ps(whole), by, _mm256_loadu_ps(eight)));
-  };
-  add_eight(_mm256_permute2x128_si256(sum[0], sum[1], 0x20), to);
-  add_eight(_mm256_permute2x128_si256(sum[2], sum[3], 0x20), to + 8);
-  add_eight(_mm256_permute2x128_si256(sum[0], sum[1], 0x31), to + 16);
-  add_eight(_mm256_permute2x128_si256(sum[2], sum[3], 0x31), to + 24);
-}
-
-// to[i * to_stride + 0 .. 31] += unit[i] * sum over n rows of weight[i * weight_stride + row] * row; pairs(row, x) gives the
-// elements of rows row and row + 1, one beside the other, as four registers.
-template <int many, class Pairs>
-KVT_INLINE void add_pairs(const Pairs& pairs, int n, const std::int16_t* weight, int weight_stride, const float* unit,
-                          float* to, int to_stride) {
-  FourSums sum[many];
-  each<many>([&]<int i>() KVT_INLINE_LAMBDA { sum[i].clear(); });
-  for (int row = 0; row < n; row += 2) {
-    __m256i x[4];
-    pairs(row, x);
-    each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-      int both;
-      std::memcpy(&both, weight + i * weight_stride + row, sizeof both);
-      sum[i].add(x, _mm256_set1_epi32(both));
-    });
+  template <int many, int fit>
+  [[gnu::noinline]] static void sums(const __m256i* x, int columns, int tiles, const __m256i* weights, int middle,
+                                     const std::uint32_t* start, const float* unit, float* to, int to_stride) {
+    for (int c = 0; c < columns; c += 2) {
+      __m256i sum[2][many], rows[2];
+      each<2>([&]<int p>() KVT_INLINE_LAMBDA {
+        rows[p] = _mm256_setzero_si256();
+        multiply<many, fit>(x + (c + p) * most_tiles, tiles, weights, most_tiles, sum[p], [&](__m256i four) KVT_INLINE_LAMBDA {
+          rows[p] = _mm256_add_epi16(rows[p], _mm256_maddubs_epi16(four, _mm256_set1_epi8(1)));
+        });
+        // What is missing from the weights.
+        rows[p] = _mm256_madd_epi16(rows[p], _mm256_set1_epi16(static_cast<short>(middle)));
+      });
+      each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+        add_columns(_mm256_add_epi32(sum[0][i], rows[0]), _mm256_add_epi32(sum[1][i], rows[1]), start[i], unit[i],
+                    to + i * to_stride + 4 * c);
+      });
+    }
   }
-  each<many>([&]<int i>() KVT_INLINE_LAMBDA { add_elements(sum[i].of, unit[i], to + i * to_stride); });
-}
+  KVT_INLINE static void store_eight(__m256i x, Element* to) {
+    const __m128i words = to_words(x);
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
+  }
+  KVT_INLINE static __m256i four_elements(const Element* from) {
+    int four;
+    std::memcpy(&four, from, sizeof four);
+    return _mm256_set1_epi32(four);
+  }
+  KVT_INLINE static __m256i eight_weights(__m128i bytes) {
+    constexpr long long first = 0x0302010003020100, last = 0x0706050407060504;
+    return _mm256_shuffle_epi8(_mm256_broadcastq_epi64(bytes), _mm256_setr_epi64x(first, first, last, last));
+  }
 
-// The same for pairs that were unpacked before.
-template <int many>
-[[gnu::noinline]] inline void add_stored_pairs(const __m256i* pair, int n, const std::int16_t* weight, int weight_stride,
-                                               const float* unit, float* to, int to_stride) {
-  const auto load = [pair](int row, __m256i* x) KVT_INLINE_LAMBDA {
-    x[0] = pair[2 * row];
-    x[1] = pair[2 * row + 1];
-    x[2] = pair[2 * row + 2];
-    x[3] = pair[2 * row + 3];
-  };
-  add_pairs<many>(load, n, weight, weight_stride, unit, to, to_stride);
-}
+ private:
+  // Sums of x[k] times y[i * stride + k] over n registers; also each_one(x[k]).
+  template <int many, int fit, class Each>
+  KVT_INLINE static void multiply(const __m256i* x, int n, const __m256i* y, int stride, __m256i (&sum)[many],
+                                  const Each& each_one) {
+    each<many>([&]<int i>() KVT_INLINE_LAMBDA { sum[i] = _mm256_setzero_si256(); });
+    int k = 0;
+    const auto add = [&]<int length>(std::integral_constant<int, length>) KVT_INLINE_LAMBDA {
+      __m256i short_sum[many];
+      each<length>([&]<int part>() KVT_INLINE_LAMBDA {
+        each_one(x[part]);
+        each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+          const __m256i two = product(x[part], y[i * stride + part]);
+          short_sum[i] = part == 0 ? two : _mm256_add_epi16(short_sum[i], two);
+        });
+      });
+      each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+        sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(short_sum[i], _mm256_set1_epi16(1)));
+      });
+      k += length;
+      x += length;
+      y += length;
+    };
+    constexpr int at_once = std::max(1, 4 / fit);
+    while (k + at_once * fit <= n) each<at_once>([&]<int>() KVT_INLINE_LAMBDA { add(std::integral_constant<int, fit>{}); });
+    while (k < n) add(std::integral_constant<int, 1>{});
+  }
+  // Written out, since GCC reads factors of the next round ahead until it has no registers left.
+  KVT_INLINE static __m256i product(__m256i a, const __m256i& b) {
+    __m256i two;
+    asm("vpmaddubsw %2, %1, %0" : "=x"(two) : "x"(a), "m"(b));
+    return two;
+  }
+};
+#endif
 
 KVT_INLINE __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
 KVT_INLINE float largest_of(__m256 x) {
@@ -274,62 +324,17 @@ KVT_INLINE float integer_unit(float factor, float total) {
   return factor != 0 ? 1 / factor : total < 3e38f ? 0.f : std::nanf("");
 }
 
-inline constexpr int most_integer_vectors = 16, most_integer_rows = 128;  // at once
-
-// Scales, and least elements, of up to most_integer_rows rows of R; zeros up to a multiple of 8 of them.
-template <class R>
-struct RowLines {
-  static constexpr int groups = R::size / R::group, most_rows = most_integer_rows;
-  alignas(32) float scale[groups][most_rows];
-  alignas(32) float least[R::has_least ? groups : 1][most_rows];
-
-  RowLines(const R& rows, int first, int n) {
-    for (int row = 0; row < n; ++row) {
-      for (int g = 0; g < groups; ++g) {
-        scale[g][row] = rows.scale(first + row, g);
-        if constexpr (R::has_least) least[g][row] = rows.least(first + row, g);
-      }
-    }
-    for (int row = n; row % 8 != 0; ++row) {
-      for (int g = 0; g < groups; ++g) scale[g][row] = 0;
-      if constexpr (R::has_least) {
-        for (int g = 0; g < groups; ++g) least[g][row] = 0;
-      }
-    }
-  }
-  // to[0 .. count - 1], logits of rows `from` on, of products product[k * stride ..] of one group each, or, if there is one
-  // run of them, of the whole row, scaled. `total` is the query's sum in each group.
-  template <int runs>
-  void logits(const float* product, int stride, int from, int count, float query_unit, const float* total, float* to) const {
-    const __m256 unit = _mm256_set1_ps(query_unit);
-    for (int row = 0; row < count; row += 8) {
-      __m256 eight = _mm256_mul_ps(_mm256_load_ps(product + row), unit);
-      if constexpr (runs == groups) eight = _mm256_mul_ps(eight, _mm256_load_ps(scale[0] + from + row));
-      for (int k = 1; k < runs; ++k) {
-        const __m256 next = _mm256_mul_ps(_mm256_load_ps(product + k * stride + row), unit);
-        eight = _mm256_fmadd_ps(next, _mm256_load_ps(scale[k] + from + row), eight);
-      }
-      if constexpr (R::has_least) {
-        for (int g = 0; g < groups; ++g) {
-          eight = _mm256_fmadd_ps(_mm256_load_ps(least[g] + from + row), _mm256_set1_ps(total[g]), eight);
-        }
-      }
-      if (row + 8 <= count) {
-        _mm256_storeu_ps(to + row, eight);
-      } else {
-        alignas(32) float some[8];
-        _mm256_store_ps(some, eight);
-        std::copy_n(some, count - row, to + row);
-      }
-    }
-  }
-};
-
 template <class R>
 struct IntegerRows {
-  static constexpr int dim = R::size, groups = dim / R::group, registers = dim / 16;
-  static constexpr int most_vectors = most_integer_vectors, most_rows = most_integer_rows;
-  static_assert(dim % 32 == 0 && R::group % 32 == 0);
+#if defined(KVT_HOST_AVX512)
+  using Products = Words;
+#else
+  using Products = std::conditional_t<R::coarse, Bytes, Words>;
+#endif
+  static constexpr bool bytes = !std::is_same_v<Products, Words>;
+  static constexpr int dim = R::size, groups = dim / R::group, columns = dim / 4, group_columns = R::group / 4;
+  static constexpr int most_vectors = most_integer_vectors, most_rows = most_integer_rows, batch = 4;
+  static_assert(R::group % 8 == 0 && dim % R::group == 0);
 
   // out[j * stride + row] = query j . row
   static void logits(const R& rows, int n, const float* queries, int m, float* out, int stride) {
@@ -351,131 +356,224 @@ struct IntegerRows {
   }
 
  private:
+  using Element = typename Products::Element;
+  // Every product with a row, and every part of one, fits in 32 bits; of bytes, that of two in 16.
   static constexpr float largest_sum = 2147000000.f / R::most;
-  // Elements 32 k .. of [dim], in the order of widen().
-  KVT_INLINE static __m256 eight(const float* from, int k, int part) {
-    const float* const at = from + 32 * k + 4 * part;
-    return _mm256_insertf128_ps(_mm256_castps128_ps256(_mm_loadu_ps(at)), _mm_loadu_ps(at + 16), 1);
+  static constexpr int pair = 32767;
+  static constexpr int fit(int most) { return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : most; }
+  static constexpr int middle = bytes ? std::min(128, (pair + 1) / (4 * R::most)) : 0;
+  static constexpr int query_most = bytes ? std::min(127, pair / (4 * R::most)) : 32767;
+  static constexpr int weight_most = bytes ? 2 * middle - 1 : 32767;
+  static constexpr int queries_fit = fit(pair / (4 * R::most * query_most));
+  static constexpr int weights_fit = bytes ? fit((pair + 1) / (4 * R::most * middle)) : 0;
+
+  // Blocks of up to 13 KiB are asked for before (see attention.hpp). In larger ones, what is read next is asked for.
+  static constexpr bool large = R::tile_bytes * most_tiles > 13 << 10;
+  KVT_INLINE static void prefetch(const unsigned char* from, int count) {
+    for (int i = 0; large && i < count; i += 64) __builtin_prefetch(from + i);
   }
-  template <int c>
-  KVT_INLINE static void load(const R& rows, int row, __m256i* to) {
-    widen(rows.template bytes<c>(row), to);
-  }
-  // Returns what the integers are to be multiplied by.
-  static float to_integers(const float* x, __m256i* to) {
-    // Every product with a row, and every part of one, fits in 32 bits.
-    const VectorSize<dim> size(x);
-    const float factor = integer_factor(32767, size.largest, size.norm, largest_sum / size.root());
-    const __m256 by = _mm256_set1_ps(factor);
-    for (int k = 0; k < dim / 32; ++k) {
-      const auto round = [&](int part) { return _mm256_cvtps_epi32(_mm256_mul_ps(eight(x, k, part), by)); };
-      to[2 * k] = _mm256_packs_epi32(round(0), round(1));
-      to[2 * k + 1] = _mm256_packs_epi32(round(2), round(3));
+
+  // Scales, or least elements, of up to most_rows rows from `first` on.
+  struct Lines {
+    alignas(32) float of[groups][most_rows];
+    template <class Eight>
+    Lines(int n, const Eight& eight) {
+      for (int row = 0; row < n; row += 8) {
+        for (int g = 0; g < groups; ++g) _mm256_store_ps(of[g] + row, eight(row, g));
+      }
     }
-    return integer_unit(factor, size.norm);
+  };
+  static Lines scales(const R& rows, int first, int n) {
+    return Lines(n, [&](int row, int g) KVT_INLINE_LAMBDA { return rows.scales(first + row, g); });
   }
 
   struct Queries {
     int m;
-    __m256i whole[most_vectors][registers];
+    alignas(32) __m256i of[most_vectors][columns];
+    std::uint32_t start[most_vectors][groups];  // what is too much since rows are raised
     float unit[most_vectors];
     float total[most_vectors][R::has_least ? groups : 1];  // of a group
 
     Queries(const float* queries, int count) : m(count) {
       for (int j = 0; j < m; ++j) {
-        unit[j] = to_integers(queries + j * dim, whole[j]);
-        if constexpr (R::has_least) {
-          for (int g = 0; g < groups; ++g) total[j][g] = sum_of(queries + j * dim + g * R::group, R::group);
+        const float* const x = queries + j * dim;
+        const VectorSize<dim> size(x);
+        const float factor = integer_factor(query_most, size.largest, size.norm, bytes ? 3e38f : largest_sum / size.root());
+        unit[j] = integer_unit(factor, size.norm);
+        const __m256 by = _mm256_set1_ps(factor);
+        Element whole[dim];
+        for (int g = 0; g < groups; ++g) {
+          __m256i sum = _mm256_setzero_si256();
+          for (int d = g * R::group; d < (g + 1) * R::group; d += 8) {
+            const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + d), by));
+            Products::store_eight(eight, whole + d);
+            sum = _mm256_add_epi32(sum, eight);
+          }
+          start[j][g] = R::offset * sum_of_words(sum);
+          if constexpr (R::has_least) total[j][g] = sum_of(x + g * R::group, R::group);
         }
+        for (int k = 0; k < columns; ++k) of[j][k] = Products::four_elements(whole + 4 * k);
       }
     }
   };
+  // Unsigned, since what is no number becomes the lowest one.
+  static std::uint32_t sum_of_words(__m256i x) {
+    alignas(32) std::uint32_t eight[8];
+    _mm256_store_si256(reinterpret_cast<__m256i*>(eight), x);
+    return std::accumulate(eight, eight + 8, std::uint32_t{0});
+  }
 
   static void some_logits(const R& rows, int first, int n, const Queries& query, float* out, int stride) {
-    const RowLines<R> lines(rows, first, n);
-    constexpr int strip = std::max(8, 256 / registers / 8 * 8);  // rows at once: 8 KiB of them
-    for (int from = 0; from < n; from += strip) {
-      const int count = std::min(strip, n - from), fours = (count + 3) / 4 * 4;
-      __m256i x[strip][registers];
-      for (int row = 0; row < fours; ++row) {
-        const int at = first + from + std::min(row, count - 1);
-        each<dim / 32>([&]<int c>() { load<c>(rows, at, x[row] + 2 * c); });
+    const Lines scale = scales(rows, first, n);
+    constexpr int strip = std::max(1, std::min(most_tiles, 256 / columns));  // tiles at once: 8 KiB of them
+    for (int from = 0; from < n; from += 8 * strip) {
+      const int count = std::min(8 * strip, n - from), tiles = (count + 7) / 8;
+      __m256i x[strip][columns];
+      for (int t = 0; t < tiles; ++t) {
+        const unsigned char* const tile = rows.tile(first + from + 8 * t);
+        if (first + from + 8 * (t + strip) < n) prefetch(rows.tile(first + from + 8 * (t + strip)), R::tile_bytes);
+        each<columns>([&]<int k>() KVT_INLINE_LAMBDA { x[t][k] = R::template column<k>(tile); });
       }
-      // Sums of long groups are made one group after the other: joining the lanes of each is cheaper than scaling them.
-      constexpr int sums = R::group >= 128 ? groups : 1;
-      alignas(32) float logit[most_vectors][sums][strip];
-      each_batch<4>(query.m, [&]<int many>(int j) {
-        for (int k = 0; k < sums; ++k) {
-          constexpr int length = registers / sums;
-          row_products<many, groups / sums>(x[0] + k * length, fours, length, registers, query.whole[j] + k * length,
-                                            lines.scale[0] + from, most_rows, logit[j][k], sums * strip);
-        }
+      alignas(32) float product[most_vectors][8 * strip];
+      each_batch<batch>(query.m, [&]<int many>(int j) {
+        Products::template products<many, queries_fit>(x[0], tiles, columns, groups, query.of[j], query.start[j],
+                                                       scale.of[0] + from, product[j], 8 * strip);
       });
-      for (int j = 0; j < query.m; ++j) {
-        lines.template logits<sums>(logit[j][0], strip, from, count, query.unit[j], query.total[j], out + j * stride + from);
+      for (int t = 0; t < tiles; ++t) {
+        __m256 least[R::has_least ? groups : 1];
+        if constexpr (R::has_least) {
+          for (int g = 0; g < groups; ++g) least[g] = rows.leasts(first + from + 8 * t, g);
+        }
+        for (int j = 0; j < query.m; ++j) {
+          __m256 eight = _mm256_mul_ps(_mm256_load_ps(product[j] + 8 * t), _mm256_set1_ps(query.unit[j]));
+          if constexpr (R::has_least) {
+            for (int g = 0; g < groups; ++g) eight = _mm256_fmadd_ps(least[g], _mm256_set1_ps(query.total[j][g]), eight);
+          }
+          float* const to = out + j * stride + from + 8 * t;
+          if (8 * t + 8 <= count) {
+            _mm256_storeu_ps(to, eight);
+          } else {
+            alignas(32) float some[8];
+            _mm256_store_ps(some, eight);
+            std::copy_n(some, count - 8 * t, to);
+          }
+        }
       }
     }
   }
 
+  // Weights times the scales of a group, and how they are met.
+  struct Weights {
+    alignas(32) __m256i of[most_vectors][most_tiles];
+    std::uint32_t start[most_vectors];
+    float unit[most_vectors];
+  };
+
   static void some_sums(const R& rows, int first, int n, const float* weights, int m, int stride, float* acc) {
-    const RowLines<R> lines(rows, first, n);
-    const int padded = (n + 7) / 8 * 8;
-    alignas(32) std::int16_t weight[most_vectors][groups][most_rows];
-    float unit[groups][most_vectors];
+    const Lines scale = scales(rows, first, n);
+    const int tiles = (n + 7) / 8;
+    alignas(32) float own[most_vectors][most_rows];
     for (int j = 0; j < m; ++j) {
-      alignas(32) float own[most_rows];
-      std::copy_n(weights + j * stride, n, own);
-      std::fill_n(own + n, padded - n, 0.f);
-      for (int g = 0; g < groups; ++g) {
-        unit[g][j] = weights_to_integers(own, lines.scale[g], padded, weight[j][g]);
+      std::copy_n(weights + j * stride, n, own[j]);
+      std::fill_n(own[j] + n, 8 * tiles - n, 0.f);
+    }
+    each<groups>([&]<int g>() {
+      Weights weight[bytes ? 2 : 1];  // bytes: those above, and those below zero
+      bool below = false;
+      for (int j = 0; j < m; ++j) {
+        if constexpr (bytes) {
+          below |= weights_to_bytes(own[j], scale.of[g], tiles, 1, weight[0], j);
+        } else {
+          weights_to_words(own[j], scale.of[g], tiles, weight[0], j);
+        }
         if constexpr (R::has_least) {
-          const float shift = dot(own, lines.least[g], n);
+          __m256 sum = _mm256_setzero_ps();
+          for (int t = 0; t < tiles; ++t) {
+            sum = _mm256_fmadd_ps(_mm256_load_ps(own[j] + 8 * t), rows.leasts(first + 8 * t, g), sum);
+          }
+          const float shift = kvt::detail::sum(sum);
           for (int d = 0; d < R::group; ++d) acc[j * dim + g * R::group + d] += shift;
         }
       }
-    }
-    // 32 elements of all rows at a time, so that their sums stay in registers.
-    each<dim / 32>([&]<int c>() {
-      constexpr int g = 32 * c / R::group;
-      const auto pairs = [&](int row, __m256i* to) KVT_INLINE_LAMBDA {
-        __m256i even[2], odd[2];
-        load<c>(rows, first + row, even);
-        load<c>(rows, first + std::min(row + 1, n - 1), odd);
-        to[0] = _mm256_unpacklo_epi16(even[0], odd[0]);
-        to[1] = _mm256_unpackhi_epi16(even[0], odd[0]);
-        to[2] = _mm256_unpacklo_epi16(even[1], odd[1]);
-        to[3] = _mm256_unpackhi_epi16(even[1], odd[1]);
-      };
-      constexpr int most = registers_of_sums / 4;
-      if (m == most - 1) {
-        add_pairs<most - 1>(pairs, n, weight[0][g], groups * most_rows, unit[g], acc + 32 * c, dim);
-      } else if (m == most) {
-        add_pairs<most>(pairs, n, weight[0][g], groups * most_rows, unit[g], acc + 32 * c, dim);
-      } else {
-        __m256i pair[most_rows / 2][4];
-        for (int row = 0; row < n; row += 2) pairs(row, pair[row / 2]);
-        each_batch<most>(m, [&]<int many>(int j) {
-          add_stored_pairs<many>(pair[0], n, weight[j][g], groups * most_rows, unit[g] + j, acc + j * dim + 32 * c, dim);
-        });
+      if constexpr (bytes) {
+        for (int j = 0; j < m && below; ++j) weights_to_bytes(own[j], scale.of[g], tiles, -1, weight[1], j);
       }
+      constexpr int some = std::gcd(group_columns, 8);
+      each<group_columns / some>([&]<int part>() {
+        constexpr int from = g * group_columns + part * some;
+        __m256i x[some][most_tiles];
+        for (int t = 0; t < tiles; ++t) {
+          const unsigned char* const tile = rows.tile(first + 8 * t);
+          if constexpr (large) prefetch(tile + (from + some) * R::tile_bytes / columns, some * R::tile_bytes / columns);
+          each<some>([&]<int c>() KVT_INLINE_LAMBDA { x[c][t] = turned(R::template column<from + c>(tile)); });
+        }
+        for (int sign = 0; sign <= (below ? 1 : 0); ++sign) {
+          const Weights& w = weight[sign];
+          each_batch<batch>(m, [&]<int many>(int j) {
+            Products::template sums<many, weights_fit>(x[0], some, tiles, w.of[j], middle, w.start + j, w.unit + j,
+                                                       acc + j * dim + 4 * from, dim);
+          });
+        }
+      });
     });
   }
-  static float weights_to_integers(const float* weights, const float* scale, int n, std::int16_t* to) {
+  static void weights_to_words(const float* weights, const float* scale, int tiles, Weights& to, int j) {
     __m256 total = _mm256_setzero_ps(), largest = total;
-    for (int row = 0; row < n; row += 8) {
+    for (int row = 0; row < 8 * tiles; row += 8) {
       const __m256 size = magnitude(_mm256_mul_ps(_mm256_load_ps(weights + row), _mm256_load_ps(scale + row)));
       total = _mm256_add_ps(total, size);
       largest = _mm256_max_ps(largest, size);
     }
-    const float factor = integer_factor(32767, largest_of(largest), sum(total), largest_sum);
+    const float factor = integer_factor(weight_most, largest_of(largest), sum(total), largest_sum);
     const __m256 by = _mm256_set1_ps(factor);
-    for (int row = 0; row < n; row += 8) {
-      const __m256 x = _mm256_mul_ps(_mm256_mul_ps(_mm256_load_ps(weights + row), _mm256_load_ps(scale + row)), by);
-      const __m256i whole = _mm256_cvtps_epi32(x);
-      _mm_store_si128(reinterpret_cast<__m128i*>(to + row),
-                      _mm_packs_epi32(_mm256_castsi256_si128(whole), _mm256_extracti128_si256(whole, 1)));
+    __m256i whole = _mm256_setzero_si256();
+    for (int t = 0; t < tiles; ++t) {
+      const __m256 x = _mm256_mul_ps(_mm256_load_ps(weights + 8 * t), _mm256_load_ps(scale + 8 * t));
+      const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(x, by));
+      whole = _mm256_add_epi32(whole, eight);
+      to.of[j][t] = Products::eight_weights(to_words(eight));
     }
-    return integer_unit(factor, sum(total));
+    to.start[j] = R::offset * sum_of_words(whole);
+    to.unit[j] = integer_unit(factor, sum(total));
+  }
+  // Of weights times scales, times `sign`, that are above zero; others become zero. What is left of a unit makes a whole one in
+  // as many rows as it is worth: small weights count together, as those beside the first row of a text. Whether there are
+  // weights below zero.
+  static bool weights_to_bytes(const float* weights, const float* scale, int tiles, int sign, Weights& to, int j) {
+    struct Thresholds {
+      alignas(32) float of[most_rows] = {};
+      constexpr Thresholds() {
+        double x = 0.5;
+        for (float& t : of) {
+          t = static_cast<float>(x) * 0.999f;
+          x += 0.6180339887498949;
+          x -= x >= 1 ? 1 : 0;
+        }
+      }
+    };
+    static constexpr Thresholds threshold;
+    __m256 total = _mm256_setzero_ps(), most = total, least = total;
+    alignas(32) float product[most_rows];
+    for (int row = 0; row < 8 * tiles; row += 8) {
+      const __m256 x = _mm256_mul_ps(_mm256_load_ps(weights + row), _mm256_load_ps(scale + row));
+      total = _mm256_add_ps(total, x);
+      most = _mm256_max_ps(x, most);
+      least = _mm256_min_ps(x, least);
+      _mm256_store_ps(product + row, x);
+    }
+    const float all = std::fabs(sum(total)), largest = largest_of(sign > 0 ? most : magnitude(least));
+    const float factor = integer_factor(weight_most, largest, all, 3e38f);
+    const __m256 by = _mm256_set1_ps(static_cast<float>(sign) * factor);
+    __m128i whole = _mm_setzero_si128();
+    for (int t = 0; t < tiles; ++t) {
+      const __m256 x = _mm256_fmadd_ps(_mm256_load_ps(product + 8 * t), by, _mm256_load_ps(threshold.of + 8 * t));
+      const __m128i words = to_words(_mm256_cvttps_epi32(x)), eight = _mm_packus_epi16(words, _mm_setzero_si128());
+      whole = _mm_add_epi32(whole, _mm_sad_epu8(eight, _mm_setzero_si128()));
+      to.of[j][t] = Products::eight_weights(_mm_sub_epi8(eight, _mm_set1_epi8(static_cast<char>(middle))));
+    }
+    to.start[j] = R::offset * static_cast<std::uint32_t>(_mm_cvtsi128_si32(whole));
+    to.unit[j] = static_cast<float>(sign) * integer_unit(factor, all);
+    return _mm256_movemask_ps(_mm256_cmp_ps(least, _mm256_setzero_ps(), _CMP_LT_OQ)) != 0;
   }
 };
 

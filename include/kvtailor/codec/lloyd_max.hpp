@@ -90,16 +90,21 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
 
   template <int lanes>
   KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<dim, lanes>& to) const {
-    load_codes<lanes>(LloydMax::code_bytes_of(block, n, row), lane, to.x);
+    if constexpr (lanes == 1 && LloydMax::tiled) {
+      const typename LloydMax::OwnCodes own(block, n, row);
+      load_codes<lanes>(own.bytes, lane, to.x);
+    } else {
+      load_codes<lanes>(LloydMax::code_bytes_of(block, n, row), lane, to.x);
+    }
   }
   // Of element d, in the codes of a row.
-  KVT_HD KVT_INLINE static int code_at(const unsigned char* codes, int d) {
+  template <class Codes>
+  KVT_HD KVT_INLINE static int code_at(const Codes& codes, int d) {
     int code = 0;
     for (int width = 4; width > 0; width /= 2) {
       if ((bits & width) == 0) continue;
-      const int stride = dim * width / 8;
-      const unsigned char* const plane = codes + dim * bits_above(width) / 8;
-      code = code << width | (plane[d % stride] >> (d / stride * width) & ((1 << width) - 1));
+      const int stride = dim * width / 8, plane = dim * bits_above(width) / 8;
+      code = code << width | (codes[plane + d % stride] >> (d / stride * width) & ((1 << width) - 1));
     }
     return code;
   }
@@ -110,9 +115,9 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     unpack_plane<2>(codes, code);
     unpack_plane<1>(codes, code);
   }
-  template <class Lanes, class Code>
-  KVT_HD static void pack(const Lanes& lanes, const Code* code, unsigned char* codes) {
-    int left = bits;
+  template <class Lanes, class Code, class Codes>
+  KVT_HD static void pack(const Lanes& lanes, const Code* code, const Codes& codes) {
+    int left = bits, plane = 0;
     for (int width = 4; width > 0; width /= 2) {
       if (left < width) continue;
       left -= width;
@@ -123,15 +128,15 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
           for (int s = 0; s < 8 / width; ++s) {
             byte |= (static_cast<int>(code[s * stride + j]) >> left & ((1 << width) - 1)) << (s * width);
           }
-          codes[j] = static_cast<unsigned char>(byte);
+          codes[plane + j] = static_cast<unsigned char>(byte);
         }
       });
-      codes += stride;
+      plane += stride;
     }
   }
   // The levels of the codes of one row, as a LaneRow has them.
-  template <int lanes>
-  KVT_HD KVT_INLINE static void load_codes(const unsigned char* codes, int lane, float* to) {
+  template <int lanes, class Codes>
+  KVT_HD KVT_INLINE static void load_codes(const Codes& codes, int lane, float* to) {
     static constexpr Levels levels;
 #if defined(KVT_HOST_AVX2)
     if constexpr (lanes == 1 && whole_eights()) {
@@ -164,27 +169,29 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   }
 
 #if defined(KVT_HOST_AVX2)
-  struct Integers {
-    static constexpr int size = dim, group = dim, most = level(num_levels - 1);
-    static constexpr bool has_least = false;
-    static constexpr bool coarse = bits <= 4;
-    const std::byte* block;
-    int n;
+  using TileRows = typename LloydMax::Tiles;
+  struct Integers : TileRows {
+    static constexpr int size = dim, group = dim, most = level(num_levels - 1), offset = most;
+    static constexpr bool has_least = false, coarse = bits <= 4;
+    using TileRows::TileRows;
 
-    template <int c>
-    KVT_INLINE __m256i bytes(int row) const {
-      return level_bytes<c>(LloydMax::code_bytes_of(block, n, row));
+    template <int k>
+    KVT_INLINE static __m256i column(const unsigned char* tile) {
+      return levels_of<k>(tile);
     }
-    KVT_INLINE float scale(int row, int) const { return LloydMax{}.row_scale(block, row); }
+    KVT_INLINE __m256 scales(int row, int) const {
+      const auto* const from = reinterpret_cast<const Scale*>(this->block) + row;
+      return _mm256_mul_ps(detail::load_eight(from, this->n - row), _mm256_set1_ps(unit));
+    }
   };
-  // Of elements 32 c .. 32 c + 31.
-  template <int c>
-  KVT_INLINE static __m256i level_bytes(const unsigned char* codes) {
+  // Of elements 4 k .. 4 k + 3 of the rows of a tile, and the largest level.
+  template <int k>
+  KVT_INLINE static __m256i levels_of(const unsigned char* tile) {
     static constexpr LevelBytes levels;
     __m256i code = _mm256_setzero_si256();
-    append_bytes<4>(codes, 32 * c, code);
-    append_bytes<2>(codes, 32 * c, code);
-    append_bytes<1>(codes, 32 * c, code);
+    append_plane<4, k>(tile, code);
+    append_plane<2, k>(tile, code);
+    append_plane<1, k>(tile, code);
     return detail::look_up_bytes<LevelBytes::size>(levels.byte, code);
   }
 #endif
@@ -239,13 +246,13 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     static constexpr int size = num_levels < 16 ? 16 : num_levels;
     alignas(16) std::int8_t byte[size] = {};
     constexpr LevelBytes() {
-      for (int i = 0; i < num_levels; ++i) byte[i] = static_cast<std::int8_t>(level(i));
+      for (int i = 0; i < num_levels; ++i) byte[i] = static_cast<std::int8_t>(level(i) + level(num_levels - 1));
     }
   };
-  template <int width>
-  KVT_INLINE static void append_bytes(const unsigned char* codes, int i, __m256i& code) {
+  template <int width, int k>
+  KVT_INLINE static void append_plane(const unsigned char* tile, __m256i& code) {
     if constexpr ((bits & width) != 0) {
-      const __m256i low = detail::plane_codes<width, dim * width / 8>(codes + dim * bits_above(width) / 8, i);
+      const __m256i low = detail::plane_codes<width, dim * width / 8, k>(tile, dim * bits_above(width) / 32);
       code = bits_above(width) == 0 ? low : _mm256_or_si256(_mm256_slli_epi16(code, width), low);
     }
   }

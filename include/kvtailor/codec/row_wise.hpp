@@ -9,7 +9,7 @@
 #include <cstddef>
 #include <cstring>
 
-#include "kvtailor/codec/byte_rows.hpp"
+#include "kvtailor/codec/integer_rows.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/geometry.hpp"
 #include "kvtailor/core/half.hpp"
@@ -64,7 +64,10 @@ struct PlainBasis {
 template <class C>
 concept PlainCodec = StorageCodec<C> && C::plain;
 
-// A block of n rows is scale_bytes of each row, then code_bytes of each row. Self supplies
+// A block of n rows is scale_bytes of each row, then code_bytes of each row. Those of eight rows are a tile, if the codec is
+// `tiled`: words of four bytes of the first row, the second, ..., the eighth, then the next word of each; see tile_place().
+// Rows that are left after the last tile lie one after the other. So a register takes the same elements of eight rows, and a
+// row of a block of its own is whole. Self supplies
 //   load<lanes>(block, n, row, lane, LaneRow&)         a row without its scale
 //   row_scale(block, row)
 //   encode_row(lanes, x, block, n, row, scratch)       row x [dim] by all lanes; scratch [dim] is memory all lanes see, or x
@@ -74,6 +77,11 @@ concept PlainCodec = StorageCodec<C> && C::plain;
 template <class Self, int dim, int scale_size, int code_size, int basis = dim>
 struct RowCodec : PlainBasis<dim> {
   static constexpr int scale_bytes = scale_size, code_bytes = code_size, row_bytes = scale_bytes + code_bytes;
+  static constexpr int tile_rows = 8;
+  static constexpr bool tiled = code_bytes % 4 == 0;
+  static constexpr int tile_unit = 4;  // bytes of a row that stay together in a tile
+  // Where byte j of a row's codes lies in a tile.
+  KVT_HD static constexpr int tile_place(int j, int row) { return (j / 4 * tile_rows + row) * 4 + j % 4; }
 
   KVT_HD constexpr int max_block_bytes(int n) const { return n * row_bytes; }
   int encode(const float* rows, int n, std::byte* block) const {
@@ -91,7 +99,13 @@ struct RowCodec : PlainBasis<dim> {
   }
   KVT_HD void copy_row(const std::byte* from, int n, int row, std::byte* to, int to_n, int to_row) const noexcept {
     std::memcpy(to + scale_bytes * to_row, from + scale_bytes * row, scale_bytes);
-    std::memcpy(codes(to, to_n, to_row), codes(from, n, row), code_bytes);
+    const auto source = code_bytes_of(from, n, row);
+    const auto target = code_bytes_of(to, to_n, to_row);
+    if constexpr (Self::tiled) {
+      for (int j = 0; j < code_bytes; j += Self::tile_unit) std::memcpy(&target[j], &source[j], Self::tile_unit);
+    } else {
+      std::memcpy(target, source, code_bytes);
+    }
   }
   // Packs the marked rows of a block into `to`; returns the bytes they take.
   int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
@@ -107,14 +121,14 @@ struct RowCodec : PlainBasis<dim> {
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {
 #if defined(KVT_HOST_AVX2)
-    if constexpr (Lanes::size == 1 && dim % 32 == 0 && requires { typename Self::Integers; }) {
+    if constexpr (Lanes::size == 1 && Self::tiled && requires { typename Self::Integers; }) {
       using Integers = typename Self::Integers;
-      return detail::HostRows<Integers>::logits(Integers{block, n}, n, prepared, m, out, stride);
+      return detail::IntegerRows<Integers>::logits(Integers{block, n}, n, prepared, m, out, stride);
     }
 #endif
     if (m < 1) return;  // and compilers need not ask again for each row
     for (int row = 0; row < n; ++row) {
-      if constexpr (Lanes::size == 1) prefetch_rows<code_bytes, 1>(codes(block, n, 0), n, row);
+      if constexpr (Lanes::size == 1) prefetch_rows<code_bytes, 1>(block + scale_bytes * n, n, row);
       typename Lanes::template Reg<LaneRow<basis, Lanes::size>> x;
       lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
       const float scale = self().row_scale(block, row);
@@ -130,9 +144,9 @@ struct RowCodec : PlainBasis<dim> {
   KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
                          float* acc) const noexcept {
 #if defined(KVT_HOST_AVX2)
-    if constexpr (Lanes::size == 1 && dim % 32 == 0 && requires { typename Self::Integers; }) {
+    if constexpr (Lanes::size == 1 && Self::tiled && requires { typename Self::Integers; }) {
       using Integers = typename Self::Integers;
-      return detail::HostRows<Integers>::accumulate(Integers{block, n}, n, weights, m, stride, acc);
+      return detail::IntegerRows<Integers>::accumulate(Integers{block, n}, n, weights, m, stride, acc);
     }
 #endif
     if (m < 1) return;
@@ -140,7 +154,7 @@ struct RowCodec : PlainBasis<dim> {
     if constexpr (Lanes::size == 1) {
       // Four rows for each pass over the sums, which are read and written less often.
       for (; row + 4 <= n; row += 4) {
-        prefetch_rows<code_bytes, 4>(codes(block, n, 0), n, row);
+        prefetch_rows<code_bytes, 4>(block + scale_bytes * n, n, row);
         alignas(64) LaneRow<basis, 1> x[4];
         KVT_UNROLL
         for (int r = 0; r < 4; ++r) self().template load<1>(block, n, row + r, 0, x[r]);
@@ -171,18 +185,70 @@ struct RowCodec : PlainBasis<dim> {
   }
 
  protected:
+  // The codes of a row: byte j is [j]. They lie in a tile, or one after the other.
   template <class Byte>
-  KVT_HD KVT_INLINE static auto codes(Byte* block, int n, int row) {
-    return block + scale_bytes * n + static_cast<long long>(row) * code_bytes;
+  struct RowBytes {
+    Byte* first;
+    int row;  // of the tile; below zero if there is none
+    KVT_HD KVT_INLINE Byte& operator[](int j) const { return first[row < 0 ? j : Self::tile_place(j, row)]; }
+  };
+  // A pointer, or RowBytes of a tiled codec.
+  KVT_HD KVT_INLINE static auto code_bytes_of(const std::byte* block, int n, int row) {
+    return bytes_of(reinterpret_cast<const unsigned char*>(block), n, row);
   }
-  KVT_HD KVT_INLINE static const unsigned char* code_bytes_of(const std::byte* block, int n, int row) {
-    return reinterpret_cast<const unsigned char*>(codes(block, n, row));
+  KVT_HD KVT_INLINE static auto code_bytes_of(std::byte* block, int n, int row) {
+    return bytes_of(reinterpret_cast<unsigned char*>(block), n, row);
   }
-  KVT_HD KVT_INLINE static unsigned char* code_bytes_of(std::byte* block, int n, int row) {
-    return reinterpret_cast<unsigned char*>(codes(block, n, row));
-  }
+  // The codes of a row in one piece.
+  struct OwnCodes {
+    alignas(4) unsigned char bytes[code_bytes];
+    KVT_HD KVT_INLINE OwnCodes(const std::byte* block, int n, int row) {
+      const auto from = code_bytes_of(block, n, row);
+      for (int j = 0; j < code_bytes; j += Self::tile_unit) std::memcpy(bytes + j, &from[j], Self::tile_unit);
+    }
+  };
+
+#if defined(KVT_HOST_AVX2)
+  // The tiles of a block of n rows. Rows after the last one are put into a tile, with zeros.
+  class Tiles {
+   public:
+    static constexpr int tile_bytes = tile_rows * code_bytes;
+    Tiles(const std::byte* from, int rows) : block(from), n(rows) {
+      if (n % tile_rows == 0) return;
+      std::memset(last_, 0, sizeof last_);
+      for (int row = n / tile_rows * tile_rows; row < n; ++row) {
+        const unsigned char* const own = plain(row);
+        for (int j = 0; j < code_bytes; j += Self::tile_unit) {
+          std::memcpy(last_ + Self::tile_place(j, row % tile_rows), own + j, Self::tile_unit);
+        }
+      }
+    }
+    KVT_INLINE const unsigned char* tile(int row) const { return row + tile_rows <= n ? plain(row) : last_; }
+
+   protected:
+    const std::byte* block;
+    int n;
+
+   private:
+    KVT_INLINE const unsigned char* plain(int row) const {
+      return reinterpret_cast<const unsigned char*>(block) + scale_bytes * n + static_cast<long long>(row) * code_bytes;
+    }
+    alignas(32) unsigned char last_[tile_bytes];
+  };
+#endif
 
  private:
+  template <class Byte>
+  KVT_HD KVT_INLINE static auto bytes_of(Byte* block, int n, int row) {
+    Byte* const first = block + scale_bytes * n;
+    if constexpr (Self::tiled) {
+      const int tile = row / tile_rows * tile_rows;
+      if (tile + tile_rows <= n) return RowBytes<Byte>{first + static_cast<long long>(tile) * code_bytes, row % tile_rows};
+      return RowBytes<Byte>{first + static_cast<long long>(row) * code_bytes, -1};
+    } else {
+      return first + static_cast<long long>(row) * code_bytes;
+    }
+  }
   KVT_HD KVT_INLINE const Self& self() const { return static_cast<const Self&>(*this); }
 };
 

@@ -75,12 +75,11 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
 
   template <int lanes>
   KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<dim, lanes>& to) const {
-    const unsigned char* const codes = Trellis::code_bytes_of(block, n, row);
+    const auto codes = Trellis::code_bytes_of(block, n, row);
     static constexpr Values value;
     if constexpr (lanes == 1) {
       unsigned char ring[Trellis::code_bytes + 1];
-      std::memcpy(ring, codes, Trellis::code_bytes);
-      ring[Trellis::code_bytes] = ring[0];
+      for (int j = 0; j <= Trellis::code_bytes; ++j) ring[j] = codes[j % Trellis::code_bytes];
 #if defined(KVT_HOST_AVX2)
       if constexpr (8 % bits == 0 && Trellis::code_bytes % 4 == 0) {
         for (int d = 0; d < dim; d += 8) {
@@ -119,18 +118,20 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
   }
 
 #if defined(KVT_HOST_AVX2)
-  struct Integers {
-    static constexpr int size = dim, group = dim, most = *std::max_element(Table::size, std::end(Table::size));
-    static constexpr bool has_least = false;
-    static constexpr bool coarse = true;
-    const std::byte* block;
-    int n;
+  using TileRows = typename Trellis::Tiles;
+  struct Integers : TileRows {
+    static constexpr int size = dim, group = dim, most = *std::max_element(Table::size, std::end(Table::size)), offset = most;
+    static constexpr bool has_least = false, coarse = true;
+    using TileRows::TileRows;
 
-    template <int c>
-    KVT_INLINE __m256i bytes(int row) const {
-      return value_bytes<c>(Trellis::code_bytes_of(block, n, row));
+    template <int k>
+    KVT_INLINE static __m256i column(const unsigned char* tile) {
+      return _mm256_add_epi8(values_of(states_of<k>(tile)), _mm256_set1_epi8(static_cast<char>(offset)));
     }
-    KVT_INLINE float scale(int row, int) const { return Trellis{}.row_scale(block, row) / Search::table_grid; }
+    KVT_INLINE __m256 scales(int row, int) const {
+      const auto* const from = reinterpret_cast<const Scale*>(this->block) + row;
+      return _mm256_mul_ps(detail::load_eight(from, this->n - row), _mm256_set1_ps(1.f / Search::table_grid));
+    }
   };
 #endif
 
@@ -174,11 +175,12 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     path.change = stored * (stored * square - 2 * cross);
     return path;
   }
-  static void pack(const std::uint16_t* state, unsigned char* codes) {
+  template <class Codes>
+  static void pack(const std::uint16_t* state, const Codes& codes) {
     for (int d = 0; d < dim; d += 8) {
       std::uint32_t word = 0;
       for (int k = 0; k < 8; ++k) word |= (state[d + k] & ((1u << bits) - 1)) << (k * bits);
-      std::memcpy(codes + d / 8 * bits, &word, bits);
+      for (int i = 0; i < bits; ++i) codes[d / 8 * bits + i] = static_cast<unsigned char>(word >> (8 * i));
     }
   }
   // The state of element d, whose code begins in the first of two bytes.
@@ -204,74 +206,30 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
       return static_cast<std::int8_t>(index_of(state) + more - (parity(state & Table::sign) ? 128 : 0));
     }
   };
-  // Where states 16 k .. 16 k + 15 lie in 16 bytes that hold them.
-  struct Sources {
-    static constexpr int read = std::min(16, Trellis::code_bytes);
-    int from[dim / 16] = {};                                // the first of these bytes
-    bool wraps[dim / 16] = {};                              // the row's first byte takes the place of that one
-    alignas(32) std::int8_t byte[dim / 32][2][32] = {};     // of each 32 states: two for each even one, and for each odd one
-    alignas(32) std::int16_t factor[dim / 32][2][16] = {};  // moves a state to the upper byte
-
-    constexpr Sources() {
-      for (int k = 0; k < dim / 16; ++k) {
-        const int last = Trellis::code_bytes - read;
-        from[k] = std::min(first_bit(16 * k) / 8, last);
-        wraps[k] = k + 1 == dim / 16 && last > 0;
-        for (int i = 0; i < 16; ++i) {
-          const int bit = first_bit(16 * k + i);
-          for (int b = 0; b < 2; ++b) {
-            const int at = (bit / 8 + b) % Trellis::code_bytes - from[k];
-            byte[k / 2][i % 2][16 * (k % 2) + i / 2 * 2 + b] = static_cast<std::int8_t>(std::max(at, 0));
-          }
-          factor[k / 2][i % 2][8 * (k % 2) + i / 2] = static_cast<std::int16_t>(1 << (8 - bit % 8));
-        }
-      }
-    }
-  };
-  // Elements 32 c .. 32 c + 31, one a byte; more bits than those of a state may be left above them.
-  template <int c>
-  KVT_INLINE static __m256i states(const unsigned char* codes) {
-    constexpr int stride = Trellis::code_bytes;
-    if constexpr (8 % bits == 0 && stride % 8 == 0) {
-      // Eight elements of a plane are eight bytes, shifted, and the lowest bits of the byte after them.
-      const auto place = [](int k) { return (32 * c + 8 * k) % stride; };
-      const auto shift = [](int k) { return (32 * c + 8 * k) / stride * bits; };
-      const auto eight = [&](int at) {
-        long long bytes;
-        std::memcpy(&bytes, codes + at % stride, 8);
-        return bytes;
-      };
-      __m256i now, next;
-      if constexpr (stride % 32 == 0) {
-        now = detail::load_bytes(codes + place(0));
-        const __m256i last = _mm256_set1_epi64x(eight(place(3) + 8));
-        next = _mm256_blend_epi32(_mm256_permute4x64_epi64(now, 0x39), last, 0xc0);
-      } else {
-        now = _mm256_setr_epi64x(eight(place(0)), eight(place(1)), eight(place(2)), eight(place(3)));
-        next = _mm256_setr_epi64x(eight(place(0) + 8), eight(place(1) + 8), eight(place(2) + 8), eight(place(3) + 8));
-      }
-      const __m256i down = _mm256_setr_epi64x(shift(0), shift(1), shift(2), shift(3));
-      const __m256i up = _mm256_setr_epi64x(64 - shift(0), 64 - shift(1), 64 - shift(2), 64 - shift(3));
-      return _mm256_or_si256(_mm256_srlv_epi64(now, down), _mm256_sllv_epi64(next, up));
+  // Of elements 4 k .. 4 k + 3 of the rows of a tile, one a byte; more bits than those of a state may be left above them.
+  template <int k>
+  KVT_INLINE static __m256i states_of(const unsigned char* tile) {
+    constexpr int words = Trellis::code_bytes / 4;
+    if constexpr (8 % bits == 0) {
+      return bits_from<k % words, k / words * bits>(tile);
     } else {
-      static constexpr Sources source;
-      const auto sixteen_bytes = [&](int k) {
-        __m128i bytes = _mm_setzero_si128();
-        std::memcpy(&bytes, codes + source.from[k], Sources::read);
-        return source.wraps[k] ? _mm_insert_epi8(bytes, codes[0], 0) : bytes;
-      };
-      const __m256i bytes = _mm256_setr_m128i(sixteen_bytes(2 * c), sixteen_bytes(2 * c + 1));
-      const auto every_other = [&](int odd) {
-        const __m256i near = _mm256_shuffle_epi8(bytes, detail::load_bytes(source.byte[c][odd]));
-        return _mm256_mullo_epi16(near, detail::load_bytes(source.factor[c][odd]));
-      };
-      return _mm256_blendv_epi8(_mm256_srli_epi16(every_other(0), 8), every_other(1), _mm256_set1_epi16(-256));
+      // Three bits apart: each byte from a shift of its own.
+      const __m256i first = bits_from<12 * k / 32, 12 * k % 32>(tile);
+      const auto moved = [&](int by) { return _mm256_slli_epi32(first, by * (8 - bits)); };
+      const __m256i odd = _mm256_set1_epi16(-256);
+      return _mm256_blend_epi16(_mm256_blendv_epi8(first, moved(1), odd), _mm256_blendv_epi8(moved(2), moved(3), odd), 0xaa);
     }
   }
-  template <int c>
-  KVT_INLINE static __m256i value_bytes(const unsigned char* codes) {
+  // 32 bits of each row's ring, from a bit of a word on.
+  template <int word, int bit>
+  KVT_INLINE static __m256i bits_from(const unsigned char* tile) {
+    const __m256i now = detail::tile_words(tile, word);
+    if constexpr (bit == 0) return now;
+    const __m256i next = detail::tile_words(tile, (word + 1) % (Trellis::code_bytes / 4));
+    return _mm256_or_si256(_mm256_srli_epi32(now, bit), _mm256_slli_epi32(next, 32 - bit));
+  }
+  KVT_INLINE static __m256i values_of(__m256i state) {
     static constexpr Bytes table;
-    const __m256i state = states<c>(codes);
     // What is left above a state is in no parity.
     const __m256i four_bits = _mm256_set1_epi8(15);
     const __m256i low = detail::look_up_bytes<16>(table.low, _mm256_and_si256(state, four_bits));

@@ -8,7 +8,7 @@
 // See docs/decisions.md for what that costs.
 //
 // Block:   n rows: Half {norm / sqrt(head_dim), residual norm} [n]; then per row the codes of LloydMax, and head_dim signs,
-//          sign d in bit d % 8 of byte d / 8.
+//          a plane of one bit as theirs.
 // Value:   rotation^-1 (scale * level[code] + factor * residual norm * S^T sign), S the sketch; see Sketch.
 // Error:   of a row, relative to its squared norm, on average D times that of the sketch, D the error of bits - 1 bits (1 at
 //          0): .571 with an orthogonal sketch, 1.571 with a Gaussian one.
@@ -132,7 +132,8 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
   using Rotate = Rotation<dim>;
   using Matrix = detail::SketchMatrix<kind, dim>;
   using Codes = LloydMax<(bits > 1 ? bits - 1 : 1), dim, NormCorrection::none>;
-  static constexpr int sign_offset = dim * (bits - 1) / 8;
+  static constexpr int sign_offset = dim * (bits - 1) / 8, sign_bytes = dim / 8;
+  static constexpr bool tiled = dim % 32 == 0;
 
   KVT_HD static constexpr int basis_dim() { return 2 * dim; }
   // Norms have to fit fp16.
@@ -143,14 +144,14 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
       float x[dim], back[dim] = {}, sketch[dim];
       std::memcpy(x, rows + static_cast<long long>(row) * dim, sizeof x);
       Rotate::forward(Serial{}, x);
-      unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
+      const auto codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
       Half scales[2] = {};
       if constexpr (bits > 1) {
         std::byte one[Codes::row_bytes];
         Codes{}.encode(x, 1, one);
         Codes{}.decode(one, 1, 0, back);
         std::memcpy(&scales[0], one, 2);
-        std::memcpy(codes, one + 2, Codes::code_bytes);
+        for (int j = 0; j < Codes::code_bytes; ++j) codes[j] = static_cast<unsigned char>(one[2 + j]);
       }
       float square = 0;
       for (int d = 0; d < dim; ++d) {
@@ -161,9 +162,9 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
       scales[1] = from_float<Half>(fits ? std::sqrt(square) : 0.f);
       std::memcpy(block + 4 * row, scales, 4);
       Matrix::forward(Serial{}, x, sketch);
-      for (int j = 0; j < dim / 8; ++j) {
+      for (int j = 0; j < sign_bytes; ++j) {
         int byte = 0;
-        for (int i = 0; i < 8; ++i) byte |= (sketch[8 * j + i] >= 0 ? 1 : 0) << i;
+        for (int i = 0; i < 8; ++i) byte |= (sketch[i * sign_bytes + j] >= 0 ? 1 : 0) << i;
         codes[sign_offset + j] = static_cast<unsigned char>(byte);
       }
     }
@@ -193,7 +194,46 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
 
   template <int lanes>
   KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<2 * dim, lanes>& to) const {
-    const unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
+    if constexpr (lanes == 1) {
+      const typename TurboQuantUnbiased::OwnCodes own(block, n, row);
+      load_codes(own.bytes, block, row, lane, to);
+    } else {
+      load_codes(TurboQuantUnbiased::code_bytes_of(block, n, row), block, row, lane, to);
+    }
+  }
+  KVT_HD KVT_INLINE float row_scale(const std::byte*, int) const { return 1.f; }
+
+#if defined(KVT_HOST_AVX2)
+  using TileRows = typename TurboQuantUnbiased::Tiles;
+  struct Integers : TileRows {
+    static constexpr int size = 2 * dim, group = dim, most = Codes::Integers::most, offset = most;
+    static constexpr bool has_least = false, coarse = Codes::Integers::coarse;
+    using TileRows::TileRows;
+
+    template <int k>
+    KVT_INLINE static __m256i column(const unsigned char* tile) {
+      if constexpr (4 * k >= dim) {
+        alignas(16) static constexpr std::int8_t sign[16] = {offset - 1, offset + 1};
+        return detail::look_up_bytes<16>(sign, detail::plane_codes<1, sign_bytes, k - dim / 4>(tile, sign_offset / 4));
+      } else if constexpr (bits > 1) {
+        return Codes::template levels_of<k>(tile);
+      } else {
+        return _mm256_set1_epi8(offset);
+      }
+    }
+    KVT_INLINE __m256 scales(int row, int g) const {
+      const auto* const from = reinterpret_cast<const Half*>(this->block) + 2 * row + g;
+      Half own[8] = {};
+      for (int i = 0; i < std::min(8, this->n - row); ++i) own[i] = from[2 * i];
+      return _mm256_mul_ps(detail::load_eight(own), _mm256_set1_ps(g == 0 ? Codes::unit : 1 / root()));
+    }
+  };
+#endif
+
+ private:
+  template <class Bytes, int lanes>
+  KVT_HD KVT_INLINE static void load_codes(const Bytes& codes, const std::byte* block, int row, int lane,
+                                           LaneRow<2 * dim, lanes>& to) {
     Half scales[2];
     std::memcpy(scales, block + 4 * row, 4);
     const float scale = to_float(scales[0]) * Codes::unit, size = to_float(scales[1]) / root();
@@ -204,46 +244,12 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
       to.x[i] = 0;
       // Where dim is no multiple of the lanes, the sketch begins in the middle of a step.
       if (d < dim) to.x[i] = scale * level.x[i];
-      if (d >= dim && d < 2 * dim) to.x[i] = (codes[sign_offset + (d - dim) / 8] >> (d - dim) % 8 & 1) != 0 ? size : -size;
-    }
-  }
-  KVT_HD KVT_INLINE float row_scale(const std::byte*, int) const { return 1.f; }
-
-#if defined(KVT_HOST_AVX2)
-  struct Integers {
-    static constexpr int size = 2 * dim, group = dim, most = Codes::Integers::most;
-    static constexpr bool has_least = false;
-    static constexpr bool coarse = Codes::Integers::coarse;
-    const std::byte* block;
-    int n;
-
-    template <int c>
-    KVT_INLINE __m256i bytes(int row) const {
-      if constexpr (32 * c >= dim) {
-        return signs<c>(row);
-      } else if constexpr (bits > 1) {
-        return Codes::template level_bytes<c>(TurboQuantUnbiased::code_bytes_of(block, n, row));
-      } else {
-        return _mm256_setzero_si256();
+      if (d >= dim && d < 2 * dim) {
+        const int sign = d - dim;
+        to.x[i] = (codes[sign_offset + sign % sign_bytes] >> sign / sign_bytes & 1) != 0 ? size : -size;
       }
     }
-    KVT_INLINE float scale(int row, int g) const {
-      Half scales[2];
-      std::memcpy(scales, block + 4 * row, 4);
-      return g == 0 ? to_float(scales[0]) * Codes::unit : to_float(scales[1]) * (1 / root());
-    }
-
-   private:
-    template <int c>
-    KVT_INLINE __m256i signs(int row) const {
-      const unsigned char* const codes = TurboQuantUnbiased::code_bytes_of(block, n, row) + sign_offset;
-      const __m256i minus = _mm256_xor_si256(detail::spread_bits(codes + (32 * c - dim) / 8), _mm256_set1_epi8(-1));
-      return _mm256_or_si256(minus, _mm256_set1_epi8(1));
-    }
-  };
-#endif
-
- private:
+  }
   KVT_HD static float root() { return std::sqrt(static_cast<float>(dim)); }
   // Products with signs are estimates only after this, and elements as large as those of the row's other half.
   template <class Lanes>
