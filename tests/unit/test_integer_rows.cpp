@@ -115,7 +115,7 @@ void check(int n, int m, double wide = 1) {
 
 template <class Codec>
 void check_sizes(double wide = 1) {
-  for (const int n : {1, 2, 3, 5, 127, 128, 129, 300}) check<Codec>(n, n == 300 ? 37 : 5, wide);
+  for (const int n : {1, 2, 3, 7, 8, 9, 127, 128, 129, 300}) check<Codec>(n, n == 300 ? 37 : 5, wide);
 }
 
 }  // namespace
@@ -127,6 +127,9 @@ TEST_CASE("scalar codes") {
   check_sizes<LloydMax<4, 128>>();
   check_sizes<LloydMax<5, 192>>();
   check_sizes<LloydMax<6, 256>>();
+  check_sizes<LloydMax<4, 40>>();
+  check_sizes<LloydMax<6, 80>>();
+  check_sizes<LloydMax<2, 112>>();
 }
 TEST_CASE("trellis codes") {
   check_sizes<Trellis<1, 64>>();
@@ -136,6 +139,7 @@ TEST_CASE("trellis codes") {
   check_sizes<Trellis<3, 64>>();
   check_sizes<Trellis<3, 192, 6>>();
   check_sizes<Trellis<4, 256>>();
+  check_sizes<Trellis<2, 112>>();
 }
 TEST_CASE("groups") {
   check_sizes<Q8_0<64>>();
