@@ -20,7 +20,9 @@ namespace kvt::inline v0 {
 
 template <class T, int dim>
 struct Dense : RowCodec<Dense<T, dim>, dim, 0, dim* static_cast<int>(sizeof(T))> {
+  using Element = T;
   static constexpr bool tiled = false;
+
   // No limit of its own: each element is compared with max_element().
   static constexpr double max_row_norm() { return static_cast<double>(max_element()) * dim; }
   static constexpr float max_element() {

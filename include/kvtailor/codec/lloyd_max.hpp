@@ -15,6 +15,7 @@
 
 #include <bit>
 #include <cmath>
+#include <type_traits>
 
 #include "kvtailor/codec/codebooks.hpp"
 #include "kvtailor/codec/log_scale.hpp"
@@ -51,6 +52,12 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
 
   template <class Lanes>
   KVT_HD void encode_row(const Lanes& lanes, const float* x, std::byte* block, int n, int row, float* scratch) const {
+    const Scale stored = encode_codes(lanes, x, LloydMax::code_bytes_of(block, n, row), scratch);
+    lanes.once([&] { std::memcpy(block + static_cast<int>(sizeof(Scale)) * row, &stored, sizeof stored); });
+  }
+  // A row's codes; returns its scale. scratch as in encode_row().
+  template <class Lanes, class Codes>
+  KVT_HD static Scale encode_codes(const Lanes& lanes, const float* x, const Codes& codes, float* scratch) {
     typename Lanes::template Reg<float> part;
     lanes.each([&](int lane) {
       part[lane] = 0;
@@ -84,8 +91,8 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
       const Sums sums = nearest_codes(lanes, x, factor, scratch);
       stored = from_float<Scale>(norm > 0 ? corrected(norm / root, sums) : 0.f);
     }
-    lanes.once([&] { std::memcpy(block + static_cast<int>(sizeof(Scale)) * row, &stored, sizeof stored); });
-    pack(lanes, scratch, LloydMax::code_bytes_of(block, n, row));
+    pack(lanes, scratch, codes);
+    return stored;
   }
 
   template <int lanes>
@@ -139,7 +146,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   KVT_HD KVT_INLINE static void load_codes(const Codes& codes, int lane, float* to) {
     static constexpr Levels levels;
 #if defined(KVT_HOST_AVX2)
-    if constexpr (lanes == 1 && whole_eights()) {
+    if constexpr (lanes == 1 && whole_eights() && std::is_convertible_v<const Codes&, const unsigned char*>) {
       alignas(16) static constexpr Levels aligned;  // at least four
       for (int i = 0; i < dim; i += 8) {
         __m256i code = _mm256_setzero_si256();

@@ -70,7 +70,8 @@ concept PlainCodec = StorageCodec<C> && C::plain;
 // row of a block of its own is whole. Self supplies
 //   load<lanes>(block, n, row, lane, LaneRow&)         a row without its scale
 //   row_scale(block, row)
-//   encode_row(lanes, x, block, n, row, scratch)       row x [dim] by all lanes; scratch [dim] is memory all lanes see, or x
+//   encode_row(lanes, x, block, n, row, scratch)       row x [dim] by all lanes; scratch [scratch_floats] is memory all lanes
+//                                                      see and may begin with x
 // Rows are `basis` elements in the codec's basis; a codec with more than dim of them decodes for itself. One whose elements are
 // small integers times a scale may have a type Integers, made of (block, n), and the host attends to those: see
 // integer_rows.hpp.
@@ -82,10 +83,11 @@ struct RowCodec : PlainBasis<dim> {
   static constexpr int tile_unit = 4;  // bytes of a row that stay together in a tile
   // Where byte j of a row's codes lies in a tile.
   KVT_HD static constexpr int tile_place(int j, int row) { return (j / 4 * tile_rows + row) * 4 + j % 4; }
+  static constexpr int scratch_floats = dim;  // Self may ask for more
 
   KVT_HD constexpr int max_block_bytes(int n) const { return n * row_bytes; }
   int encode(const float* rows, int n, std::byte* block) const {
-    float scratch[dim];
+    float scratch[Self::scratch_floats];
     for (int row = 0; row < n; ++row) {
       self().encode_row(Serial{}, rows + static_cast<long long>(row) * dim, block, n, row, scratch);
     }
@@ -106,6 +108,16 @@ struct RowCodec : PlainBasis<dim> {
     } else {
       std::memcpy(target, source, code_bytes);
     }
+  }
+  // The same by all lanes.
+  template <class Lanes>
+  KVT_HD void copy_row(const Lanes& lanes, const std::byte* from, int n, int row, std::byte* to, int to_n, int to_row) const {
+    const auto target = code_bytes_of(to, to_n, to_row);
+    const auto source = code_bytes_of(from, n, row);
+    lanes.each([&](int lane) {
+      for (int k = lane; k < scale_bytes; k += Lanes::size) to[scale_bytes * to_row + k] = from[scale_bytes * row + k];
+      for (int k = lane; k < code_bytes; k += Lanes::size) target[k] = source[k];
+    });
   }
   // Packs the marked rows of a block into `to`; returns the bytes they take.
   int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {

@@ -20,6 +20,7 @@
 #include <cmath>
 #include <cstdint>
 
+#include "kvtailor/codec/int_codes.hpp"
 #include "kvtailor/codec/lloyd_max.hpp"
 #include "kvtailor/codec/rotation.hpp"
 #include "kvtailor/codec/row_wise.hpp"
@@ -128,7 +129,7 @@ template <int bits, int dim, Sketch kind = Sketch::orthogonal>
 struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4, dim * bits / 8, 2 * dim> {
   static_assert(bits >= 1 && bits <= 6, "codes have 1 to 6 bits");
   static constexpr bool plain = false;
-  static constexpr int max_basis_dim = 2 * dim;
+  static constexpr int max_basis_dim = 2 * dim, scratch_floats = 2 * dim;
   using Rotate = Rotation<dim>;
   using Matrix = detail::SketchMatrix<kind, dim>;
   using Codes = LloydMax<(bits > 1 ? bits - 1 : 1), dim, NormCorrection::none>;
@@ -139,36 +140,38 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
   // Norms have to fit fp16.
   static double max_row_norm() { return static_cast<double>(Half::max); }
 
-  int encode(const float* rows, int n, std::byte* block) const {
-    for (int row = 0; row < n; ++row) {
-      float x[dim], back[dim] = {}, sketch[dim];
-      std::memcpy(x, rows + static_cast<long long>(row) * dim, sizeof x);
-      Rotate::forward(Serial{}, x);
-      const auto codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
-      Half scales[2] = {};
-      if constexpr (bits > 1) {
-        std::byte one[Codes::row_bytes];
-        Codes{}.encode(x, 1, one);
-        Codes{}.decode(one, 1, 0, back);
-        std::memcpy(&scales[0], one, 2);
-        for (int j = 0; j < Codes::code_bytes; ++j) codes[j] = static_cast<unsigned char>(one[2 + j]);
+  template <class Lanes>
+  KVT_HD void encode_row(const Lanes& lanes, const float* x, std::byte* block, int n, int row, float* scratch) const {
+    float *const rest = scratch, *const sketch = scratch + dim;
+    const auto codes = TurboQuantUnbiased::code_bytes_of(block, n, row);
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) rest[d] = x[d];
+    });
+    Rotate::forward(lanes, rest);
+    Half scales[2] = {};
+    if constexpr (bits > 1) scales[0] = Codes::encode_codes(lanes, rest, codes, sketch);
+    typename Lanes::template Reg<float> part;
+    lanes.each([&](int lane) {
+      LaneRow<dim, Lanes::size> level = {};
+      if constexpr (bits > 1) Codes::template load_codes<Lanes::size>(codes, lane, level.x);
+      part[lane] = 0;
+      for (int d = lane; d < dim; d += Lanes::size) {
+        rest[d] -= detail::rounded_product(level.x[d / Lanes::size], to_float(scales[0]) * Codes::unit);
+        part[lane] += rest[d] * rest[d];
       }
-      float square = 0;
-      for (int d = 0; d < dim; ++d) {
-        x[d] -= back[d];
-        square += x[d] * x[d];
-      }
-      const bool fits = square <= static_cast<float>(Half::max) * static_cast<float>(Half::max);
-      scales[1] = from_float<Half>(fits ? std::sqrt(square) : 0.f);
-      std::memcpy(block + 4 * row, scales, 4);
-      Matrix::forward(Serial{}, x, sketch);
-      for (int j = 0; j < sign_bytes; ++j) {
+    });
+    const float square = lanes.sum(part);
+    const bool fits = square <= static_cast<float>(Half::max) * static_cast<float>(Half::max);
+    scales[1] = from_float<Half>(fits ? std::sqrt(square) : 0.f);
+    Matrix::forward(lanes, rest, sketch);
+    lanes.once([&] { std::memcpy(block + 4 * row, scales, 4); });
+    lanes.each([&](int lane) {
+      for (int j = lane; j < sign_bytes; j += Lanes::size) {
         int byte = 0;
         for (int i = 0; i < 8; ++i) byte |= (sketch[i * sign_bytes + j] >= 0 ? 1 : 0) << i;
         codes[sign_offset + j] = static_cast<unsigned char>(byte);
       }
-    }
-    return n * TurboQuantUnbiased::row_bytes;
+    });
   }
   void decode(const std::byte* block, int n, int row, float* out) const noexcept {
     LaneRow<2 * dim, 1> x;
@@ -186,10 +189,16 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
   }
   template <class Lanes>
   KVT_HD void finish(const Lanes& lanes, float* acc, float* out) const noexcept {
-    times_factor(lanes, acc + dim);
-    Matrix::add_transposed(lanes, acc + dim, acc);
+    to_rotated(lanes, acc);
     Rotate::inverse(lanes, acc);
     PlainBasis<dim>::finish(lanes, acc, out);
+  }
+
+  // A sum of rows to its first half: the sum as rotated rows of head_dim elements.
+  template <class Lanes>
+  KVT_HD void to_rotated(const Lanes& lanes, float* acc) const noexcept {
+    times_factor(lanes, acc + dim);
+    Matrix::add_transposed(lanes, acc + dim, acc);
   }
 
   template <int lanes>

@@ -99,4 +99,15 @@ concept RowWiseCodec = StorageCodec<C> && requires(const C c, const std::byte* f
   noexcept;  // row of a block of n rows -> row of another
 };
 
+// One whose rows any lane group encodes, copies and reads: see RowCodec.
+template <class C>
+concept LaneRowCodec = RowWiseCodec<C> &&
+    requires(const C c, SimulatedWarp lanes, const float* x, float* scratch, const std::byte* from, std::byte* to, int n) {
+  { C::row_bytes } -> std::convertible_to<int>;
+  { C::scratch_floats } -> std::convertible_to<int>;
+  c.encode_row(lanes, x, to, n, n, scratch);
+  c.copy_row(lanes, from, n, n, to, n, n);
+  { c.row_scale(from, n) } -> std::same_as<float>;
+};
+
 }  // namespace kvt::inline v0
