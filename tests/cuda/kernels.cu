@@ -3,7 +3,10 @@
 //
 // Every kernel as an engine would instantiate it, for tools/kernel_report to look at. Nothing runs. On the host a list of their
 // names: list_kernel<Work>() is there before.
+#include "kvtailor/codec/group_int.hpp"
+#include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
+#include "kvtailor/codec/turbo_quant_unbiased.hpp"
 #if defined(__CUDACC__)
 #include "kvtailor/cuda/kv_cache.cuh"
 #else
@@ -34,27 +37,46 @@ void use([[maybe_unused]] const void** kernels) {
   list_kernel<Work>();
 #endif
 }
+template <class Key, class Value>
+void use_decode(const void** kernels) {
+  use<DecodeWork<Key, Value, false, 8, Half>>(kernels);
+  use<DecodeWork<Key, Value, true, 8, Half>>(kernels);
+  if constexpr (widest_decode<Key, Value> == 16) use<DecodeWork<Key, Value, true, 16, Half>>(kernels);
+  use<FinishWork<Value, Half>>(kernels);
+}
+template <class Codec>
+void use_rows(const void** kernels) {
+  use<AppendWork<Codec, Half>>(kernels);
+  use<CutWork<Codec>>(kernels);
+  use<TruncateWork<Codec>>(kernels);
+}
+template <class Codec>
+void use_scores(const void** kernels) {
+  use<ScoreWork<Codec, KeyDiff>>(kernels);
+  use<ScoreWork<Codec, SnapKv>>(kernels);
+}
 template <int key_bits, int value_bits, int dim>
 void use_pair(const void** kernels) {
   using Key = typename CodecOf<key_bits, dim>::type;
   using Value = typename CodecOf<value_bits, dim>::type;
-  use<DecodeWork<Key, Value, false, 8, Half>>(kernels);
-  use<DecodeWork<Key, Value, true, 8, Half>>(kernels);
-  if constexpr (dim <= 128) use<DecodeWork<Key, Value, true, 16, Half>>(kernels);
-  use<FinishWork<Value, Half>>(kernels);
+  using Codec = KvCodec<Key, Value>;
+  use_decode<Key, Value>(kernels);
   if constexpr (dim == 64 || dim == 128 || dim == 256) {  // these take a third of the registers there are, and long to compile
-    use<AppendWork<Key, Value, Half>>(kernels);
-    use<CutWork<Key, Value>>(kernels);
-    use<TruncateWork<Key, Value>>(kernels);
-    if constexpr (key_bits == value_bits) {  // look at keys only
-      use<ScoreWork<Key, Value, KeyDiff>>(kernels);
-      use<ScoreWork<Key, Value, SnapKv>>(kernels);
-    }
-    if constexpr (key_bits == 2) {  // copies bytes; looks at positions
-      use<ForkWork<Key, Value>>(kernels);
-      use<ScoreWork<Key, Value, SinkRecent>>(kernels);
+    use_rows<Codec>(kernels);
+    if constexpr (key_bits == value_bits) use_scores<Codec>(kernels);  // look at keys only
+    if constexpr (key_bits == 2) {                                     // copies bytes; looks at positions
+      use<ForkWork<Codec>>(kernels);
+      use<ScoreWork<Codec, SinkRecent>>(kernels);
     }
   }
+}
+// Without fragments: most of what there is to do does not depend on the codec.
+template <class Key, class Value = Key>
+void use_plain(const void** kernels) {
+  using Codec = KvCodec<Key, Value>;
+  use_decode<Key, Value>(kernels);
+  use_rows<Codec>(kernels);
+  if constexpr (Key::head_dim >= 128) use_scores<Codec>(kernels);
 }
 template <int dim>
 void use_dim(const void** kernels) {
@@ -84,4 +106,11 @@ void use_kernels(const void** kernels) {
   use_dim<128>(kernels);
   use_dim<192>(kernels);
   use_dim<256>(kernels);
+  use_plain<Dense<float, 256>>(kernels);
+  use_plain<Dense<BFloat16, 64>>(kernels);
+  use_plain<Q8_0<128>, Q4_0<128>>(kernels);
+  use_plain<Rotated<Q4_1<64>>, Q5_0<64>>(kernels);
+  use_plain<TurboQuant<4, 40>>(kernels);
+  use_plain<TurboQuantUnbiased<3, 256>>(kernels);
+  use_decode<Rotated<Trellis<2, 128>>, Rotated<Trellis<3, 128>>>(kernels);
 }

@@ -1,9 +1,14 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Decode steps and chunks of queries with tensor cores, against double precision; without a device, the same blocks of warps
-// simulated. And, on a device alone, what kernels written by hand find.
+// Decode steps and chunks of queries, with tensor cores and without, against double precision; without a device, the same
+// blocks of warps simulated. And, on a device alone, what kernels written by hand find.
+#include <string>
+
 #include "device.cuh"
+#include "kvtailor/codec/group_int.hpp"
+#include "kvtailor/codec/trellis.hpp"
+#include "kvtailor/codec/turbo_quant_unbiased.hpp"
 #include "overhead/decode.cu"
 #include "reference/split_decode.hpp"
 
@@ -41,7 +46,8 @@ struct DeviceSide {
     }
     return out;
   }
-  void point(DecodeStep<Half>& step) const {
+  template <class T>
+  void point(DecodeStep<T>& step) const {
     step.entry = pages.data();
     step.split.first_slice = first_slice.data();
     step.seen = seen.data();
@@ -49,26 +55,27 @@ struct DeviceSide {
   }
 };
 
-template <int key_bits, int value_bits, int dim, bool limited, int width = 8>
-int check(const reference::DecodeCase& c) {
-  using Problem = reference::DecodeProblem<key_bits, value_bits, dim>;
+template <class Codec, bool limited, int width = 8>
+int check(const char* name, const reference::DecodeCase& c) {
+  using Problem = reference::DecodeProblem<Codec>;
+  using T = typename Problem::T;
   const Problem problem(c);
   int failures = 0;
-  const auto expect = [&](const std::vector<Half>& out, const char* where) {
+  const auto expect = [&](const std::vector<T>& out, const char* where) {
     const double error = problem.error(out);
     if (error <= 1) return;
     ++failures;
-    std::printf("%d and %d bits, head_dim %d, %s: %.2f times the bound\n", key_bits, value_bits, dim, where, error);
+    std::printf("%s, head_dim %d, %s: %.2f times the bound\n", name, Codec::head_dim, where, error);
   };
   if (!device::present()) {
     expect(problem.template simulate<limited, width>(), "simulated");
     return failures;
   }
-  typename Problem::Side body_side(problem.body, c, width), near_side(problem.near, c, width);
-  DecodeStep<Half> body = problem.step(body_side), near = problem.step(near_side);
+  typename Problem::Side body_side = problem.body_side(width), near_side = problem.near_side(width);
+  DecodeStep<T> body = problem.step(body_side), near = problem.step(near_side);
   const DeviceSide<typename Problem::Body> on_body(problem.body, body_side);
   const DeviceSide<typename Problem::Near> on_near(problem.near, near_side);
-  const device::Array<Half> queries(problem.queries), out(problem.queries.size());
+  const device::Array<T> queries(problem.queries), out(problem.queries.size());
   const device::Array<int> position(problem.position), query_start(problem.query_start);
   const device::Array<float> sink_logits(problem.sink_logits);
   on_body.point(body);
@@ -78,8 +85,7 @@ int check(const reference::DecodeCase& c) {
   if (!c.own.empty()) body.query_start = near.query_start = query_start.data();
   if (c.sinks) body.sink_logits = near.sink_logits = sink_logits.data();
   cuda::Device stream(nullptr);
-  const Status status =
-      launch_decode<typename Problem::Key, typename Problem::Value, limited, width>(stream, body, near, out.data());
+  const Status status = launch_decode<Codec, limited, width>(stream, body, near, out.data());
   if (!status.ok()) {
     std::printf("%s (%d)\n", status.message().c_str(), status.native);
     return failures + 1;
@@ -89,17 +95,23 @@ int check(const reference::DecodeCase& c) {
   return failures;
 }
 
+template <int key_bits, int value_bits, int dim, bool limited, int width = 8>
+int check(const reference::DecodeCase& c) {
+  const std::string name = std::to_string(key_bits) + " and " + std::to_string(value_bits) + " bits";
+  return check<reference::TensorCodec<key_bits, value_bits, dim>, limited, width>(name.c_str(), c);
+}
+
 // Partial results of DecodeWork and of the kernel written by hand: a block to each entry.
 template <int bits>
 int check_by_hand() {
-  using Problem = reference::DecodeProblem<bits, bits, by_hand::dim>;
+  using Problem = reference::DecodeProblem<reference::TensorCodec<bits, bits, by_hand::dim>>;
   using Key = typename Problem::Key;
   using Fragments = typename FragmentsOf<Key>::type;
   constexpr int dim = by_hand::dim, entries = 4;
   // As many slices each, so that shares are whole entries.
   const reference::DecodeCase alike{{700, 673, 704, 680}, {1, 1, 1, 1}, 8, entries};
   const Problem problem(alike);
-  typename Problem::Side side(problem.body, alike, 8);
+  typename Problem::Side side = problem.body_side(8);
   for (int e = 0; e <= entries; ++e) side.first_slice[static_cast<std::size_t>(e)] = 22 * e;
   side.seen.assign(entries, {0, {0, 0}});
   DecodeStep<Half> step = problem.step(side);
@@ -171,6 +183,11 @@ int main() {
                  check<3, 2, 128, false>(ragged) + check<1, 5, 64, false>(ragged) + check<16, 16, 80, false>(ragged) +
                  check<6, 3, 256, false>(ragged) + check<4, 4, 128, true, 16>(chunk) + check<3, 2, 64, true, 16>(chunks) +
                  check<16, 16, 128, true, 16>(chunks) + check<2, 2, 128, true, 16>(chunk) + check<6, 6, 256, true>(chunks);
+  failures +=
+      check<KvCodec<Q8_0<64>, Q4_0<64>, float>, false>("q8_0/q4_0", ragged) +
+      check<KvCodec<Rotated<Q4_1<40>>, Q5_0<40>>, true>("rotated_q4_1/q5_0", windowed) +
+      check<KvCodec<Dense<float, 128>>, true, 16>("fp32", chunk) + check<KvCodec<Dense<BFloat16, 256>>, true>("bf16", chunks) +
+      check<KvCodec<TurboQuantUnbiased<3, 64>, Rotated<Trellis<2, 64>>, float>, true>("turbo3_unbiased/trellis2", chunks);
   if (device::present()) failures += check_by_hand<4>() + check_by_hand<16>();
   return device::result(failures);
 }

@@ -4,6 +4,7 @@
 // Random rows in slices, as the codecs of the host encode them, and as those decode them.
 #pragma once
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
@@ -17,33 +18,34 @@ namespace reference {
 
 using namespace kvt;
 
-// Codecs of the host and the fragments that hold their codes.
+// Codecs by their bits; 16 is fp16.
 template <int bits, int size>
 struct Format {
   using Codec = TurboQuant<bits, size>;
-  using Fragments = CodeFragments<bits, size>;
-  static int element(const std::byte* block, int n, int row, int d) {
-    std::byte own[Codec::row_bytes];
-    Codec{}.copy_row(block, n, row, own, 1, 0);
-    return Codec::code_at(reinterpret_cast<const unsigned char*>(own) + Codec::scale_bytes, d);
-  }
 };
 template <int size>
 struct Format<16, size> {
   using Codec = Dense<Half, size>;
-  using Fragments = DenseFragments<size>;
-  static int element(const std::byte* block, int, int row, int d) {
-    Half x;
-    std::memcpy(&x, block + (row * size + d) * 2, 2);
-    return x.bits;
-  }
 };
 
-template <int key_bits, int value_bits, int dim>
+// Code or element d of a row of a block of the host, by the codec's own description of its blocks.
+template <int bits, int size>
+int host_element(const TurboQuant<bits, size>&, const std::byte* block, int n, int row, int d) {
+  using Codec = TurboQuant<bits, size>;
+  const auto* const codes = reinterpret_cast<const unsigned char*>(block) + n * Codec::scale_bytes + row * Codec::code_bytes;
+  return Codec::code_at(codes, d);
+}
+template <int size>
+int host_element(const Dense<Half, size>&, const std::byte* block, int, int row, int d) {
+  Half x;
+  std::memcpy(&x, block + (row * size + d) * 2, 2);
+  return x.bits;
+}
+
+template <class Key, class Value>
 struct SliceRows {
-  using Key = Format<key_bits, dim>;
-  using Value = Format<value_bits, dim>;
-  using Layout = SliceLayout<typename Key::Fragments, typename Value::Fragments>;
+  using Layout = LayoutOf<Key, Value>;
+  static constexpr int dim = Key::head_dim;
   static constexpr int page_bytes = static_cast<int>(SlicePages::bytes_of_page(Layout::bytes));
 
   std::vector<std::byte> pool;
@@ -59,10 +61,10 @@ struct SliceRows {
     std::vector<float> k(keys.size()), v(keys.size());
     for (float& x : k) x = normal(random);
     for (float& x : v) x = value_size * normal(random);
-    std::vector<std::byte> key_block(static_cast<std::size_t>(typename Key::Codec{}.max_block_bytes(num_rows)));
-    std::vector<std::byte> value_block(static_cast<std::size_t>(typename Value::Codec{}.max_block_bytes(num_rows)));
-    const typename Key::Codec key_codec{};
-    const typename Value::Codec value_codec{};
+    std::vector<std::byte> key_block(static_cast<std::size_t>(Key{}.max_block_bytes(num_rows)));
+    std::vector<std::byte> value_block(static_cast<std::size_t>(Value{}.max_block_bytes(num_rows)));
+    const Key key_codec{};
+    const Value value_codec{};
     key_codec.encode(k.data(), num_rows, key_block.data());
     value_codec.encode(v.data(), num_rows, value_block.data());
     for (int r = 0; r < num_rows; ++r) {
@@ -77,34 +79,43 @@ struct SliceRows {
     pages = {pool.data(), page.data(), rows.get(), page_bytes};
     for (int s = 0; s < slices; ++s) {
       auto* const to = pages.at(s, Layout::bytes);
-      const auto exists = [&](int row) { return s * slice_rows + row < num_rows; };
-      const auto key = [&](int row, int d) {
-        return exists(row) ? Key::element(key_block.data(), num_rows, s * slice_rows + row, d) : -1;
-      };
-      const auto value = [&](int row, int d) {
-        return exists(row) ? Value::element(value_block.data(), num_rows, s * slice_rows + row, d) : -1;
-      };
-      Layout::template pack<true>(SimulatedWarp{}, to, 0, key);
-      Layout::template pack<false>(SimulatedWarp{}, to, 0, value);
-      for (int row = 0; row < slice_rows; ++row) {
-        for (int d = 0; d < dim; ++d) {
-          if (exists(row) && Layout::template element<true>(to, row, d) != key(row, d)) lost("keys");
-          if (exists(row) && Layout::template element<false>(to, row, d) != value(row, d)) lost("values");
-        }
-        Half scale[2] = {};
-        if (exists(row)) {
-          std::memcpy(&scale[0], key_block.data() + 2 * (s * slice_rows + row), 2);
-          std::memcpy(&scale[1], value_block.data() + 2 * (s * slice_rows + row), 2);
-        }
-        if (Layout::Keys::scaled) std::memcpy(to + Layout::key_scale_at(row), &scale[0], 2);
-        if (Layout::Values::scaled) std::memcpy(to + Layout::value_scale_at(row), &scale[1], 2);
-        const int position = first_position + 3 * (s * slice_rows + row);
+      const int first = s * slice_rows, here = std::min(slice_rows, num_rows - first);
+      for (int row = 0; row < here; ++row) {
+        const int position = first_position + 3 * (first + row);
         std::memcpy(pages.positions(s, Layout::bytes) + row, &position, 4);
+      }
+      if constexpr (Layout::fragments) {
+        pack(to, key_block.data(), value_block.data(), num_rows, first, here);
+      } else {
+        for (int row = 0; row < here; ++row) {
+          key_codec.copy_row(key_block.data(), num_rows, first + row, to, slice_rows, row);
+          value_codec.copy_row(value_block.data(), num_rows, first + row, to + Layout::values_at, slice_rows, row);
+        }
       }
     }
   }
 
  private:
+  // Rows first .. first + here - 1 of blocks of n.
+  static void pack(std::byte* to, const std::byte* key_block, const std::byte* value_block, int n, int first, int here) {
+    const auto key = [&](int row, int d) { return row < here ? host_element(Key{}, key_block, n, first + row, d) : -1; };
+    const auto value = [&](int row, int d) { return row < here ? host_element(Value{}, value_block, n, first + row, d) : -1; };
+    Layout::template pack<true>(SimulatedWarp{}, to, 0, key);
+    Layout::template pack<false>(SimulatedWarp{}, to, 0, value);
+    for (int row = 0; row < slice_rows; ++row) {
+      for (int d = 0; d < dim && row < here; ++d) {
+        if (Layout::template element<true>(to, row, d) != key(row, d)) lost("keys");
+        if (Layout::template element<false>(to, row, d) != value(row, d)) lost("values");
+      }
+      Half scale[2] = {};
+      if (row < here) {
+        std::memcpy(&scale[0], key_block + 2 * (first + row), 2);
+        std::memcpy(&scale[1], value_block + 2 * (first + row), 2);
+      }
+      if (Layout::Keys::scaled) std::memcpy(to + Layout::key_scale_at(row), &scale[0], 2);
+      if (Layout::Values::scaled) std::memcpy(to + Layout::value_scale_at(row), &scale[1], 2);
+    }
+  }
   static void lost(const char* what) {
     std::printf("%s are not what was packed\n", what);
     std::abort();

@@ -23,18 +23,22 @@ struct DecodeCase {
   std::vector<int> own = {};  // queries of each sequence, if they are not n
 };
 
-template <int key_bits, int value_bits, int dim>
+template <class Codec>
 struct DecodeProblem {
-  using Body = SliceRows<key_bits, value_bits, dim>;
-  using Near = SliceRows<16, 16, dim>;
-  using Key = typename Body::Key::Codec;
-  using Value = typename Body::Value::Codec;
-  using Plain = Dense<Half, dim>;
+  using Key = typename Codec::key_type;
+  using Value = typename Codec::value_type;
+  using Plain = typename Codec::near_type;
+  using Body = SliceRows<Key, Value>;
+  using Near = SliceRows<Plain, Plain>;
+  static constexpr int dim = Codec::head_dim;
+  // Whether all products and sums are fp32; then queries and outputs are too.
+  static constexpr bool fp32 = !Body::Layout::fragments && !Near::Layout::fragments;
+  using T = std::conditional_t<fp32, float, Half>;
 
   DecodeCase shape;
   std::vector<Body> body;
   std::vector<Near> near;
-  std::vector<Half> queries;     // [sequences, n, kv_heads, group, dim]
+  std::vector<T> queries;        // [sequences, n, kv_heads, group, dim]
   std::vector<int> position;     // [sequences, n]
   std::vector<int> query_start;  // [sequences + 1]
   std::vector<float> sink_logits;
@@ -55,7 +59,7 @@ struct DecodeProblem {
       query_start.push_back(query_start.back() + own);
     }
     for (int i = 0; i < query_start.back() * c.kv_heads * c.group * dim; ++i) {
-      queries.push_back(from_float<Half>(normal(random)));
+      queries.push_back(from_float<T>(normal(random)));
     }
     for (int h = 0; c.sinks && h < c.kv_heads * c.group; ++h) sink_logits.push_back(2 * normal(random));
   }
@@ -70,8 +74,9 @@ struct DecodeProblem {
     std::vector<SeenSlices> seen;
     std::vector<float> max, sum, rows;
 
+    // row: elements of a partial result.
     template <class Rows>
-    Side(const std::vector<Rows>& all, const DecodeCase& c, int width) {
+    Side(const std::vector<Rows>& all, const DecodeCase& c, int width, int row) {
       for (const Rows& one : all) pages.push_back(one.pages);
       const auto items = all.size() * static_cast<std::size_t>((c.n * c.group + width - 1) / width);
       first_slice.assign(items + 1, -1);
@@ -79,10 +84,10 @@ struct DecodeProblem {
       const std::size_t vectors = (items + static_cast<std::size_t>(c.blocks)) * static_cast<std::size_t>(width);
       max.assign(vectors, NAN);
       sum.assign(vectors, NAN);
-      rows.assign(vectors * dim, NAN);
+      rows.assign(vectors * static_cast<std::size_t>(row), NAN);
     }
   };
-  DecodeStep<Half> step(Side& side) const {
+  DecodeStep<T> step(Side& side) const {
     return {.entry = side.pages.data(),
             .entries = entries(),
             .kv_heads = shape.kv_heads,
@@ -101,17 +106,20 @@ struct DecodeProblem {
             .width = 0};
   }
 
+  Side body_side(int width) const { return Side(body, shape, width, max_basis_dim<Value>); }
+  Side near_side(int width) const { return Side(near, shape, width, dim); }
+
   template <bool limited, int width = 8>
-  std::vector<Half> simulate() const {
-    Side coded(body, shape, width), dense(near, shape, width);
-    std::vector<Half> out(queries.size(), Half{0x7e00});
+  std::vector<T> simulate() const {
+    Side coded = body_side(width), dense = near_side(width);
+    std::vector<T> out(queries.size(), from_float<T>(NAN));
     SimulatedDevice device;
-    if (!launch_decode<Key, Value, limited, width>(device, step(coded), step(dense), out.data()).ok()) std::abort();
+    if (!launch_decode<Codec, limited, width>(device, step(coded), step(dense), out.data()).ok()) std::abort();
     return out;
   }
 
   // The largest error of an output relative to what rounding may do: see test_decode_warp.cpp, and the rounding of the output.
-  double error(const std::vector<Half>& out) const {
+  double error(const std::vector<T>& out) const {
     double worst = 0;
     for (int e = 0; e < entries(); ++e) {
       const int coded = shape.body[static_cast<std::size_t>(e)], all = rows_of(e), sequence = e / shape.kv_heads;
@@ -151,8 +159,10 @@ struct DecodeProblem {
         }
         for (const double x : exact) length += x * x / dim;
         double bound = 6 * std::exp2(-12.2) * std::sqrt(2 * spread * square) + std::exp2(-11) * 6 * std::sqrt(length) + 1e-30;
-        if (key_bits == 2) bound += 5e-4 * 4 * std::sqrt(spread * square);
-        if (value_bits == 2) bound += 5e-4 * 4 * std::sqrt(length);
+        if (std::is_same_v<Key, TurboQuant<2, dim>>) bound += 5e-4 * 4 * std::sqrt(spread * square);
+        if (std::is_same_v<Value, TurboQuant<2, dim>>) bound += 5e-4 * 4 * std::sqrt(length);
+        // Logits up to 5 are sums of dim products, in turn and by halves, and so are sums over rows.
+        if (fp32) bound = std::exp2(-20) * std::sqrt(spread * square) + std::exp2(-20) * std::sqrt(length) + 1e-30;
         for (int d = 0; d < dim; ++d) {
           const double got = static_cast<double>(to_float(out[first + static_cast<std::size_t>(d)]));
           const double part = std::fabs(got - exact[static_cast<std::size_t>(d)]) / bound;
@@ -164,10 +174,17 @@ struct DecodeProblem {
   }
 };
 
+template <class Codec, bool limited = false, int width = 8>
+double decode_error(const DecodeCase& c) {
+  const DecodeProblem<Codec> problem(c);
+  return problem.error(problem.template simulate<limited, width>());
+}
+// By bits: see Format.
+template <int key_bits, int value_bits, int dim>
+using TensorCodec = KvCodec<typename Format<key_bits, dim>::Codec, typename Format<value_bits, dim>::Codec>;
 template <int key_bits, int value_bits, int dim, bool limited = false, int width = 8>
 double decode_error(const DecodeCase& c) {
-  const DecodeProblem<key_bits, value_bits, dim> problem(c);
-  return problem.error(problem.template simulate<limited, width>());
+  return decode_error<TensorCodec<key_bits, value_bits, dim>, limited, width>(c);
 }
 
 }  // namespace reference

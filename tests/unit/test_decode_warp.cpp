@@ -32,7 +32,9 @@ struct Case {
 // times that is the bound, since it is the largest of up to 2,048 elements. The levels of two bits are right to 5e-4.
 template <int key_bits, int value_bits, int dim, bool limited = false>
 double error_of(const Case& c) {
-  using F = reference::SliceRows<key_bits, value_bits, dim>;
+  using Key = typename reference::Format<key_bits, dim>::Codec;
+  using Value = typename reference::Format<value_bits, dim>::Codec;
+  using F = reference::SliceRows<Key, Value>;
   using Layout = typename F::Layout;
   std::mt19937 random(static_cast<unsigned>(c.rows * 31 + c.vectors));
   const F f(c.rows, static_cast<float>(c.value_size), random);
@@ -46,7 +48,7 @@ double error_of(const Case& c) {
   const float scale = 1 / std::sqrt(static_cast<float>(dim));
   constexpr float log2e = 1.44269504f;
   for (int j = 0; j < c.vectors; ++j) {
-    typename F::Key::Codec{}.prepare(Serial{}, query.data() + j * dim, scale * log2e, prepared.data() + j * dim);
+    Key{}.prepare(Serial{}, query.data() + j * dim, scale * log2e, prepared.data() + j * dim);
   }
   std::vector<std::uint32_t> table(static_cast<std::size_t>(Layout::table_bytes / 4 + 1), 0xffffffffu);
   auto* const bytes = reinterpret_cast<std::byte*>(table.data());
@@ -56,8 +58,9 @@ double error_of(const Case& c) {
   const int slices = (c.rows + slice_rows - 1) / slice_rows;
   std::vector<float> max(static_cast<std::size_t>(8 * c.warps), NAN), sum(max), rows(max.size() * dim, NAN);
   for (int w = 0; w < c.warps; ++w) {
-    const auto warp = std::make_unique<DecodeWarp<Layout, SimulatedWarp, limited>>();
-    const DecodeQueries<dim> q{queries.get(), position.data(), c.vectors, c.cap * log2e, c.window};
+    using Warp = DecodeWarp<Layout, SimulatedWarp, limited>;
+    const auto warp = std::make_unique<Warp>();
+    const typename Warp::Queries q{queries.get(), position.data(), c.vectors, c.cap * log2e, c.window};
     warp->run(SimulatedWarp{}, f.pages, q, bytes, w, slices, c.warps);
     const float ones[8] = {1, 1, 1, 1, 1, 1, 1, 1};
     warp->store_state(SimulatedWarp{}, max.data() + 8 * w, sum.data() + 8 * w);
@@ -106,7 +109,7 @@ double error_of(const Case& c) {
       continue;
     }
     for (float& x : acc) x /= sums;
-    typename F::Value::Codec{}.finish(Serial{}, acc.data(), got.data());
+    Value{}.finish(Serial{}, acc.data(), got.data());
     const double size = std::sqrt(square / (c.rows * dim));
     double spread = 0, length = 0;
     for (int r = 0; r < c.rows; ++r) spread += std::pow(std::exp(logit[static_cast<std::size_t>(r)] - top) / total, 2);

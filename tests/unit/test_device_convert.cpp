@@ -8,6 +8,7 @@
 
 #include "kvtailor/kvtailor.hpp"
 #include "kvtailor/store/device_kv_cache.hpp"
+#include "reference/slice_rows.hpp"
 
 using namespace kvt;
 
@@ -103,30 +104,15 @@ std::vector<float> attend(DecodePlan<Codec, CountingDevice, float>& plan) {
   return out;
 }
 
-// Code or element d of an encoded row of the host, by the codec's own description of its blocks.
-template <int bits, int dim>
-int host_element(const Rotated<LloydMax<bits, dim>>& codec, const std::byte* block, int n, int row, int d) {
-  std::byte own[LloydMax<bits, dim>::row_bytes];
-  codec.copy_row(block, n, row, own, 1, 0);
-  return LloydMax<bits, dim>::code_at(reinterpret_cast<const unsigned char*>(own) + 2, d);
-}
-template <int dim>
-int host_element(const Dense<Half, dim>&, const std::byte* block, int, int row, int d) {
-  return reinterpret_cast<const Half*>(block)[row * dim + d].bits;
-}
-int scale_bits(const std::byte* at) {
-  std::uint16_t bits;
-  std::memcpy(&bits, at, sizeof bits);
-  return bits;
-}
-
 // All heads have the same rows on both sides, in the same zones.
 template <class Codec>
 void check_same(const Host<Codec>& host, const Cache<Codec>& cache) {
   constexpr int dim = Codec::head_dim;
   using Body = typename Pool<Codec>::Layout;
-  using Plain = Dense<Half, dim>;
-  using Near = LayoutOf<Plain, Plain>;
+  using Key = typename Codec::key_type;
+  using Value = typename Codec::value_type;
+  using Plain = typename Codec::near_type;
+  using Near = DenseLayoutOf<Plain>;
   for (int layer = 0; layer < 2; ++layer) {
     for (int h = 0; h < 2; ++h) {
       const auto& store = host.store(layer, h);
@@ -141,11 +127,11 @@ void check_same(const Host<Codec>& host, const Cache<Codec>& cache) {
         const int slice = r / slice_rows, row = r % slice_rows;
         const std::byte* const at = near.at(slice, Near::bytes);
         const auto& zone = r < sinks ? store.sink() : store.recent();
-        const auto* const keys = reinterpret_cast<const Half*>(zone.keys.data()) + (r < sinks ? r : r - sinks) * dim;
-        const auto* const values = reinterpret_cast<const Half*>(zone.values.data()) + (r < sinks ? r : r - sinks) * dim;
         for (int d = 0; d < dim; ++d) {
-          different += Near::template element<true>(at, row, d) != keys[d].bits;
-          different += Near::template element<false>(at, row, d) != values[d].bits;
+          constexpr int size = sizeof(typename Plain::Element);
+          const int from = ((r < sinks ? r : r - sinks) * dim + d) * size;
+          different += std::memcmp(at + Near::template dense_at<true>(row, d), zone.keys.data() + from, size) != 0;
+          different += std::memcmp(at + Near::template dense_at<false>(row, d), zone.values.data() + from, size) != 0;
         }
         different +=
             near.positions(slice, Near::bytes)[row] != positions[static_cast<std::size_t>(r < sinks ? r : r + encoded)];
@@ -155,17 +141,26 @@ void check_same(const Host<Codec>& host, const Cache<Codec>& cache) {
         for (int i = 0; i < block.rows; ++i, ++r) {
           const int slice = r / slice_rows, row = r % slice_rows;
           const std::byte* const at = body.at(slice, Body::bytes);
-          for (int d = 0; d < dim; ++d) {
-            different += Body::template element<true>(at, row, d) !=
-                         host_element(typename Codec::key_type{}, block.keys(), block.rows, i, d);
-            different += Body::template element<false>(at, row, d) !=
-                         host_element(typename Codec::value_type{}, block.values(), block.rows, i, d);
-          }
-          if constexpr (Body::Keys::scaled) {
-            different += scale_bits(at + Body::key_scale_at(row)) != scale_bits(block.keys() + 2 * i);
-          }
-          if constexpr (Body::Values::scaled) {
-            different += scale_bits(at + Body::value_scale_at(row)) != scale_bits(block.values() + 2 * i);
+          if constexpr (Body::fragments) {
+            for (int d = 0; d < dim; ++d) {
+              different +=
+                  Body::template element<true>(at, row, d) != reference::host_element(Key{}, block.keys(), block.rows, i, d);
+              different += Body::template element<false>(at, row, d) !=
+                           reference::host_element(Value{}, block.values(), block.rows, i, d);
+            }
+            if constexpr (Body::Keys::scaled) {
+              different += std::memcmp(at + Body::key_scale_at(row), block.keys() + 2 * i, 2) != 0;
+            }
+            if constexpr (Body::Values::scaled) {
+              different += std::memcmp(at + Body::value_scale_at(row), block.values() + 2 * i, 2) != 0;
+            }
+          } else {
+            std::byte own[2][Key::row_bytes + Value::row_bytes];
+            Key{}.copy_row(at, slice_rows, row, own[0], 1, 0);
+            Value{}.copy_row(at + Body::values_at, slice_rows, row, own[0] + Key::row_bytes, 1, 0);
+            Key{}.copy_row(block.keys(), block.rows, i, own[1], 1, 0);
+            Value{}.copy_row(block.values(), block.rows, i, own[1] + Key::row_bytes, 1, 0);
+            different += std::memcmp(own[0], own[1], sizeof own[0]) != 0;
           }
           different += body.positions(slice, Body::bytes)[row] != positions[static_cast<std::size_t>(sinks + r)];
         }
@@ -252,6 +247,10 @@ TEST_CASE("rows of the host are on a device what they were, and come back in the
   check_from_host<KvCodec<TurboQuant<1, 80>, TurboQuant<6, 80>>>(128);
   check_from_host<KvCodec<TurboQuant<5, 128>, TurboQuant<2, 128>>>(128);
   check_from_host<KvCodec<Dense<Half, 64>>>(128);
+  check_from_host<KvCodec<Q8_0<128>, Q4_1<128>>>(100);
+  check_from_host<KvCodec<Dense<float, 256>, Dense<BFloat16, 256>>>(128);
+  check_from_host<KvCodec<TurboQuantUnbiased<3, 40>, Rotated<Q5_0<40>>>>(32);
+  check_from_host<KvCodec<TurboQuant<5, 40>, KiviValues<2, 40>, BFloat16>>(128);
 }
 
 namespace {
@@ -325,6 +324,8 @@ TEST_CASE("a sequence that is swapped out and in again goes on as one that staye
   check_swap<KvCodec<TurboQuant<3, 64>, TurboQuant<2, 64>>>();
   check_swap<KvCodec<TurboQuant<6, 96>, TurboQuant<4, 96>>>();
   check_swap<KvCodec<Dense<Half, 80>>>();
+  check_swap<KvCodec<Q5_0<96>, Q4_0<96>>>();
+  check_swap<KvCodec<Dense<BFloat16, 40>>>();
 }
 
 TEST_CASE("pages that are neighbours are one copy, whatever heads they are of") {

@@ -37,10 +37,11 @@ void list_kernel() {
 
 #include "cuda/kernels.cu"
 #include "kvtailor/kvtailor.hpp"
+#include "reference/split_decode.hpp"
 
 namespace {
 
-// DecodeWork<Rotated<LloydMax<4, 64, ..>>, .., true, 8, Half>: "Decode, true, 8", "4 4" and 64.
+// DecodeWork<Rotated<LloydMax<4, 64, ..>>, .., true, 8, Half>: "Decode, true, 8", "LloydMax4 LloydMax4" and 64.
 struct Instance {
   std::string kind, codecs;
   int dim = 0;
@@ -52,21 +53,19 @@ struct Instance {
                           std::regex(", (true, \\d+|KeyDiff|SinkRecent|SnapKv)|, [\\w:]*::(KeyDiff|SinkRecent|SnapKv)"))) {
       kind += ", " + found[1].str() + found[2].str();
     }
-    const std::regex codec("LloydMax<(\\d+), (\\d+)|Dense<[^,]*Half, (\\d+)>");
+    const std::regex codec("(LloydMax|Trellis|GroupInt|TurboQuantUnbiased|Dense)<(?:[\\w:]*::)?(\\w+), (\\d+)");
     for (std::sregex_iterator i(name.begin(), name.end(), codec), end; i != end; ++i) {
-      codecs += (codecs.empty() ? "" : " ") + ((*i)[3].matched ? "16" : (*i)[1].str());
-      dim = std::stoi((*i)[3].matched ? (*i)[3] : (*i)[2]);
+      codecs += (codecs.empty() ? "" : " ") + (*i)[1].str() + (*i)[2].str();
+      dim = std::stoi((*i)[3]);
     }
   }
 };
 
 // Rows come, are dropped, come again and are forked, and attention is that of the host's cache all along.
-template <int key_bits, int value_bits, int dim, class Selector = KeyDiff>
+template <class Codec, class Selector = KeyDiff>
 void run() {
-  CAPTURE(key_bits);
-  CAPTURE(value_bits);
-  CAPTURE(dim);
-  using Codec = KvCodec<typename CodecOf<key_bits, dim>::type, typename CodecOf<value_bits, dim>::type>;
+  CAPTURE(name_of<Codec>());
+  constexpr int dim = Codec::head_dim;
   constexpr int heads = 2, group = 2, width = heads * group * dim;
   const Geometry geometry{1, heads, heads * group, dim};
   SimulatedDevice device;
@@ -77,7 +76,7 @@ void run() {
   REQUIRE(cache.init(device, pool, geometry, {5, 20, 300, 4096}).ok());
   REQUIRE(child.init(device, pool, geometry, {5, 20, 300, 4096}).ok());
   REQUIRE(host.init(geometry, {5, 20, 128, nullptr}).ok());
-  std::mt19937 random(static_cast<unsigned>(10 * key_bits + dim));
+  std::mt19937 random(dim);
   std::normal_distribution<float> normal;
   const auto append = [&](int n) {
     std::vector<Half> keys(static_cast<std::size_t>(n * heads * dim)), values(keys.size());
@@ -136,6 +135,19 @@ void run() {
   compare(cache);
   compare(child);
 }
+template <int key_bits, int value_bits, int dim, class Selector = KeyDiff>
+void run() {
+  run<KvCodec<typename CodecOf<key_bits, dim>::type, typename CodecOf<value_bits, dim>::type>, Selector>();
+}
+// Of a codec that cannot be appended here, on rows that come from the host.
+template <class Codec>
+void run_from_host() {
+  using Problem = reference::DecodeProblem<Codec>;
+  const Problem problem({{70}, {33}, 2, 3});
+  CHECK(problem.error(problem.template simulate<false>()) <= 1);
+  CHECK(problem.error(problem.template simulate<true>()) <= 1);
+  CHECK(problem.error(problem.template simulate<true, 16>()) <= 1);
+}
 
 }  // namespace
 
@@ -161,6 +173,16 @@ TEST_CASE("caches of every codec and every head dim") {
   run<5, 5, 64, SnapKv>();
   run<6, 6, 64, SnapKv>();
   run<16, 16, 128, SnapKv>();
+  run<KvCodec<Dense<float, 256>>>();
+  run<KvCodec<Dense<float, 256>>, SnapKv>();
+  run<KvCodec<Dense<BFloat16, 64>>>();
+  run<KvCodec<Q8_0<128>, Q4_0<128>>>();
+  run<KvCodec<Q8_0<128>, Q4_0<128>>, SnapKv>();
+  run<KvCodec<Rotated<Q4_1<64>>, Q5_0<64>>>();
+  run<KvCodec<TurboQuant<4, 40>>>();
+  run<KvCodec<TurboQuantUnbiased<3, 256>>>();
+  run<KvCodec<TurboQuantUnbiased<3, 256>>, SnapKv>();
+  run_from_host<KvCodec<Rotated<Trellis<2, 128>>, Rotated<Trellis<3, 128>>>>();
 }
 
 TEST_CASE("the body of every kernel has run, for every codec and for every head dim") {

@@ -2,6 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #include <doctest/doctest.h>
 
+#include "kvtailor/codec/group_int.hpp"
+#include "kvtailor/codec/trellis.hpp"
+#include "kvtailor/codec/turbo_quant_unbiased.hpp"
 #include "reference/split_decode.hpp"
 
 using namespace kvt;
@@ -163,4 +166,42 @@ TEST_CASE("sixteen vectors at a time for every head dim and width that decoding 
   CHECK(reference::decode_error<6, 5, 128, true, 16>(c) <= 1);
   CHECK(reference::decode_error<3, 4, 192, true>(c) <= 1);
   CHECK(reference::decode_error<4, 4, 256, true>(c) <= 1);
+}
+
+namespace {
+
+// Steps and chunks of ragged heads, all in fp32: lengths that are no multiples of four, 32 or 128, and none at all.
+template <class Key, class Value = Key, class Near = float>
+void check_rows() {
+  using Codec = KvCodec<Key, Value, Near>;
+  constexpr int widest = widest_decode<Key, Value>;
+  CAPTURE(Codec::head_dim);
+  const DecodeCase ragged{{301, 0, 33, 1, 0, 129}, {36, 0, 4, 39, 17, 0}, 3, 5};
+  CHECK(reference::decode_error<Codec>(ragged) <= 1);
+  DecodeCase limited = ragged;
+  limited.window = 70;
+  limited.sinks = true;
+  CHECK(reference::decode_error<Codec, true>(limited) <= 1);
+  DecodeCase chunk{{300, 131, 0, 0, 0, 33}, {37, 36, 0, 0, 17, 4}, 4, 5, 250, 5, 2};
+  chunk.own = {5, 0, 3};
+  CHECK(reference::decode_error<Codec, true, widest>(chunk) <= 1);
+  chunk.cap = 5;
+  CHECK(reference::decode_error<Codec, true, widest>(chunk) <= 1);
+}
+
+}  // namespace
+
+TEST_CASE("rows of every codec that decodes them one by one, in fp32") {
+  check_rows<Dense<float, 64>>();
+  check_rows<Dense<BFloat16, 256>, Dense<float, 256>>();
+  check_rows<Dense<Half, 40>, Dense<Half, 40>, Half>();
+  check_rows<Q8_0<128>, Q4_0<128>>();
+  check_rows<Q5_0<40>, Q8_0<40>, Half>();
+  check_rows<Rotated<Q4_1<96>>, GroupInt<2, 96, IntRange::asymmetric>>();
+  check_rows<Rotated<Trellis<3, 80>>, Rotated<Trellis<2, 80>>>();
+  check_rows<TurboQuantUnbiased<3, 64>>();
+  check_rows<TurboQuantUnbiased<1, 40>, TurboQuantUnbiased<2, 40, Sketch::gaussian>>();
+  check_rows<TurboQuantUnbiased<4, 256>>();
+  check_rows<TurboQuant<3, 40>, TurboQuant<6, 40>, Half>();
+  check_rows<TurboQuant<2, 192, NormCorrection::least_squares, LogScale>, TurboQuant<4, 192>>();
 }

@@ -92,15 +92,21 @@ struct QueryFragments {
 };
 
 // What a warp attends with; memory that all lanes see.
-template <int dim>
+template <class Vectors>
 struct DecodeQueries {
-  const QueryFragments<dim>* vectors;  // eight in each
-  const int* position;                 // [m]
+  const Vectors* vectors;  // fragments of eight vectors each, or vectors
+  const int* position;     // [m]
   int m;
   float cap;   // soft cap of logits, times log2(e); 0 means none
   int window;  // as AttendOptions::window
   // Slices of which all vectors see all rows: their positions are not looked at.
   int whole_from = 0, whole_to = 0;
+
+  // Whether a vector sees a row at a position.
+  KVT_HD KVT_INLINE bool sees(int vector, long long row) const {
+    const long long own = position[vector];
+    return row <= own && (window == 0 || row > own - window);
+  }
 };
 
 // limited: whether a window, positions or a soft cap are looked at; otherwise every row is seen. width: vectors at most, a
@@ -113,6 +119,7 @@ class DecodeWarp {
  public:
   using Keys = typename Layout::Keys;
   using Values = typename Layout::Values;
+  using Queries = DecodeQueries<QueryFragments<Layout::dim>>;
   template <class T>
   using Reg = typename Lanes::template Reg<T>;
   static constexpr int dim = Layout::dim, across = dim / 16, eights = width / 8;
@@ -131,8 +138,8 @@ class DecodeWarp {
                                                   : Fragments::words;
 
   // Attends to slices first, first + step, ... below last. table: Layout::table_bytes, filled.
-  KVT_HD void run(const Lanes& lanes, const SlicePages pages, const DecodeQueries<dim>& query, const std::byte* table,
-                  int first, int last, int step) {
+  KVT_HD void run(const Lanes& lanes, const SlicePages pages, const Queries& query, const std::byte* table, int first, int last,
+                  int step) {
     start(lanes, query);
     if (first >= last) return;
     const int rows = *pages.rows;
@@ -283,7 +290,7 @@ class DecodeWarp {
         even, odd);
   }
 
-  KVT_HD void start(const Lanes& lanes, const DecodeQueries<dim>& query) {
+  KVT_HD void start(const Lanes& lanes, const Queries& query) {
     for (int v = 0; v < eights; ++v) {
       if constexpr (queries_wait) {
         for (int k = 0; k < across; ++k) {
@@ -316,8 +323,7 @@ class DecodeWarp {
     }
   }
   KVT_HD KVT_INLINE void multiply_keys(const Lanes& lanes, const Address& from, Reg<std::uint32_t>* words,
-                                       const std::byte* table, const DecodeQueries<dim>& query,
-                                       Reg<Float4> (&logit)[eights][2]) const {
+                                       const std::byte* table, const Queries& query, Reg<Float4> (&logit)[eights][2]) const {
     const auto zero = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
     // sum(v): of the eight vectors from 8 v on
     const auto multiply = [&](int tile, int k, auto&& sum) {
@@ -369,7 +375,7 @@ class DecodeWarp {
     });
   }
   // What follows is of the eight vectors from 8 v on.
-  KVT_HD KVT_INLINE void scale_logits(const Lanes& lanes, const Reg<Float4>& scale, const DecodeQueries<dim>& query, int v,
+  KVT_HD KVT_INLINE void scale_logits(const Lanes& lanes, const Reg<Float4>& scale, const Queries& query, int v,
                                       Reg<Float4> (&logit)[2]) const {
     KVT_UNROLL_ON_DEVICE
     for (int j = 0; j < 2; ++j) {
@@ -408,7 +414,7 @@ class DecodeWarp {
           logit[j]);
     }
   }
-  KVT_HD KVT_INLINE static void hide_unseen(const Lanes& lanes, const int* positions, const DecodeQueries<dim>& query, int v,
+  KVT_HD KVT_INLINE static void hide_unseen(const Lanes& lanes, const int* positions, const Queries& query, int v,
                                             Reg<Float4> (&logit)[2]) {
     for (int j = 0; j < 2; ++j) {
       logit[j] = map(
@@ -417,8 +423,7 @@ class DecodeWarp {
             for (int i = 0; i < 4; ++i) {
               const int vector = 8 * v + lane % 4 * 2 + i % 2;
               if (vector >= query.m) continue;
-              const long long row = positions[16 * j + lane / 4 + i / 2 * 8], own = query.position[vector];
-              if (row > own || (query.window != 0 && row <= own - query.window))
+              if (!query.sees(vector, positions[16 * j + lane / 4 + i / 2 * 8]))
                 x.x[i] = -std::numeric_limits<float>::infinity();
             }
             return x;

@@ -274,6 +274,7 @@ struct SliceLayout {
   static_assert(KeyFragments::dim == ValueFragments::dim);
   using Keys = KeyFragments;
   using Values = ValueFragments;
+  static constexpr bool fragments = true;
   static constexpr int dim = Keys::dim;
   static constexpr int word_bytes = 4 * 32;
   static constexpr int values_at = Keys::words * word_bytes, scales_at = values_at + Values::words * word_bytes;

@@ -12,7 +12,8 @@
 #pragma once
 
 #include "kvtailor/attend/decode_warp.hpp"
-#include "kvtailor/codec/dense.hpp"
+#include "kvtailor/attend/row_slices.hpp"
+#include "kvtailor/codec/kv_codec.hpp"
 #include "kvtailor/codec/rotated.hpp"
 #include "kvtailor/core/status.hpp"
 
@@ -58,7 +59,7 @@ struct SeenSlices {
   SplitDecode::Range whole;
 };
 
-// Partial results: max, sum [slots, width], rows [slots, width, dim].
+// Partial results: max, sum [slots, width], rows [slots, width, elements of a sum in the basis of the values].
 struct DecodePartials {
   float *max, *sum, *rows;
 };
@@ -86,6 +87,7 @@ struct FragmentsOf<LloydMax<bits, dim, correction, Half>> {
   }
 };
 template <class Codec>
+requires requires { typename FragmentsOf<Codec>::type; }
 struct FragmentsOf<Rotated<Codec>> : FragmentsOf<Codec> {};
 template <int dim>
 struct FragmentsOf<Dense<Half, dim>> {
@@ -100,8 +102,33 @@ struct FragmentsOf<Dense<Half, dim>> {
   KVT_HD static float value(int element) { return to_float(Half{static_cast<std::uint16_t>(element)}); }
 };
 
+template <class Codec>
+concept HasFragments = Codec::head_dim % 16 == 0 && requires {
+  typename FragmentsOf<Codec>::type;
+};
+
+namespace detail {
+
 template <class Key, class Value>
-using LayoutOf = SliceLayout<typename FragmentsOf<Key>::type, typename FragmentsOf<Value>::type>;
+struct SlicesOf {
+  using type = RowSlices<Key, Value>;
+};
+template <HasFragments Key, HasFragments Value>
+struct SlicesOf<Key, Value> {
+  using type = SliceLayout<typename FragmentsOf<Key>::type, typename FragmentsOf<Value>::type>;
+};
+
+}  // namespace detail
+
+// Fragments where keys and values have them.
+template <class Key, class Value>
+using LayoutOf = typename detail::SlicesOf<Key, Value>::type;
+template <class Plain>
+using DenseLayoutOf = LayoutOf<Plain, Plain>;
+
+// Query vectors at a time at most, where registers allow.
+template <class Key, class Value>
+inline constexpr int widest_decode = max_basis_dim<Key> <= 128 && max_basis_dim<Value> <= 128 ? 16 : 8;
 
 // `n` queries of each sequence, of `group` query heads for each entry: vector v of an entry is of query v / group. Those are
 // taken `width` at a time.
@@ -139,13 +166,24 @@ struct DecodeStep {
 };
 
 // What the warps of a block share, beside the tables.
-template <int dim, int warps, int width>
+template <class Key, class Value, int warps, int width>
 struct DecodeShared {
-  QueryFragments<dim> queries[width / 8];
-  float prepared[width * dim];  // queries in the basis of the keys
-  float rows[width * dim];      // queries as they come, then weighted rows
+  static constexpr bool fragments = LayoutOf<Key, Value>::fragments;
+
+  std::conditional_t<fragments, QueryFragments<Key::head_dim>, std::byte> queries[width / 8];
+  float prepared[width * max_basis_dim<Key>];  // queries in the basis of the keys
+  float rows[width * max_basis_dim<Value>];    // queries as they come, then weighted rows
   float max[warps][width], sum[warps][width], factor[warps][width];
   int position[width];
+
+  // What warps attend with.
+  KVT_HD const auto* vectors() const {
+    if constexpr (fragments) {
+      return queries;
+    } else {
+      return prepared;
+    }
+  }
 };
 
 // Attention to slices, of `width` vectors at a time. Warps of a block, and blocks of a multiprocessor that registers are shared
@@ -155,9 +193,13 @@ template <class Key, class Value, bool limited, int width, class T>
 struct DecodeWork {
   using Layout = LayoutOf<Key, Value>;
   static constexpr int dim = Key::head_dim, dynamic_bytes = Layout::table_bytes;
-  static constexpr bool light = dim <= 128 && dynamic_bytes == 0 && !limited;
-  static constexpr int warps = dim <= 64 && dynamic_bytes > 0 && width == 8 ? 12 : 8, blocks = light ? 2 : 1;
-  using Shared = DecodeShared<dim, warps, width>;
+  static constexpr int key_basis = max_basis_dim<Key>, basis = max_basis_dim<Value>;
+  static constexpr bool light =
+      Layout::fragments ? dim <= 128 && dynamic_bytes == 0 && !limited : key_basis <= 64 && basis <= 64 && width == 8;
+  static constexpr bool middling = Layout::fragments ? dim <= 64 && dynamic_bytes > 0 && width == 8
+                                                     : !light && key_basis <= 128 && basis <= 128 && width == 8;
+  static constexpr int warps = middling ? 12 : 8, blocks = light ? 2 : 1;
+  using Shared = DecodeShared<Key, Value, warps, width>;
 
   DecodeStep<T> step;
 
@@ -168,9 +210,11 @@ struct DecodeWork {
     const SplitDecode& split = step.split;
     const int from = split.start(index), to = split.start(index + 1);
     if (from >= to) return;
-    block.each_warp([&](const Lanes& lanes, int warp) {
-      lanes.each([&](int lane) { Layout::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
-    });
+    if constexpr (dynamic_bytes > 0) {
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        lanes.each([&](int lane) { Layout::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
+      });
+    }
     for (int x = split.item_of(from); x < split.items && split.first_slice[x] < to; ++x) {
       const SplitDecode::Range share = split.share(index, x);
       if (share.empty()) continue;
@@ -182,22 +226,27 @@ struct DecodeWork {
           lanes.each([&](int lane) {
             for (int d = lane; d < dim; d += Lanes::size) plain[d] = to_float(query[d]);
           });
-          Key{}.prepare(lanes, plain, step.scale * log2e, shared.prepared + j * dim);
+          Key{}.prepare(lanes, plain, step.scale * log2e, shared.prepared + j * key_basis);
           if constexpr (limited)
             lanes.once([&] {
               shared.position[j] = step.position != nullptr ? step.position[step.query(x, j)] : std::numeric_limits<int>::max();
             });
         }
       });
-      block.each_warp([&](const Lanes& lanes, int warp) {
-        for (int v = 0; v < width / 8; ++v) {
-          shared.queries[v].pack(lanes, shared.prepared + 8 * v * dim, m - 8 * v, warp, warps);
-        }
-      });
-      typename Block::template PerWarp<DecodeWarp<Layout, Lanes, limited, width>> work;
+      if constexpr (Layout::fragments) {
+        block.each_warp([&](const Lanes& lanes, int warp) {
+          for (int v = 0; v < width / 8; ++v) {
+            shared.queries[v].pack(lanes, shared.prepared + 8 * v * dim, m - 8 * v, warp, warps);
+          }
+        });
+      }
+      using Warp = std::conditional_t<Layout::fragments, DecodeWarp<Layout, Lanes, limited, width>,
+                                      RowWarp<Layout, Lanes, limited, width>>;
+      typename Block::template PerWarp<Warp> work;
       block.each_warp([&](const Lanes& lanes, int warp) {
         const auto [skipped, whole] = step.seen[x];
-        const DecodeQueries<dim> query{shared.queries, shared.position, m, step.cap * log2e, step.window, whole.from, whole.to};
+        const typename Warp::Queries query{shared.vectors(), shared.position, m,       step.cap * log2e,
+                                           step.window,      whole.from,      whole.to};
         work[warp].run(lanes, step.entry[x / step.tiles()], query, table, skipped + share.from + warp, skipped + share.to,
                        warps);
         work[warp].store_state(lanes, shared.max[warp], shared.sum[warp]);
@@ -226,8 +275,8 @@ struct DecodeWork {
       }
       block.each_warp([&](const Lanes& lanes, int warp) {
         lanes.each([&](int lane) {
-          for (int d = warp * Lanes::size + lane; d < m * dim; d += warps * Lanes::size) {
-            step.partials.rows[slot * dim + d] = shared.rows[d];
+          for (int d = warp * Lanes::size + lane; d < m * basis; d += warps * Lanes::size) {
+            step.partials.rows[slot * basis + d] = shared.rows[d];
           }
         });
       });
@@ -235,12 +284,12 @@ struct DecodeWork {
   }
 };
 
-// The softmax state of one vector of one item over all blocks, and its weighted rows [dim], which all lanes see. No visible
+// The softmax state of one vector of one item over all blocks, and its weighted rows [size], which all lanes see. No visible
 // row: a maximum of -infinity, and zeros.
 struct DecodeState {
   float max, sum;
 };
-template <int dim, class Lanes, class T>
+template <int size, class Lanes, class T>
 KVT_HD DecodeState join_blocks(const Lanes& lanes, const DecodeStep<T>& step, int x, int vector, float* rows) {
   constexpr float none = -std::numeric_limits<float>::infinity();
   const SplitDecode& split = step.split;
@@ -253,7 +302,7 @@ KVT_HD DecodeState join_blocks(const Lanes& lanes, const DecodeStep<T>& step, in
     }
   }
   lanes.each([&](int lane) {
-    for (int d = lane; d < dim; d += Lanes::size) rows[d] = 0;
+    for (int d = lane; d < size; d += Lanes::size) rows[d] = 0;
   });
   for (int b = first; b <= last && state.max != none; ++b) {
     if (split.share(b, x).empty()) continue;
@@ -261,7 +310,7 @@ KVT_HD DecodeState join_blocks(const Lanes& lanes, const DecodeStep<T>& step, in
     const float factor = fast_exp2(step.partials.max[slot] - state.max);
     state.sum += factor * step.partials.sum[slot];
     lanes.each([&](int lane) {
-      for (int d = lane; d < dim; d += Lanes::size) rows[d] += factor * step.partials.rows[slot * dim + d];
+      for (int d = lane; d < size; d += Lanes::size) rows[d] += factor * step.partials.rows[slot * size + d];
     });
   }
   return state;
@@ -270,9 +319,9 @@ KVT_HD DecodeState join_blocks(const Lanes& lanes, const DecodeStep<T>& step, in
 // Joins what the blocks of DecodeWork found, of encoded rows and of dense ones: a warp for each vector, items * width blocks.
 template <class Value, class T>
 struct FinishWork {
-  static constexpr int dim = Value::head_dim, warps = 1, blocks = 1, dynamic_bytes = 0;
+  static constexpr int dim = Value::head_dim, basis = max_basis_dim<Value>, warps = 1, blocks = 1, dynamic_bytes = 0;
   struct Shared {
-    float scratch[dim], row[dim];
+    float scratch[basis], row[dim];
   };
   DecodeStep<T> body, near;
   T* out;  // as queries
@@ -287,12 +336,12 @@ struct FinishWork {
   }
 
  private:
-  // scratch, row: [dim] that all lanes see.
+  // scratch [basis], row [dim]: memory that all lanes see.
   template <class Lanes>
   KVT_HD void finish(const Lanes& lanes, int x, int vector, float* scratch, float* row, T* to) const {
     constexpr float none = -std::numeric_limits<float>::infinity();
     const DecodeState dense = join_blocks<dim>(lanes, near, x, vector, row);
-    const DecodeState coded = join_blocks<dim>(lanes, body, x, vector, scratch);
+    const DecodeState coded = join_blocks<basis>(lanes, body, x, vector, scratch);
     float top = std::fmax(dense.max, coded.max), sink = none;
     if (body.sink_logits != nullptr && top != none) {
       constexpr float log2e = 1.44269504f;
@@ -304,10 +353,8 @@ struct FinishWork {
     const float of_sink = sink == none ? 0.f : fast_exp2(sink - top);
     const float sum = of_dense * dense.sum + of_coded * coded.sum + of_sink, inverse = sum > 0 ? 1 / sum : sum == 0 ? 0.f : sum;
     lanes.each([&](int lane) {
-      for (int d = lane; d < dim; d += Lanes::size) {
-        row[d] *= of_dense * inverse;
-        scratch[d] *= of_coded * inverse;
-      }
+      for (int d = lane; d < dim; d += Lanes::size) row[d] *= of_dense * inverse;
+      for (int d = lane; d < basis; d += Lanes::size) scratch[d] *= of_coded * inverse;
     });
     Value{}.finish(lanes, scratch, row);
     lanes.each([&](int lane) {
@@ -422,16 +469,18 @@ struct CountWork {
 };
 
 // Launches a step: near is that of the dense rows. width, items and what is counted are set here.
-template <class Key, class Value, bool limited, int width = 8, class Device, class T>
+template <class Codec, bool limited, int width = 8, class Device, class T>
 Status launch_decode(Device& device, DecodeStep<T> body, DecodeStep<T> near, T* out) {
-  using Plain = Dense<Half, Key::head_dim>;
+  using Key = typename Codec::key_type;
+  using Value = typename Codec::value_type;
+  using Plain = typename Codec::near_type;
   for (DecodeStep<T>* step : {&body, &near}) {
     step->width = width;
     step->split.items = step->entries * step->tiles();
   }
   const int items = body.split.items;
   if (items == 0) return success();
-  KVT_TRY(device.launch(CountWork<T>{body, near, LayoutOf<Key, Value>::bytes, LayoutOf<Plain, Plain>::bytes}, 2));
+  KVT_TRY(device.launch(CountWork<T>{body, near, LayoutOf<Key, Value>::bytes, DenseLayoutOf<Plain>::bytes}, 2));
   KVT_TRY(device.launch(DecodeWork<Key, Value, limited, width, T>{body}, body.split.blocks));
   KVT_TRY(device.launch(DecodeWork<Plain, Plain, limited, width, T>{near}, near.split.blocks));
   return device.launch(FinishWork<Value, T>{body, near, out}, items * width);

@@ -93,8 +93,8 @@ class DeviceCache {
   using Key = typename Codec::key_type;
   using Value = typename Codec::value_type;
   static constexpr int head_dim = Codec::head_dim;
-  static_assert(std::is_same_v<typename Codec::near_type, Dense<Half, head_dim>>, "dense rows on a device are fp16");
-  using Plain = Dense<Half, head_dim>;
+  static_assert(LaneRowCodec<Key> && LaneRowCodec<Value>, "a device encodes and reads rows one by one; this codec cannot");
+  using Plain = typename Codec::near_type;
   using Pool = PagePool<Codec, Device>;
 
   DeviceCache() = default;
@@ -192,7 +192,7 @@ class DeviceCache {
                      room_[h]);
       }
     }
-    KVT_TRY(device_->launch(AppendWork<Key, Value, T>{heads(layer), keys, values, positions, n, geometry_.num_kv_heads},
+    KVT_TRY(device_->launch(AppendWork<Codec, T>{heads(layer), keys, values, positions, n, geometry_.num_kv_heads},
                             geometry_.num_kv_heads));
     count(layer, n);
     return success();
@@ -218,7 +218,7 @@ class DeviceCache {
       return status;
     }
     forget_blocks();
-    return device_->launch(CutWork<Key, Value>{heads(0), keep, stride}, geometry_.num_heads());
+    return device_->launch(CutWork<Codec>{heads(0), keep, stride}, geometry_.num_heads());
   }
   // Drops the rows at `position` and after it. What a head may have stays as it was until refresh().
   Status truncate(int position) {
@@ -230,7 +230,7 @@ class DeviceCache {
       return status;
     }
     forget_blocks();
-    return device_->launch(TruncateWork<Key, Value>{heads(0), position}, geometry_.num_heads());
+    return device_->launch(TruncateWork<Codec>{heads(0), position}, geometry_.num_heads());
   }
   // Makes `child` a copy that lives on its own, with pages of the same pool; what was reserved is not copied. The child's own
   // rows are gone then; it keeps them if there is no room for the copy.
@@ -248,7 +248,7 @@ class DeviceCache {
     child.short_ends_ = short_ends_;
     for (std::size_t h = 0; h < pages_.size(); ++h) KVT_TRY(child.take_pages(h, pages_[h].size()));
     child.bound_ = child.room_ = bound_;
-    return device_->launch(ForkWork<Key, Value>{heads(0), child.heads(0)}, geometry_.num_heads());
+    return device_->launch(ForkWork<Codec>{heads(0), child.heads(0)}, geometry_.num_heads());
   }
   // Waits for the device, reads how many rows heads have, and gives the pages back that they do not need. What was reserved and
   // not used is gone.
@@ -412,7 +412,7 @@ class DeviceCache {
   }
 
  private:
-  static constexpr long long near_page_bytes = SlicePages::bytes_of_page(LayoutOf<Plain, Plain>::bytes);
+  static constexpr long long near_page_bytes = SlicePages::bytes_of_page(DenseLayoutOf<Plain>::bytes);
 
   // Dense rows of a head at most, and pages for them.
   static int most_dense(const DeviceCacheOptions& options) {
@@ -528,7 +528,8 @@ class DecodePlan {
   static constexpr int head_dim = Codec::head_dim;
 
   // The caches of a batch, of one geometry; they must outlive the plan, and init() comes again after theirs. max_queries: of a
-  // sequence in one attend(), for which there is room then: 8 head_dim bytes for each of their vectors.
+  // sequence in one attend(), for which there is room then: 8 head_dim bytes for each of their vectors (TurboQuantUnbiased:
+  // 12).
   Status init(Device& device, std::span<const Cache* const> caches, int max_queries = 1) {
     if (caches.empty()) return error(Errc::bad_shape, "a batch of no caches");
     const Geometry& geometry = caches[0]->geometry();
@@ -565,8 +566,8 @@ class DecodePlan {
     KVT_TRY(body.template count_blocks<Key, Value>(device));
     KVT_TRY(near.template count_blocks<Plain, Plain>(device));
     KVT_TRY(pages.allocate(device, 2 * layers * entries));
-    KVT_TRY(body.init(device, items, static_cast<std::size_t>(width)));
-    KVT_TRY(near.init(device, items, static_cast<std::size_t>(width)));
+    KVT_TRY(body.init(device, items, static_cast<std::size_t>(width), max_basis_dim<Value>));
+    KVT_TRY(near.init(device, items, static_cast<std::size_t>(width), head_dim));
     KVT_TRY(device.copy_to(pages.data(), host.data(), host.size() * sizeof(SlicePages)));
     device_ = &device;
     geometry_ = geometry;
@@ -621,7 +622,7 @@ class DecodePlan {
     };
     const auto launch = [&](auto kind) {
       constexpr Kind k = decltype(kind)::value;
-      return launch_decode < Key, Value, k != all_seen,
+      return launch_decode < Codec, k != all_seen,
              k == wide ? widest : 8 > (*device_, step(body_, false, body_.blocks[k]), step(near_, true, near_.blocks[k]), out);
     };
     if (widest > 8 && static_cast<long long>(n) * geometry_.group_size() > 8) return launch(Is<wide>{});
@@ -635,7 +636,7 @@ class DecodePlan {
   enum Kind { all_seen, limited, wide };
   template <Kind kind>
   using Is = std::integral_constant<Kind, kind>;
-  static constexpr int widest = head_dim <= 128 ? 16 : 8;  // vectors at a time, where registers allow
+  static constexpr int widest = widest_decode<Key, Value>;
 
   // Slices counted and partial results, of encoded or of dense rows; used by one layer after another.
   struct Side {
@@ -650,13 +651,14 @@ class DecodePlan {
       KVT_TRY(device.template resident_blocks<DecodeWork<K, V, true, 8, T>>(blocks[limited]));
       return device.template resident_blocks<DecodeWork<K, V, true, widest, T>>(blocks[wide]);
     }
-    Status init(Device& device, std::size_t items, std::size_t width) {
+    // row: elements of a partial result.
+    Status init(Device& device, std::size_t items, std::size_t width, std::size_t row) {
       const auto vectors = (items + static_cast<std::size_t>(*std::max_element(blocks, blocks + 3))) * width;
       KVT_TRY(first_slice.allocate(device, items + 1));
       KVT_TRY(seen.allocate(device, items));
       KVT_TRY(max.allocate(device, vectors));
       KVT_TRY(sum.allocate(device, vectors));
-      return rows.allocate(device, vectors * head_dim);
+      return rows.allocate(device, vectors * row);
     }
     long long bytes() const { return first_slice.bytes() + seen.bytes() + max.bytes() + sum.bytes() + rows.bytes(); }
   };

@@ -31,8 +31,6 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
   static_assert(BudgetAllocator<Budget>, "the first policy is a budget allocator");
   static_assert(DeviceTokenSelector<Selector>, "the token selector has no side for devices");
   using Rows = DeviceCache<Codec, Device>;
-  using Key = typename Codec::key_type;
-  using Value = typename Codec::value_type;
 
  public:
   // Queries are kept only if the selector needs them: fp32, for the life of the cache.
@@ -160,7 +158,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
       KVT_TRY(window_.check_seen(want.num_kv_heads));
       KVT_TRY(mass.allocate(device, places));
     }
-    const ScoreWork<Key, Value, Selector> work{this->all_heads(), selector_, scores, stride, window_.queries(), mass.data()};
+    const ScoreWork<Codec, Selector> work{this->all_heads(), selector_, scores, stride, window_.queries(), mass.data()};
     KVT_TRY(device.launch(work, static_cast<int>(want.seen.size())));
     if constexpr (EvidenceSet(Budget::needs).has(Evidence::scores)) {
       std::vector<float> padded(places);

@@ -6,8 +6,8 @@
 //   MarkWork    the rows with the highest scores, the first of equal ones: see cut() in store/cut.hpp
 //
 // A selector that works on a device has, beside score() for the host:
-//   Shared<dim, warps>                              memory that the warps share
-//   score_on_device(block, rows, shared, scores)    rows: see ScoredRows
+//   Shared<size, warps>                             memory that the warps share; a key takes up to `size` elements while it is
+//   read score_on_device(block, rows, shared, scores)    rows: see ScoredRows
 // or, if it needs queries,
 //   score_on_device(block, rows, window, shared, scores)    window: see WindowMass; it has one query or more
 // and, if not all it may be told makes sense, check(), which returns a Status.
@@ -23,12 +23,13 @@
 namespace kvt::inline v0 {
 
 // The rows of a head in the order of their positions, wherever they are stored.
-template <class KeyCodec, class Value>
+template <class Codec>
 struct ScoredRows {
-  using Key = KeyCodec;
-  static constexpr int dim = Key::head_dim, warps = 8;
-  using Body = LayoutOf<Key, Value>;
-  using Near = LayoutOf<Dense<Half, dim>, Dense<Half, dim>>;
+  using Key = typename Codec::key_type;
+  using Plain = typename Codec::near_type;
+  using Body = LayoutOf<Key, typename Codec::value_type>;
+  using Near = DenseLayoutOf<Plain>;
+  static constexpr int dim = Key::head_dim, basis = max_basis_dim<Key>, warps = 8;
 
   const SlicePages &near, &body;
   int sinks, encoded, count;
@@ -60,28 +61,18 @@ struct ScoredRows {
     }
     return first;
   }
-  // Key r to `to` [dim], in the basis of the key codec: angles and lengths are those of keys as they came.
+  // Key r to `to` [dim], and more that has no meaning up to [basis], as the key codec turns rows: angles and lengths are those
+  // of keys as they came.
   template <class Lanes>
   KVT_HD void key(const Lanes& lanes, int r, float* to) const {
     const int slice = place(r) / slice_rows, row = place(r) % slice_rows;
     if (is_encoded(r)) {
-      const std::byte* const from = body.at(slice, Body::bytes);
-      float scale = 1;
-      if constexpr (Body::Keys::scaled) {
-        Half stored;
-        std::memcpy(&stored, from + Body::key_scale_at(row), sizeof stored);
-        scale = to_float(stored);
-      }
-      lanes.each([&](int lane) {
-        for (int d = lane; d < dim; d += Lanes::size) {
-          to[d] = scale * FragmentsOf<Key>::value(Body::template element<true>(from, row, d));
-        }
-      });
+      encoded_key(lanes, body.at(slice, Body::bytes), row, to);
     } else {
       const std::byte* const from = near.at(slice, Near::bytes);
       lanes.each([&](int lane) {
         for (int d = lane; d < dim; d += Lanes::size) {
-          Half x;
+          typename Plain::Element x;
           std::memcpy(&x, from + Near::template dense_at<true>(row, d), sizeof x);
           to[d] = to_float(x);
         }
@@ -89,17 +80,43 @@ struct ScoredRows {
       Key{}.prepare(lanes, to, 1.f, to);
     }
   }
+
+ private:
+  template <class Lanes>
+  KVT_HD static void encoded_key(const Lanes& lanes, const std::byte* slice, int row, float* to) {
+    if constexpr (Body::fragments) {
+      float scale = 1;
+      if constexpr (Body::Keys::scaled) {
+        Half stored;
+        std::memcpy(&stored, slice + Body::key_scale_at(row), sizeof stored);
+        scale = to_float(stored);
+      }
+      lanes.each([&](int lane) {
+        for (int d = lane; d < dim; d += Lanes::size) {
+          to[d] = scale * FragmentsOf<Key>::value(Body::template element<true>(slice, row, d));
+        }
+      });
+    } else {
+      const float scale = Key{}.row_scale(slice, row);
+      lanes.each([&](int lane) {
+        LaneRow<basis, Lanes::size> x;
+        Key{}.template load<Lanes::size>(slice, slice_rows, row, lane, x);
+        for (int d = lane; d < basis; d += Lanes::size) to[d] = scale * x.x[d / Lanes::size];
+      });
+      if constexpr (basis != dim) Key{}.to_rotated(lanes, to);
+    }
+  }
 };
 
-template <class Key, class Value, class Selector>
+template <class Codec, class Selector>
 struct ScoreWork {
-  using Rows = ScoredRows<Key, Value>;
+  using Rows = ScoredRows<Codec>;
   using Window = WindowMass<Rows>;
   static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
   static constexpr int warps = Rows::warps, blocks = needs_queries ? Window::blocks : 1,
                        dynamic_bytes = needs_queries ? Window::table_bytes : 0;
   struct Shared {
-    typename Selector::template Shared<Rows::dim, warps> own;
+    typename Selector::template Shared<Rows::basis, warps> own;
     std::conditional_t<needs_queries, typename Window::Shared, std::byte> window;
   };
 
@@ -116,9 +133,11 @@ struct ScoreWork {
     const Rows rows(heads, h);
     float* const own = scores + h * stride;
     if constexpr (needs_queries) {
-      block.each_warp([&](const Lanes& lanes, int warp) {
-        lanes.each([&](int lane) { Rows::Body::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
-      });
+      if constexpr (dynamic_bytes > 0) {
+        block.each_warp([&](const Lanes& lanes, int warp) {
+          lanes.each([&](int lane) { Rows::Body::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
+        });
+      }
       const Window window{rows, queries, h, shared.window, table, mass + h * stride};
       selector.score_on_device(block, rows, window, shared.own, own);
     } else {

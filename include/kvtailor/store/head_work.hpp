@@ -31,20 +31,99 @@ struct DeviceHeads {
 
 namespace detail {
 
+struct Nothing {};
+
+template <class Layout>
+KVT_HD void write_scales(std::byte* slice, int row, Half key, Half value) {
+  if constexpr (Layout::Keys::scaled) std::memcpy(slice + Layout::key_scale_at(row), &key, sizeof key);
+  if constexpr (Layout::Values::scaled) std::memcpy(slice + Layout::value_scale_at(row), &value, sizeof value);
+}
+
+// Rows on their way from slice to slice, by their codes, in memory that the warps of a block share.
+template <class Layout>
+struct MovingRows {
+  static constexpr int count = slice_rows, dim = Layout::dim;
+  std::uint16_t key[count][dim], value[count][dim];
+  Half scale[2][count];
+
+  // A row of a slice to place k.
+  template <class Lanes>
+  KVT_HD void read(const Lanes& lanes, const std::byte* from, int row, int k) {
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) {
+        key[k][d] = static_cast<std::uint16_t>(Layout::template element<true>(from, row, d));
+        value[k][d] = static_cast<std::uint16_t>(Layout::template element<false>(from, row, d));
+      }
+    });
+    lanes.once([&] {
+      if constexpr (Layout::Keys::scaled) std::memcpy(&scale[0][k], from + Layout::key_scale_at(row), sizeof(Half));
+      if constexpr (Layout::Values::scaled) std::memcpy(&scale[1][k], from + Layout::value_scale_at(row), sizeof(Half));
+    });
+  }
+  // The first n places to a slice, which has no other rows then.
+  template <class Block>
+  KVT_HD void write(const Block& block, std::byte* to, int, int n) const {
+    using Lanes = typename Block::Lanes;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      if (warp == 0) Layout::template pack<true>(lanes, to, 0, [&](int r, int d) { return r < n ? key[r][d] : -1; });
+      if (warp == 1) Layout::template pack<false>(lanes, to, 0, [&](int r, int d) { return r < n ? value[r][d] : -1; });
+      if (warp == 2) {
+        lanes.each([&](int r) { write_scales<Layout>(to, r, r < n ? scale[0][r] : Half{0}, r < n ? scale[1][r] : Half{0}); });
+      }
+    });
+  }
+};
+// As many as fit: writing some rows of a slice leaves the others alone.
 template <class Key, class Value>
+struct MovingRows<RowSlices<Key, Value>> {
+  using Layout = RowSlices<Key, Value>;
+  static constexpr int row_bytes = Key::row_bytes + Value::row_bytes, count = row_bytes <= 1280 ? slice_rows : slice_rows / 2;
+  alignas(16) std::byte keys[count * Key::row_bytes];
+  alignas(16) std::byte values[count * Value::row_bytes];
+
+  template <class Lanes>
+  KVT_HD void read(const Lanes& lanes, const std::byte* from, int row, int k) {
+    Key{}.copy_row(lanes, from, slice_rows, row, keys, count, k);
+    Value{}.copy_row(lanes, from + Layout::values_at, slice_rows, row, values, count, k);
+  }
+  // The first n places to a slice from row `first` on.
+  template <class Block>
+  KVT_HD void write(const Block& block, std::byte* to, int first, int n) const {
+    using Lanes = typename Block::Lanes;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      for (int k = warp; k < n; k += Block::warps) {
+        Key{}.copy_row(lanes, keys, count, k, to, slice_rows, first + k);
+        Value{}.copy_row(lanes, values, count, k, to + Layout::values_at, slice_rows, first + k);
+      }
+    });
+  }
+};
+
+template <class Codec>
 struct HeadRows {
-  static constexpr int dim = Key::head_dim, warps = 8;
+  using Key = typename Codec::key_type;
+  using Value = typename Codec::value_type;
+  using Plain = typename Codec::near_type;
+  using Element = typename Plain::Element;
   using Body = LayoutOf<Key, Value>;
-  using Plain = Dense<Half, dim>;
-  using Near = LayoutOf<Plain, Plain>;
-  struct Encoding {
-    float row[warps][dim];
-    alignas(16) std::byte keys[slice_rows][(Key::row_bytes + 15) / 16 * 16];  // encoded one by one
+  using Near = DenseLayoutOf<Plain>;
+  static constexpr int dim = Key::head_dim;
+  static constexpr int scratch_floats =
+      Key::scratch_floats > Value::scratch_floats ? Key::scratch_floats : Value::scratch_floats;
+  static constexpr int warps = scratch_floats <= 1088 ? 8 : 4;  // rows that are encoded at once, in 34 KiB
+  // Rows that go into fragments, encoded one by one.
+  struct Encoded {
+    alignas(16) std::byte keys[slice_rows][(Key::row_bytes + 15) / 16 * 16];
     alignas(16) std::byte values[slice_rows][(Value::row_bytes + 15) / 16 * 16];
   };
+  struct Encoding : std::conditional_t<Body::fragments, Encoded, Nothing> {
+    float row[warps][scratch_floats];
+  };
   struct Moving {
-    std::uint16_t key[slice_rows][dim], value[slice_rows][dim];
-    Half scale[2][slice_rows];
+    union {
+      MovingRows<Near> near;
+      MovingRows<Body> body;
+    };
     int position[slice_rows], source[slice_rows];
   };
   struct Shared {
@@ -75,37 +154,57 @@ struct HeadRows {
   KVT_HD int compact(const Block& block, int rows, Kept&& kept) const {
     using Lanes = typename Block::Lanes;
     using Layout = std::conditional_t<dense, Near, Body>;
+    constexpr int most = MovingRows<Layout>::count;
     const SlicePages& pages = dense ? near : body;
+    auto& moving = [this]() -> auto& {
+      if constexpr (dense) {
+        return shared.moving.near;
+      } else {
+        return shared.moving.body;
+      }
+    }
+    ();
     block.each_warp([&](const Lanes& lanes, int warp) {
       if (warp == 0) lanes.once([&] { shared.next = 0; });
     });
-    for (int done = 0;; done += slice_rows) {
+    for (int done = 0;; done += most) {
       block.each_warp([&](const Lanes& lanes, int warp) {
-        if (warp == 0) find_sources(lanes, rows, kept);
+        if (warp == 0) find_sources<most>(lanes, rows, kept);
       });
       const int count = shared.count;
       if (count == 0) return done;
       block.each_warp([&](const Lanes& lanes, int warp) {
-        for (int k = warp; k < count; k += warps) read_row<Layout>(lanes, pages, k);
+        for (int k = warp; k < count; k += warps) {
+          const int slice = shared.moving.source[k] / slice_rows, row = shared.moving.source[k] % slice_rows;
+          moving.read(lanes, pages.at(slice, Layout::bytes), row, k);
+          lanes.once([&] { shared.moving.position[k] = pages.positions(slice, Layout::bytes)[row]; });
+        }
       });
-      write_slice<Layout>(block, pages, done / slice_rows, count);
-      if (count < slice_rows) return done + count;
+      const int slice = done / slice_rows, first = done % slice_rows;
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        if (warp != 3) return;
+        lanes.each([&](int k) {
+          if (k < count) pages.positions(slice, Layout::bytes)[first + k] = shared.moving.position[k];
+        });
+      });
+      moving.write(block, pages.at(slice, Layout::bytes), first, count);
+      if (count < most) return done + count;
     }
   }
 
  private:
-  // The next slice_rows rows that are kept, or those that are left: shared.source, shared.count; shared.next goes on.
-  template <class Lanes, class Kept>
+  // The next `most` rows that are kept, or those that are left: shared.source, shared.count; shared.next goes on.
+  template <int most, class Lanes, class Kept>
   KVT_HD void find_sources(const Lanes& lanes, int rows, Kept&& kept) const {
     int next = shared.next, count = 0;
-    while (next < rows && count < slice_rows) {
+    while (next < rows && count < most) {
       typename Lanes::template Reg<int> own, before;
       lanes.each([&](int lane) { own[lane] = before[lane] = next + lane < rows && kept(next + lane) ? 1 : 0; });
       lanes.exclusive_scan(before);
       // Lanes whose row finds no room any more come again.
       typename Lanes::template Reg<int> taken;
       lanes.each([&](int lane) {
-        taken[lane] = count + before[lane] + own[lane] <= slice_rows ? 1 : 0;
+        taken[lane] = count + before[lane] + own[lane] <= most ? 1 : 0;
         if (taken[lane] != 0 && own[lane] != 0) shared.moving.source[count + before[lane]] = next + lane;
         before[lane] += own[lane];
       });
@@ -119,50 +218,6 @@ struct HeadRows {
       shared.count = count;
     });
   }
-  template <class Layout, class Lanes>
-  KVT_HD void read_row(const Lanes& lanes, const SlicePages& pages, int k) const {
-    const int slice = shared.moving.source[k] / slice_rows, row = shared.moving.source[k] % slice_rows;
-    const std::byte* const from = pages.at(slice, Layout::bytes);
-    lanes.each([&](int lane) {
-      for (int d = lane; d < dim; d += Lanes::size) {
-        shared.moving.key[k][d] = static_cast<std::uint16_t>(Layout::template element<true>(from, row, d));
-        shared.moving.value[k][d] = static_cast<std::uint16_t>(Layout::template element<false>(from, row, d));
-      }
-    });
-    lanes.once([&] {
-      if constexpr (Layout::Keys::scaled)
-        std::memcpy(&shared.moving.scale[0][k], from + Layout::key_scale_at(row), sizeof(Half));
-      if constexpr (Layout::Values::scaled) {
-        std::memcpy(&shared.moving.scale[1][k], from + Layout::value_scale_at(row), sizeof(Half));
-      }
-      shared.moving.position[k] = pages.positions(slice, Layout::bytes)[row];
-    });
-  }
-  template <class Layout, class Block>
-  KVT_HD void write_slice(const Block& block, const SlicePages& pages, int slice, int count) const {
-    using Lanes = typename Block::Lanes;
-    std::byte* const to = pages.at(slice, Layout::bytes);
-    block.each_warp([&](const Lanes& lanes, int warp) {
-      if (warp == 0) {
-        Layout::template pack<true>(lanes, to, 0, [&](int r, int d) { return r < count ? shared.moving.key[r][d] : -1; });
-      }
-      if (warp == 1) {
-        Layout::template pack<false>(lanes, to, 0, [&](int r, int d) { return r < count ? shared.moving.value[r][d] : -1; });
-      }
-      if (warp == 2) {
-        lanes.each([&](int r) {
-          if (r < count) pages.positions(slice, Layout::bytes)[r] = shared.moving.position[r];
-          write_scales<Layout>(to, r, r < count ? shared.moving.scale[0][r] : Half{0},
-                               r < count ? shared.moving.scale[1][r] : Half{0});
-        });
-      }
-    });
-  }
-  template <class Layout>
-  KVT_HD static void write_scales(std::byte* slice, int row, Half key, Half value) {
-    if constexpr (Layout::Keys::scaled) std::memcpy(slice + Layout::key_scale_at(row), &key, sizeof key);
-    if constexpr (Layout::Values::scaled) std::memcpy(slice + Layout::value_scale_at(row), &value, sizeof value);
-  }
 
   // Dense rows from `row` on to rows of the body from `to` on, all in one slice; rows before are kept.
   template <class Block>
@@ -170,15 +225,29 @@ struct HeadRows {
     using Lanes = typename Block::Lanes;
     const int slice = to / slice_rows, begin = to % slice_rows;
     auto& encoding = shared.encoding;
+    std::byte* const out = body.at(slice, Body::bytes);
     block.each_warp([&](const Lanes& lanes, int warp) {
       for (int i = warp; i < count; i += warps) {
-        const std::byte* const dense = near.at((row + i) / slice_rows, Near::bytes);
-        const int r = (row + i) % slice_rows;
-        encode_row<Key, true>(lanes, dense, r, encoding.row[warp], encoding.keys[begin + i]);
-        encode_row<Value, false>(lanes, dense, r, encoding.row[warp], encoding.values[begin + i]);
+        const int from = (row + i) / slice_rows, r = (row + i) % slice_rows;
+        const std::byte* const dense = near.at(from, Near::bytes);
+        float* const scratch = encoding.row[warp];
+        if constexpr (Body::fragments) {
+          encode_row<Key, true>(lanes, dense, r, scratch, encoding.keys[begin + i], 1, 0);
+          encode_row<Value, false>(lanes, dense, r, scratch, encoding.values[begin + i], 1, 0);
+        } else {
+          encode_row<Key, true>(lanes, dense, r, scratch, out, slice_rows, begin + i);
+          encode_row<Value, false>(lanes, dense, r, scratch, out + Body::values_at, slice_rows, begin + i);
+        }
+        lanes.once([&] { body.positions(slice, Body::bytes)[begin + i] = near.positions(from, Near::bytes)[r]; });
       }
     });
-    std::byte* const out = body.at(slice, Body::bytes);
+    if constexpr (Body::fragments) pack(block, out, begin, count);
+  }
+  // Encoded rows from `begin` on to their slice.
+  template <class Block>
+  KVT_HD void pack(const Block& block, std::byte* out, int begin, int count) const {
+    using Lanes = typename Block::Lanes;
+    const auto& encoding = shared.encoding;
     block.each_warp([&](const Lanes& lanes, int warp) {
       const auto is_new = [&](int r) { return r >= begin && r < begin + count; };
       if (warp == 0) {
@@ -195,26 +264,25 @@ struct HeadRows {
           if (r < begin) return;
           Half scale[2] = {};
           if (is_new(r)) {
-            const int from = row + r - begin;
             std::memcpy(&scale[0], encoding.keys[r], sizeof(Half));
             std::memcpy(&scale[1], encoding.values[r], sizeof(Half));
-            body.positions(slice, Body::bytes)[r] = near.positions(from / slice_rows, Near::bytes)[from % slice_rows];
           }
           write_scales<Body>(out, r, scale[0], scale[1]);
         });
       }
     });
   }
-  template <class Codec, bool is_key, class Lanes>
-  KVT_HD static void encode_row(const Lanes& lanes, const std::byte* slice, int r, float* row, std::byte* to) {
+  template <class Part, bool is_key, class Lanes>
+  KVT_HD static void encode_row(const Lanes& lanes, const std::byte* slice, int r, float* row, std::byte* to, int to_n,
+                                int to_row) {
     lanes.each([&](int lane) {
       for (int d = lane; d < dim; d += Lanes::size) {
-        Half x;
+        Element x;
         std::memcpy(&x, slice + Near::template dense_at<is_key>(r, d), sizeof x);
         row[d] = to_float(x);
       }
     });
-    Codec{}.encode_row(lanes, row, to, 1, 0, row);
+    Part{}.encode_row(lanes, row, to, to_n, to_row, row);
   }
 };
 
@@ -234,12 +302,13 @@ KVT_HD void set_rows(const Block& block, const DeviceHeads& heads, int h, int de
 }  // namespace detail
 
 // One block for each KV head of a layer. T is Half, BFloat16 or float.
-template <class Key, class Value, class T>
+template <class Codec, class T>
 struct AppendWork {
-  using Rows = detail::HeadRows<Key, Value>;
+  using Rows = detail::HeadRows<Codec>;
   using Near = typename Rows::Near;
+  using Element = typename Rows::Element;
   using Shared = typename Rows::Shared;
-  static constexpr int dim = Key::head_dim, warps = Rows::warps, blocks = 1, dynamic_bytes = 0;
+  static constexpr int dim = Rows::dim, warps = Rows::warps, blocks = 1, dynamic_bytes = 0;
 
   DeviceHeads heads;
   const T *keys, *values;  // [n, num_heads, dim]
@@ -265,7 +334,7 @@ struct AppendWork {
   template <class Block>
   KVT_HD void write(const Block& block, const SlicePages& near, int h, int first) const {
     using Lanes = typename Block::Lanes;
-    for (int slice = (first + slice_rows - 1) / slice_rows; slice * slice_rows < first + n; ++slice) {
+    for (int slice = (first + slice_rows - 1) / slice_rows; Near::fragments && slice * slice_rows < first + n; ++slice) {
       std::byte* const at = near.at(slice, Near::bytes);
       block.each_warp([&](const Lanes& lanes, int warp) {
         lanes.each([&](int lane) {
@@ -282,7 +351,8 @@ struct AppendWork {
         const long long from = (static_cast<long long>(i) * num_heads + h) * dim;
         lanes.each([&](int lane) {
           for (int d = lane; d < dim; d += Lanes::size) {
-            const Half key = from_float<Half>(to_float(keys[from + d])), value = from_float<Half>(to_float(values[from + d]));
+            const auto key = from_float<Element>(to_float(keys[from + d]));
+            const auto value = from_float<Element>(to_float(values[from + d]));
             std::memcpy(to + Near::template dense_at<true>(row, d), &key, sizeof key);
             std::memcpy(to + Near::template dense_at<false>(row, d), &value, sizeof value);
           }
@@ -295,9 +365,9 @@ struct AppendWork {
 
 // One block for each head. keep [heads, stride]: row r of head h, in the order of positions, stays if keep[h * stride + r] is
 // not zero. Sink rows and the newest recent_rows stay in any case. Afterwards all but these are encoded.
-template <class Key, class Value>
+template <class Codec>
 struct CutWork {
-  using Rows = detail::HeadRows<Key, Value>;
+  using Rows = detail::HeadRows<Codec>;
   using Shared = typename Rows::Shared;
   static constexpr int warps = Rows::warps, blocks = 1, dynamic_bytes = 0;
 
@@ -327,9 +397,9 @@ struct CutWork {
 };
 
 // One block for each head. Rows at `position` and after it are dropped.
-template <class Key, class Value>
+template <class Codec>
 struct TruncateWork {
-  using Rows = detail::HeadRows<Key, Value>;
+  using Rows = detail::HeadRows<Codec>;
   struct Shared {};
   static constexpr int warps = 1, blocks = 1, dynamic_bytes = 0;
 
@@ -364,9 +434,9 @@ struct TruncateWork {
 };
 
 // One block for each head: its rows to those of another cache, which has as many pages.
-template <class Key, class Value>
+template <class Codec>
 struct ForkWork {
-  using Rows = detail::HeadRows<Key, Value>;
+  using Rows = detail::HeadRows<Codec>;
   struct Shared {};
   static constexpr int warps = Rows::warps, blocks = 1, dynamic_bytes = 0;
 

@@ -73,6 +73,32 @@ struct SliceRows {
 
   void read(const SlicePages& pages, int slice, int count) {
     const std::byte* const from = pages.at(slice, Layout::bytes);
+    for (int r = 0; r < count; ++r) positions[r] = pages.positions(slice, Layout::bytes)[r];
+    if constexpr (!Layout::fragments) {
+      for (int r = 0; r < count; ++r) {
+        Key{}.copy_row(from, slice_rows, r, keys[r], 1, 0);
+        Value{}.copy_row(from + Layout::values_at, slice_rows, r, values[r], 1, 0);
+      }
+    } else {
+      read_fragments(from, count);
+    }
+  }
+  // To a slice of zeros.
+  void write(const SlicePages& pages, int slice, int count) const {
+    std::byte* const to = pages.at(slice, Layout::bytes);
+    for (int r = 0; r < count; ++r) pages.positions(slice, Layout::bytes)[r] = positions[r];
+    if constexpr (!Layout::fragments) {
+      for (int r = 0; r < count; ++r) {
+        Key{}.copy_row(keys[r], 1, 0, to, slice_rows, r);
+        Value{}.copy_row(values[r], 1, 0, to + Layout::values_at, slice_rows, r);
+      }
+    } else {
+      write_fragments(to, count);
+    }
+  }
+
+ private:
+  void read_fragments(const std::byte* from, int count) {
     int elements[slice_rows][dim];
     Layout::template read<true>(from, elements);
     for (int r = 0; r < count; ++r) FragmentsOf<Key>::pack(elements[r], keys[r]);
@@ -81,12 +107,9 @@ struct SliceRows {
       FragmentsOf<Value>::pack(elements[r], values[r]);
       if constexpr (Layout::Keys::scaled) std::memcpy(keys[r], from + Layout::key_scale_at(r), sizeof(Half));
       if constexpr (Layout::Values::scaled) std::memcpy(values[r], from + Layout::value_scale_at(r), sizeof(Half));
-      positions[r] = pages.positions(slice, Layout::bytes)[r];
     }
   }
-  // To a slice of zeros.
-  void write(const SlicePages& pages, int slice, int count) const {
-    std::byte* const to = pages.at(slice, Layout::bytes);
+  void write_fragments(std::byte* to, int count) const {
     int elements[slice_rows][dim] = {};
     for (int r = 0; r < count; ++r) FragmentsOf<Key>::unpack(keys[r], elements[r]);
     Layout::template write<true>(elements, to);
@@ -94,14 +117,13 @@ struct SliceRows {
       FragmentsOf<Value>::unpack(values[r], elements[r]);
       if constexpr (Layout::Keys::scaled) std::memcpy(to + Layout::key_scale_at(r), keys[r], sizeof(Half));
       if constexpr (Layout::Values::scaled) std::memcpy(to + Layout::value_scale_at(r), values[r], sizeof(Half));
-      pages.positions(slice, Layout::bytes)[r] = positions[r];
     }
     Layout::template write<false>(elements, to);
   }
 };
 
 template <class Codec>
-using PlainRows = SliceRows<Dense<Half, Codec::head_dim>, Dense<Half, Codec::head_dim>>;
+using PlainRows = SliceRows<typename Codec::near_type, typename Codec::near_type>;
 
 // To slices of zeros.
 template <class Codec>

@@ -1,11 +1,12 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// WindowMass: the weight that the last queries give to each row of a head, by one block of threads with tensor cores.
+// WindowMass: the weight that the last queries give to each row of a head, by one block of threads.
 //
-// Logits are fragments as in DecodeWarp; up to 32 queries share each unpacked code. Rows are gone through twice, first for the
-// maximum and the sum of each query, then for weights: nothing but a number for each row is written down. A query is two fp16
-// numbers an element, what rounding leaves of the first in the second, so that a logit is as good as in fp32.
+// Logits are fragments as in DecodeWarp, or lie as in RowWarp; up to 32 queries share each unpacked code. Rows are gone through
+// twice, first for the maximum and the sum of each query, then for weights: nothing but a number for each row is written down.
+// A query of tensor cores is two fp16 numbers an element, what rounding leaves of the first in the second, so that a logit is
+// as good as in fp32.
 // Error: of logits, 2^-24 of the sizes of the products, and that of keys (two bits: levels right to 5e-4).
 #pragma once
 
@@ -18,16 +19,30 @@ namespace kvt::inline v0 {
 template <class Rows>
 struct WindowMass {
   using Key = typename Rows::Key;
+  using Plain = typename Rows::Plain;
+  using Body = typename Rows::Body;
+  using Near = typename Rows::Near;
   static constexpr int dim = Rows::dim, warps = Rows::warps;
   static constexpr int eights = dim <= 128 ? 4 : 2, vectors = 8 * eights;  // queries at a time
-  static constexpr int table_bytes = Rows::Body::table_bytes;
+  static constexpr int table_bytes = Body::table_bytes;
   // That registers are shared out among: codes beside the logits of so many queries need more than 128 a thread.
-  static constexpr int blocks = Rows::Body::Keys::scaled ? 1 : 2;
-  struct Shared {
+  static constexpr int blocks = std::is_same_v<Body, Near> && Body::fragments ? 2 : 1;
+
+ private:
+  struct Fragments {
     QueryFragments<dim> query[eights], rest[eights];
     float prepared[8 * dim];
-    float max[warps][vectors], sum[warps][vectors];
-    float top[vectors], share[vectors];  // of all rows: the maximum, and one over the sum, of 2^logit
+  };
+  static constexpr int of_body = Body::fragments ? 0 : Rows::basis, of_near = Near::fragments ? 0 : dim;
+
+ public:
+  struct Shared {
+    union {  // queries in the basis of the rows that are looked at
+      std::conditional_t<Body::fragments || Near::fragments, Fragments, std::byte> fragments;
+      float prepared[vectors * (of_body > of_near ? of_body : of_near) + 1];
+    };
+    float max[2][warps][vectors], sum[2][warps][vectors];  // of encoded rows, of dense ones
+    float top[vectors], share[vectors];                    // of all rows: the maximum, and one over the sum, of 2^logit
     int position[vectors];
   };
 
@@ -54,20 +69,16 @@ struct WindowMass {
           for (int v = lane; v < vectors; v += Lanes::size) shared.position[v] = v < m ? queries.position(head, first + v) : -1;
         });
       });
-      typename Block::template PerWarp<State<Lanes>> state;
       KVT_LOOP_ON_DEVICE
       for (int pass = 0; pass < 2; ++pass) {
-        pack<Key>(block, g, first, m);
+        pack<Key, Body>(block, g, first, m);
         block.each_warp([&](const Lanes& lanes, int warp) {
-          if (pass == 0) state[warp].start(lanes);
-          visit<typename Rows::Body>(lanes, warp, rows.body, rows.encoded, state[warp], pass, first > 0,
-                                     [&](int r) { return rows.sinks + r; });
+          visit<Key, Body>(lanes, warp, rows.body, rows.encoded, m, 0, pass, first > 0, [&](int r) { return rows.sinks + r; });
         });
-        pack<Dense<Half, dim>>(block, g, first, m);
+        pack<Plain, Near>(block, g, first, m);
         block.each_warp([&](const Lanes& lanes, int warp) {
-          visit<typename Rows::Near>(lanes, warp, rows.near, rows.count - rows.encoded, state[warp], pass, first > 0,
-                                     [&](int r) { return r < rows.sinks ? r : r + rows.encoded; });
-          if (pass == 0) state[warp].store(lanes, shared.max[warp], shared.sum[warp]);
+          visit<Plain, Near>(lanes, warp, rows.near, rows.count - rows.encoded, m, 1, pass, first > 0,
+                             [&](int r) { return r < rows.sinks ? r : r + rows.encoded; });
         });
         if (pass == 0) join(block);
       }
@@ -77,74 +88,89 @@ struct WindowMass {
 
  private:
   static constexpr float none = -std::numeric_limits<float>::infinity();
-  // A softmax of each query over the rows that a lane has seen.
-  template <class Lanes>
+  // A softmax of each query over the rows that a lane has seen. own: queries of each eight that a lane has logits of.
+  template <class Lanes, int own>
   struct State {
-    typename Lanes::template Reg<float> max[eights][2], sum[eights][2];
+    using Reg = typename Lanes::template Reg<float>;
+    static constexpr int count = own * eights;
+    Reg max[count], sum[count];
 
     KVT_HD KVT_INLINE void start(const Lanes& lanes) {
       KVT_UNROLL_ON_DEVICE
-      for (int k = 0; k < 2 * eights; ++k) {
-        max[k / 2][k % 2] = map(lanes, [](int) { return none; });
-        sum[k / 2][k % 2] = map(lanes, [](int) { return 0.f; });
+      for (int k = 0; k < count; ++k) {
+        max[k] = map(lanes, [](int) { return none; });
+        sum[k] = map(lanes, [](int) { return 0.f; });
       }
     }
-    KVT_HD KVT_INLINE void add(const Lanes& lanes, int e, int c, const typename Lanes::template Reg<Float4>& logit) {
-      const auto top = map(
-          lanes, [c](int, float m, const Float4& x) { return std::fmax(m, std::fmax(x.x[c], x.x[c + 2])); }, max[e][c], logit);
-      sum[e][c] = map(
+    template <class... Logit>
+    KVT_HD KVT_INLINE void add(const Lanes& lanes, int k, const Logit&... logit) {
+      const Reg top = map(
           lanes,
-          [c](int, float m, float now, float s, const Float4& x) {
-            if (now == none) return 0.f;
-            return s * fast_exp2(m - now) + (fast_exp2(x.x[c] - now) + fast_exp2(x.x[c + 2] - now));
+          [](int, float m, auto... x) {
+            ((m = std::fmax(m, x)), ...);
+            return m;
           },
-          max[e][c], top, sum[e][c], logit);
-      max[e][c] = top;
+          max[k], logit...);
+      sum[k] = map(
+          lanes,
+          [](int, float m, float now, float s, auto... x) {
+            if (now == none) return 0.f;
+            return s * fast_exp2(m - now) + (fast_exp2(x - now) + ...);
+          },
+          max[k], top, sum[k], logit...);
+      max[k] = top;
     }
     // Over all lanes, to [vectors].
     KVT_HD KVT_INLINE void store(const Lanes& lanes, float* max_to, float* sum_to) {
       KVT_UNROLL_ON_DEVICE
-      for (int k = 0; k < 2 * eights; ++k) {
-        auto &m = max[k / 2][k % 2], &s = sum[k / 2][k % 2];
-        for (int mask = 4; mask < 32; mask *= 2) {
-          const auto other_max = shuffle_xor(lanes, m, mask), other_sum = shuffle_xor(lanes, s, mask);
-          const auto top = map(
-              lanes, [](int, float a, float b) { return std::fmax(a, b); }, m, other_max);
-          s = map(
+      for (int k = 0; k < count; ++k) {
+        for (int mask = 8 / own; mask < 32; mask *= 2) {
+          const Reg other_max = shuffle_xor(lanes, max[k], mask), other_sum = shuffle_xor(lanes, sum[k], mask);
+          const Reg top = map(
+              lanes, [](int, float a, float b) { return std::fmax(a, b); }, max[k], other_max);
+          sum[k] = map(
               lanes,
-              [](int, float a, float b, float now, float own, float other) {
-                return now == none ? 0.f : own * fast_exp2(a - now) + other * fast_exp2(b - now);
+              [](int, float a, float b, float now, float s, float other) {
+                return now == none ? 0.f : s * fast_exp2(a - now) + other * fast_exp2(b - now);
               },
-              m, other_max, top, s, other_sum);
-          m = top;
+              max[k], other_max, top, sum[k], other_sum);
+          max[k] = top;
         }
         map(
             lanes,
             [&](int lane, float own_max, float own_sum) {
-              if (lane < 4) {
-                max_to[8 * (k / 2) + 2 * lane + k % 2] = own_max;
-                sum_to[8 * (k / 2) + 2 * lane + k % 2] = own_sum;
+              if (lane < 8 / own) {
+                max_to[8 * (k / own) + own * lane + k % own] = own_max;
+                sum_to[8 * (k / own) + own * lane + k % own] = own_sum;
               }
               return 0;
             },
-            m, s);
+            max[k], sum[k]);
       }
     }
   };
 
   // Queries `first` .. first + m - 1 in the basis of a codec; logits are times log2(e).
-  template <class Codec, class Block>
+  template <class Codec, class Layout, class Block>
   KVT_HD void pack(const Block& block, int g, int first, int m) const {
     using Lanes = typename Block::Lanes;
     constexpr float log2e = 1.44269504f;
-    for (int e = 0; e < eights; ++e) {
+    const auto prepare = [&](const Lanes& lanes, int v, float* to) {
+      const float* const query = queries.query(head, first + v) + static_cast<long long>(g) * dim;
+      Codec{}.prepare(lanes, query, queries.state[head].scale * log2e, to);
+    };
+    if constexpr (Layout::fragments) {
+      auto& to = shared.fragments;
+      for (int e = 0; e < eights; ++e) {
+        block.each_warp([&](const Lanes& lanes, int warp) {
+          if (8 * e + warp < m) prepare(lanes, 8 * e + warp, to.prepared + warp * dim);
+        });
+        block.each_warp(
+            [&](const Lanes& lanes, int warp) { to.query[e].pack(lanes, to.prepared, m - 8 * e, warp, warps, &to.rest[e]); });
+      }
+    } else {
       block.each_warp([&](const Lanes& lanes, int warp) {
-        if (8 * e + warp >= m) return;
-        const float* const query = queries.query(head, first + 8 * e + warp) + static_cast<long long>(g) * dim;
-        Codec{}.prepare(lanes, query, queries.state[head].scale * log2e, shared.prepared + warp * dim);
-      });
-      block.each_warp([&](const Lanes& lanes, int warp) {
-        shared.query[e].pack(lanes, shared.prepared, m - 8 * e, warp, warps, &shared.rest[e]);
+        for (int v = warp; v < m; v += warps) prepare(lanes, v, shared.prepared + v * max_basis_dim<Codec>);
       });
     }
   }
@@ -157,60 +183,140 @@ struct WindowMass {
       lanes.each([&](int lane) {
         for (int v = lane; v < vectors; v += Lanes::size) {
           float top = none, total = 0;
-          for (int w = 0; w < warps; ++w) top = std::fmax(top, shared.max[w][v]);
-          for (int w = 0; w < warps && top != none; ++w) total += shared.sum[w][v] * fast_exp2(shared.max[w][v] - top);
+          for (int w = 0; w < 2 * warps; ++w) top = std::fmax(top, shared.max[w / warps][w % warps][v]);
+          for (int w = 0; w < 2 * warps && top != none; ++w) {
+            total += shared.sum[w / warps][w % warps][v] * fast_exp2(shared.max[w / warps][w % warps][v] - top);
+          }
           shared.top[v] = top != none ? top : 0.f;
           shared.share[v] = total > 0 ? 1 / total : 0.f;
         }
       });
     });
   }
-  // A warp's share of `count` rows: in the first pass to its state, in the second to the mass of row rank(r).
-  template <class Layout, class Lanes, class Rank>
-  KVT_HD void visit(const Lanes& lanes, int warp, const SlicePages& pages, int count, State<Lanes>& state, int pass, bool add,
+  // A warp's share of `count` rows: in the first pass to its maximum and sum of side `part`, in the second to the mass of row
+  // rank(r).
+  template <class Codec, class Layout, class Lanes, class Rank>
+  KVT_HD void visit(const Lanes& lanes, int warp, const SlicePages& pages, int count, int m, int part, int pass, bool add,
                     Rank&& rank) const {
+    State<Lanes, Layout::fragments ? 2 : 1> state;
+    state.start(lanes);
+    for (int slice = warp; slice * slice_rows < count; slice += warps) {
+      const std::byte* const from = pages.at(slice, Layout::bytes);
+      const int* const positions = pages.positions(slice, Layout::bytes);
+      const int first = slice * slice_rows;
+      const auto rank_of = [&](int r) { return rank(first + r); };
+      if constexpr (Layout::fragments) {
+        visit_fragments<Layout>(lanes, from, positions, count - first, state, pass, add, rank_of);
+      } else {
+        visit_rows<Codec>(lanes, from, positions, count - first, m, state, pass, add, rank_of);
+      }
+    }
+    if (pass == 0) state.store(lanes, shared.max[part][warp], shared.sum[part][warp]);
+  }
+  // A slice, of which `left` rows are there.
+  template <class Layout, class Lanes, class Rank>
+  KVT_HD KVT_INLINE void visit_fragments(const Lanes& lanes, const std::byte* slice, const int* positions, int left,
+                                         State<Lanes, 2>& state, int pass, bool add, Rank&& rank) const {
     using Reader = DecodeWarp<Layout, Lanes>;
     using Keys = typename Layout::Keys;
-    for (int slice = warp; slice * slice_rows < count; slice += warps) {
-      const auto at = Reader::place(lanes, pages.at(slice, Layout::bytes));
-      typename Lanes::template Reg<std::uint32_t> words[Reader::template kept<Keys>], scales[4] = {};
-      Reader::template fetch<Keys>(lanes, at.words, words);
-      Reader::load_scales(lanes, at, scales);
-      Reader::template each_half<Keys>(lanes, at.words, words, [&](int half, int first) {
-        typename Lanes::template Reg<Float4> logit[eights];
-        for (int e = 0; e < eights; ++e) logit[e] = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
+    const auto at = Reader::place(lanes, slice);
+    typename Lanes::template Reg<std::uint32_t> words[Reader::template kept<Keys>], scales[4] = {};
+    Reader::template fetch<Keys>(lanes, at.words, words);
+    Reader::load_scales(lanes, at, scales);
+    Reader::template each_half<Keys>(lanes, at.words, words, [&](int half, int first) {
+      typename Lanes::template Reg<Float4> logit[eights];
+      for (int e = 0; e < eights; ++e) logit[e] = map(lanes, [](int) { return Float4{{0, 0, 0, 0}}; });
+      KVT_UNROLL_ON_DEVICE
+      for (int k = 0; k < dim / 16; ++k) {
+        typename Lanes::template Reg<std::uint32_t> a[4];
+        Reader::template registers<Keys>(lanes, at.words, words, first + k, table, a);
         KVT_UNROLL_ON_DEVICE
-        for (int k = 0; k < dim / 16; ++k) {
-          typename Lanes::template Reg<std::uint32_t> a[4];
-          Reader::template registers<Keys>(lanes, at.words, words, first + k, table, a);
-          KVT_UNROLL_ON_DEVICE
-          for (int e = 0; e < eights; ++e) {
-            const auto part = [&](const QueryFragments<dim>& q, int i) {
-              return map(lanes, [&](int lane) { return q.word[k][i][lane]; });
-            };
-            mma(lanes, logit[e], a, part(shared.query[e], 0), part(shared.query[e], 1));
-            mma(lanes, logit[e], a, part(shared.rest[e], 0), part(shared.rest[e], 1));
-          }
+        for (int e = 0; e < eights; ++e) {
+          const auto part = [&](const QueryFragments<dim>& q, int i) {
+            return map(lanes, [&](int lane) { return q.word[k][i][lane]; });
+          };
+          mma(lanes, logit[e], a, part(shared.fragments.query[e], 0), part(shared.fragments.query[e], 1));
+          mma(lanes, logit[e], a, part(shared.fragments.rest[e], 0), part(shared.fragments.rest[e], 1));
         }
-        const int row = slice * slice_rows + 16 * half;
-        const int* const positions = pages.positions(slice, Layout::bytes) + 16 * half;
+      }
+      KVT_UNROLL_ON_DEVICE
+      for (int e = 0; e < eights; ++e) {
+        finish<Layout>(lanes, scales, half, e, left - 16 * half, positions + 16 * half, logit[e]);
+      }
+      if (pass == 0) {
         KVT_UNROLL_ON_DEVICE
-        for (int e = 0; e < eights; ++e) finish<Layout>(lanes, scales, half, e, count - row, positions, logit[e]);
+        for (int k = 0; k < 2 * eights; ++k) {
+          const auto of_row = [&](int i) {
+            return map(
+                lanes, [i](int, const Float4& x) { return x.x[i]; }, logit[k / 2]);
+          };
+          state.add(lanes, k, of_row(k % 2), of_row(k % 2 + 2));
+        }
+      } else {
+        store_weights(lanes, logit, left - 16 * half, add, [&](int r) { return rank(16 * half + r); });
+      }
+    });
+  }
+  // The same, where logits lie as in RowWarp.
+  template <class Codec, class Lanes, class Rank>
+  KVT_HD KVT_INLINE void visit_rows(const Lanes& lanes, const std::byte* slice, const int* positions, int left, int m,
+                                    State<Lanes, 1>& state, int pass, bool add, Rank&& rank) const {
+    using Reg = typename Lanes::template Reg<float>;
+    const int last = left < slice_rows ? left - 1 : slice_rows - 1;
+    const float cap = queries.state[head].soft_cap * 1.44269504f;
+    KVT_LOOP_ON_DEVICE
+    for (int row = 0; row <= last; row += 4) {
+      FourRows<Codec, Lanes> keys(lanes, slice, row, last);
+      const auto own_row = [=](int lane) { return row + lane / 8 < last ? row + lane / 8 : last; };
+      const Reg scale = map(lanes, [=](int lane) { return Codec{}.row_scale(slice, own_row(lane)); });
+      Reg weight = map(lanes, [](int) { return 0.f; });
+      KVT_UNROLL_ON_DEVICE
+      for (int e = 0; e < eights; ++e) {
+        const Reg logit = map(
+            lanes,
+            [&](int lane, float x, float by) {
+              x *= by;
+              if (cap > 0) x = cap * std::tanh(x / cap);
+              return row + lane / 8 <= last && sees(8 * e + lane % 8, positions[own_row(lane)]) ? x : none;
+            },
+            keys.products(lanes, shared.prepared + 8 * e * max_basis_dim<Codec>, m - 8 * e), scale);
         if (pass == 0) {
-          KVT_UNROLL_ON_DEVICE
-          for (int k = 0; k < 2 * eights; ++k) state.add(lanes, k / 2, k % 2, logit[k / 2]);
+          state.add(lanes, e, logit);
         } else {
-          store_weights(lanes, logit, count - row, add, [&](int r) { return rank(row + r); });
+          weight = map(
+              lanes,
+              [&](int lane, float sum, float x) {
+                const int v = 8 * e + lane % 8;
+                return sum + fast_exp2(x - shared.top[v]) * shared.share[v];
+              },
+              weight, logit);
         }
-      });
+      }
+      if (pass == 0) continue;
+      for (int mask = 1; mask < 8; mask *= 2) {
+        weight = map(
+            lanes, [](int, float a, float b) { return a + b; }, weight, shuffle_xor(lanes, weight, mask));
+      }
+      map(
+          lanes,
+          [&](int lane, float all) {
+            if (lane % 8 != 0 || row + lane / 8 > last) return 0;
+            float& to = mass[rank(row + lane / 8)];
+            to = (add ? to : 0.f) + all;
+            return 0;
+          },
+          weight);
     }
+  }
+  KVT_HD KVT_INLINE bool sees(int v, int at) const {
+    const int own = shared.position[v], sliding = queries.state[head].sliding;
+    return at <= own && (sliding <= 0 || at > own - sliding);
   }
   // Products to logits: scaled, capped, and -infinity where a row is not there or not seen. `left`: rows from the first on.
   template <class Layout, class Lanes>
   KVT_HD KVT_INLINE void finish(const Lanes& lanes, const typename Lanes::template Reg<std::uint32_t> (&scales)[4], int half,
                                 int e, int left, const int* positions, typename Lanes::template Reg<Float4>& logit) const {
     using Keys = typename Layout::Keys;
-    const int sliding = queries.state[head].sliding;
     const float cap = queries.state[head].soft_cap * 1.44269504f;
     logit = map(
         lanes,
@@ -219,10 +325,9 @@ struct WindowMass {
           for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, vector = lane % 4 * 2 + i % 2;
             const float scale = !Keys::scaled ? 1.f : i < 2 ? low_half(both) : high_half(both);
-            x.x[i] *= scale * (shared.query[e].unit[vector] * Keys::unit);
+            x.x[i] *= scale * (shared.fragments.query[e].unit[vector] * Keys::unit);
             if (cap > 0) x.x[i] = cap * std::tanh(x.x[i] / cap);
-            const int own = shared.position[8 * e + vector], at = row < left ? positions[row] : own;
-            if (row >= left || at > own || (sliding > 0 && at <= own - sliding)) x.x[i] = none;
+            if (row >= left || !sees(8 * e + vector, positions[row])) x.x[i] = none;
           }
           return x;
         },
