@@ -229,5 +229,8 @@ int main() {
                         check<KvCodec<TurboQuant<4, 64>>>("turbo4, 64, snap_kv", SnapKv{}) +
                         check<Turbo>("turbo3/turbo2, 128, snap_kv", SnapKv{.window = 40}) +
                         check<Turbo>("turbo3/turbo2, 128, key_diff", KeyDiff{}) +
-                        check<KvCodec<Dense<Half, 64>>>("fp16, 64, snap_kv", SnapKv{.window = 3}));
+                        check<KvCodec<Dense<Half, 64>>>("fp16, 64, snap_kv", SnapKv{.window = 3}) +
+                        check<KvCodec<Q8_0<128>, Q4_0<128>>>("q8_0/q4_0, 128, snap_kv", SnapKv{.window = 40}) +
+                        check<KvCodec<Dense<float, 40>>>("fp32, 40, key_diff", KeyDiff{}) +
+                        check<KvCodec<TurboQuantUnbiased<3, 64>, Rotated<Q5_0<64>>>>("turbo3_unbiased, 64, snap_kv", SnapKv{}));
 }

@@ -40,9 +40,9 @@ struct KeyDiff {
   }
 
   // The same on a device: see store/head_score.hpp.
-  template <int dim, int warps>
+  template <int size, int warps>
   struct Shared {
-    float key[warps][dim], sum[warps][dim], mean[dim];
+    float key[warps][size], sum[warps][size], mean[size];
   };
   template <class Block, class Rows, class Memory>
   KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {

@@ -17,8 +17,11 @@
 //
 // append(), attend(), cut() and truncate() allocate nothing, wait for nothing and read nothing back: lengths are counted on the
 // device, and a step can be captured in a graph. Pointers to rows, positions, queries and outputs are of the device. Nothing
-// can be said there of elements that are not finite or do not fit fp16: the engine must not give such. Failure: every call that
-// returns a Status other than success leaves the cache as it was, unless a kernel failed.
+// can be said there of elements that are not finite or do not fit the type of dense rows: the engine must not give such.
+// Failure: every call that returns a Status other than success leaves the cache as it was, unless a kernel failed.
+//
+// Codecs: those whose rows decode one by one (LaneRowCodec). Where keys and values have fragments for tensor cores (LayoutOf),
+// queries and weights are rounded to fp16; elsewhere all products and sums are fp32.
 #pragma once
 
 #include <algorithm>
