@@ -4,6 +4,7 @@
 // One codec on one block of threads: warps share the encoding of rows, then each attends with queries of its own.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <random>
 
@@ -24,16 +25,22 @@ concept EncodesRows = requires(const Codec codec, std::byte* block, float* row) 
   codec.encode_row(kvt::SimulatedWarp{}, row, block, 1, 0, row);
 };
 
-// Memory that the lanes of a warp share.
+template <class Codec>
+constexpr int scratch_floats = 0;
+template <EncodesRows Codec>
+constexpr int scratch_floats<Codec> = Codec::scratch_floats;
+
+// Memory that the lanes of a warp share, to encode, then to attend.
 template <class Codec>
 struct Shared {
-  float prepared[warp_queries * kvt::max_basis_dim<Codec>], sums[warp_queries * kvt::max_basis_dim<Codec>];
+  static constexpr int size = warp_queries * kvt::max_basis_dim<Codec>;
+  float memory[std::max(2 * size, scratch_floats<Codec>)];
 };
 
 template <class Codec, class Lanes>
 KVT_HD void encode(const Lanes& lanes, const Task& task, int warp, Shared<Codec>& shared) {
   for (int row = warp; row < num_rows; row += num_warps) {
-    Codec{}.encode_row(lanes, task.rows + row * Codec::head_dim, task.block, num_rows, row, shared.prepared);
+    Codec{}.encode_row(lanes, task.rows + row * Codec::head_dim, task.block, num_rows, row, shared.memory);
   }
 }
 
@@ -42,16 +49,17 @@ KVT_HD void attend(const Lanes& lanes, const Task& task, int warp, Shared<Codec>
   constexpr int dim = Codec::head_dim;
   const Codec codec;
   const int first = warp * warp_queries, basis = kvt::basis_dim(codec);
+  float *const prepared = shared.memory, *const sums = prepared + Shared<Codec>::size;
   for (int j = 0; j < warp_queries; ++j) {
-    codec.prepare(lanes, task.queries + (first + j) * dim, 0.5f, shared.prepared + j * basis);
+    codec.prepare(lanes, task.queries + (first + j) * dim, 0.5f, prepared + j * basis);
   }
   lanes.each([&](int lane) {
-    for (int d = lane; d < warp_queries * basis; d += Lanes::size) shared.sums[d] = 0;
+    for (int d = lane; d < warp_queries * basis; d += Lanes::size) sums[d] = 0;
     for (int d = lane; d < warp_queries * dim; d += Lanes::size) task.out[first * dim + d] = 0;
   });
-  codec.logits(lanes, task.block, num_rows, shared.prepared, warp_queries, task.logits + first * num_rows, num_rows);
-  codec.accumulate(lanes, task.block, num_rows, task.weights + first * num_rows, warp_queries, num_rows, shared.sums);
-  for (int j = 0; j < warp_queries; ++j) codec.finish(lanes, shared.sums + j * basis, task.out + (first + j) * dim);
+  codec.logits(lanes, task.block, num_rows, prepared, warp_queries, task.logits + first * num_rows, num_rows);
+  codec.accumulate(lanes, task.block, num_rows, task.weights + first * num_rows, warp_queries, num_rows, sums);
+  for (int j = 0; j < warp_queries; ++j) codec.finish(lanes, sums + j * basis, task.out + (first + j) * dim);
 }
 
 // One block on a multiprocessor is enough: ptxas otherwise spills to make room for more.

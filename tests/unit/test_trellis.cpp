@@ -197,6 +197,40 @@ void check_lanes() {
   codecs::check_attention(Codec{}, encoded<Codec>(normal_rows(n, Codec::head_dim, 3)), n);
 }
 
+// A warp finds the paths of the host's vectors: not a bit may differ, whatever the rows.
+template <class Codec>
+void check_lane_encoder() {
+  constexpr int dim = Codec::head_dim, n = 60;
+  const Codec codec;
+  auto rows = normal_rows(n, dim, 21);
+  const auto top = static_cast<float>(codec.max_row_norm());
+  for (int r = 0; r < n; ++r) {
+    float* const row = rows.data() + r * dim;
+    const float size = std::pow(10.f, float(r % 11 - 6));
+    for (int d = 0; d < dim; ++d) {
+      if (r % 4 == 1) row[d] *= d % 7 == 0 ? size : 1.f;   // lopsided
+      if (r % 4 == 2) row[d] *= size;                      // of any length
+      if (r % 20 == 3) row[d] = d == r % dim ? top : 0.f;  // along an axis, as long as it may be
+      if (r % 20 == 7) row[d] = r == 7 ? 0.f : 1e-42f;
+      if (r % 20 == 11) row[d] = d % 2 == 0 ? .5f : -.5f;  // full of ties
+      if (r % 20 == 15) row[d] = top / std::sqrt(float(dim)) * .999f;
+      if (r == 50) row[d] = d == 3 ? std::nanf("") : 1.f;
+      if (r == 51) row[d] = d == 3 ? INFINITY : 1.f;
+      if (r == 52) row[d] = 3e38f;
+    }
+  }
+  const auto block = encoded<Codec>(rows);
+  std::vector<std::byte> by_warp(block.size(), std::byte{0xaa});
+  std::vector<float> scratch(Codec::scratch_floats, NAN);
+  for (int r = 0; r < n; ++r) {
+    const float* const x = rows.data() + r * dim;
+    std::copy_n(x, dim, scratch.data());  // which may begin with the row
+    codec.encode_row(SimulatedWarp{}, r % 2 == 0 ? x : scratch.data(), by_warp.data(), n, r, scratch.data());
+  }
+  CAPTURE(dim);
+  CHECK(by_warp == block);
+}
+
 template <class Codec>
 void check_finite() {
   constexpr int dim = Codec::head_dim;
@@ -329,6 +363,21 @@ TEST_CASE("one lane and the simulated warp compute what the decoded rows give") 
   check_lanes<Rotated<Trellis<2, 112>>>();
   check_lanes<Rotated<Trellis<3, 80, 6, Half>>>();
   check_lanes<Rotated<Trellis<4, 96>>>();
+}
+
+TEST_CASE("a warp encodes to the bytes of the host") {
+  check_lane_encoder<Trellis<1, 40>>();
+  check_lane_encoder<Trellis<1, 128>>();
+  check_lane_encoder<Trellis<2, 64>>();
+  check_lane_encoder<Trellis<2, 256, 8, Half>>();
+  check_lane_encoder<Trellis<3, 96>>();
+  check_lane_encoder<Trellis<3, 192, 8, Half>>();
+  check_lane_encoder<Trellis<4, 112>>();
+  check_lane_encoder<Trellis<4, 80, 8, Half>>();
+  check_lane_encoder<Trellis<1, 64, 6>>();
+  check_lane_encoder<Trellis<2, 128, 6>>();
+  check_lane_encoder<Trellis<3, 80, 6, Half>>();
+  check_lane_encoder<Rotated<Trellis<2, 128>>>();
 }
 
 TEST_CASE("zero, tiny, huge and lopsided rows come back finite and no further away than zeros") {

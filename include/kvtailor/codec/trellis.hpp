@@ -21,7 +21,6 @@
 
 #include <algorithm>
 #include <cmath>
-#include <vector>
 
 #include "kvtailor/codec/log_scale.hpp"
 #include "kvtailor/codec/row_wise.hpp"
@@ -54,23 +53,23 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     }
   };
 
-  int encode(const float* rows, int n, std::byte* block) const {
-    std::vector<std::uint8_t> memory(Search::memory(dim));
-    Search search;
-    for (int row = 0; row < n; ++row) {
-      float x[dim];  // in the order of the ring
-      for (int d = 0; d < dim; ++d) x[first_bit(d) / bits] = rows[static_cast<long long>(row) * dim + d];
-      // Squares of the smallest rows are lost; they are zero for any scale.
-      const float size = std::sqrt(dot<dim>(x, x) / dim);
-      Path best;
-      for (const float factor : Search::sizes) {
-        const Path path = path_for(search, memory.data(), x, nearest_scale(size * factor));
-        if (path.change < best.change) best = path;
-      }
-      std::memcpy(block + static_cast<int>(sizeof(Scale)) * row, &best.scale, sizeof best.scale);
-      pack(best.state, Trellis::code_bytes_of(block, n, row));
+  // What an encoder by lanes keeps, behind the row.
+  struct LaneMemory {
+    float x[dim];
+    typename Search::template LaneMemory<dim> search;
+    std::uint8_t state[2][dim];
+  };
+  static constexpr int scratch_floats = dim + static_cast<int>(sizeof(LaneMemory) / sizeof(float));
+
+  // The same bytes on any lane group.
+  template <class Lanes>
+  KVT_HD void encode_row(const Lanes& lanes, const float* x, std::byte* block, int n, int row, float* scratch) const {
+    if constexpr (Lanes::size == 1) {
+      HostMemory memory;
+      encode_in(lanes, memory, x, block, n, row);
+    } else {
+      encode_in(lanes, *reinterpret_cast<LaneMemory*>(scratch + dim), x, block, n, row);
     }
-    return n * Trellis::row_bytes;
   }
 
   template <int lanes>
@@ -147,41 +146,83 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     return k;
   }
 
-  struct Path {
-    Scale scale{0};
-    double change = 0;  // of the squared error, from that of zeros
-    std::uint16_t state[dim] = {};
+  struct HostMemory {
+    float x[dim];
+    Search search;
+    std::uint8_t from[Search::memory(dim)];
+    std::uint8_t state[2][dim];
   };
-  static Scale nearest_scale(float x) { return from_float<Scale>(std::min(x, static_cast<float>(Scale::max))); }
-
-  // The best path for a scale, and the best scale for that path.
-  static Path path_for(Search& search, std::uint8_t* memory, const float* x, Scale scale) {
-    static constexpr Values value;
-    Path path;
-    const float size = to_float(scale);
-    if (size == 0) return path;
-    float unit[dim];
-    for (int d = 0; d < dim; ++d) unit[d] = x[d] / size;
-    search(unit, dim, value.of, memory, path.state);
-    double cross = 0, square = 0;
-    for (int d = 0; d < dim; ++d) {
-      const float v = value.of[path.state[d]];
-      cross += static_cast<double>(x[d] * v);
-      square += static_cast<double>(v * v);
-    }
-    if (cross <= 0) return path;
-    path.scale = nearest_scale(static_cast<float>(cross / square));
-    const double stored = static_cast<double>(to_float(path.scale));
-    path.change = stored * (stored * square - 2 * cross);
-    return path;
+  KVT_HD static Scale nearest_scale(float x) {
+    constexpr auto most = static_cast<float>(Scale::max);
+    return from_float<Scale>(x > most ? most : x);
   }
-  template <class Codes>
-  static void pack(const std::uint16_t* state, const Codes& codes) {
-    for (int d = 0; d < dim; d += 8) {
-      std::uint32_t word = 0;
-      for (int k = 0; k < 8; ++k) word |= (state[d + k] & ((1u << bits) - 1)) << (k * bits);
-      for (int i = 0; i < bits; ++i) codes[d / 8 * bits + i] = static_cast<unsigned char>(word >> (8 * i));
+  // The sum of f(0) .. f(dim - 1), in the order of a warp.
+  template <class Lanes, class F>
+  KVT_HD static double sum(const Lanes& lanes, F&& f) {
+    if constexpr (Lanes::size == 1) {
+      return sum(SimulatedWarp{}, f);
+    } else {
+      typename Lanes::template Reg<double> part;
+      lanes.each([&](int lane) {
+        part[lane] = 0;
+        for (int d = lane; d < dim; d += Lanes::size) part[lane] += f(d);
+      });
+      return lanes.sum(part);
     }
+  }
+  static void find(const Serial&, HostMemory& memory, const float* value, std::uint8_t* state) {
+    memory.search(memory.x, dim, value, memory.from, state);
+  }
+  template <class Lanes>
+  KVT_HD static void find(const Lanes& lanes, LaneMemory& memory, const float* value, std::uint8_t* state) {
+    Search::template find<dim>(lanes, memory.x, value, memory.search, state);
+  }
+  // For each size the best path, and for each path the best scale. Products are exact, so it does not matter whether they are
+  // fused with sums.
+  template <class Lanes, class Memory>
+  KVT_HD static void encode_in(const Lanes& lanes, Memory& memory, const float* x, std::byte* block, int n, int row) {
+    static constexpr Values value;
+    const auto place = [](int d) { return first_bit(d) / bits; };  // in the ring
+    const auto exact = [](float v) { return static_cast<double>(v); };
+    // Squares of the smallest rows are lost; they are zero for any scale.
+    const double energy = sum(lanes, [&](int d) { return exact(x[d]) * exact(x[d]); });
+    const float size = std::sqrt(static_cast<float>(energy / dim));
+    Scale scale{0};
+    double least = 0;  // change of the squared error, from that of zeros
+    int best = 0;
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) memory.state[0][d] = 0;
+    });
+    KVT_LOOP_ON_DEVICE
+    for (int i = 0; i < Search::num_sizes; ++i) {
+      const float guess = to_float(nearest_scale(size * Search::size(i)));
+      if (guess == 0) continue;
+      lanes.each([&](int lane) {
+        for (int d = lane; d < dim; d += Lanes::size) memory.x[place(d)] = x[d] / guess;
+      });
+      std::uint8_t* const state = memory.state[1 - best];
+      find(lanes, memory, value.of, state);
+      const double cross = sum(lanes, [&](int d) { return exact(x[d]) * exact(value.of[state[place(d)]]); });
+      const double square = sum(lanes, [&](int d) { return exact(value.of[state[d]]) * exact(value.of[state[d]]); });
+      if (!(cross > 0)) continue;
+      const Scale near = nearest_scale(static_cast<float>(cross / square));
+      const double stored = exact(to_float(near));
+      const double change = stored * (stored * square - 2 * cross);
+      if (change < least) {
+        least = change;
+        scale = near;
+        best = 1 - best;
+      }
+    }
+    lanes.once([&] { std::memcpy(block + static_cast<int>(sizeof(Scale)) * row, &scale, sizeof scale); });
+    const auto codes = Trellis::code_bytes_of(block, n, row);
+    lanes.each([&](int lane) {
+      for (int k = lane; k < dim / 8; k += Lanes::size) {
+        std::uint32_t word = 0;
+        for (int i = 0; i < 8; ++i) word |= (memory.state[best][8 * k + i] & ((1u << bits) - 1)) << (i * bits);
+        for (int i = 0; i < bits; ++i) codes[k * bits + i] = static_cast<unsigned char>(word >> (8 * i));
+      }
+    });
   }
   // The state of element d, whose code begins in the first of two bytes.
   KVT_HD KVT_INLINE static int state_in(unsigned char first, unsigned char second, int d) {

@@ -42,20 +42,23 @@ class TrellisSearch {
   static constexpr float grid = 256;
   static constexpr int table_grid = 32;  // of values, so that a byte holds one
   // A row is searched at these sizes beside its root mean square, and the best is taken: 2 to 10 % less error.
-  static constexpr float sizes[3] = {1.f, 1.09050773f, 0.917004043f};
+  static constexpr int num_sizes = 3;
+  KVT_HD static constexpr float size(int i) { return i == 0 ? 1.f : i == 1 ? 1.09050773f : 0.917004043f; }
 
   // Bytes of memory a search of rows [dim] needs.
   static constexpr int memory(int dim) { return dim * num_groups; }
 
   // x [dim] -> state [dim] of the path through values table [num_states].
-  void operator()(const float* x, int dim, const float* table, std::uint8_t* memory, std::uint16_t* state) {
+  template <class State>
+  void operator()(const float* x, int dim, const float* table, std::uint8_t* memory, State* state) {
     float cell[max_dim];
-    for (int i = 0; i < dim; ++i) cell[i] = std::rint(x[i] * grid) / grid;
+    for (int i = 0; i < dim; ++i) cell[i] = rounded(x[i]);
     closed_path(cell, dim, table, closing_group(cell, dim, table, memory), memory, state);
   }
 
   // x [dim] of multiples of 1/256 -> the best path that begins and ends in `group`; returns its squared error.
-  float closed_path(const float* x, int dim, const float* table, int group, std::uint8_t* from, std::uint16_t* state) {
+  template <class State>
+  float closed_path(const float* x, int dim, const float* table, int group, std::uint8_t* from, State* state) {
     std::fill_n(least_, num_groups, 1e30f);
     least_[group] = 0;
     extend(x[dim - 1], table);
@@ -69,15 +72,157 @@ class TrellisSearch {
     }
     const float error = cost_[s];
     for (int i = 0; i < dim; ++i) {
-      state[i] = static_cast<std::uint16_t>(s);
+      state[i] = static_cast<State>(s);
       if (i + 1 < dim) s = before(s, from + i * num_groups);
     }
     return error;
   }
 
+  // Memory that all lanes see, for a search by them.
+  template <int dim>
+  struct LaneMemory {
+    static constexpr int words = (num_groups + 31) / 32 * bits;
+    float least[2][num_groups];  // of the paths to each group so far; and after the next element
+    std::uint32_t from[dim]
+                      [words];  // upper bits of the element's state, given a group: bit b in bit g % 32 of g / 32 * bits + b
+  };
+  // The same path, by lanes; x is rounded in place.
+  template <int dim, class Lanes, class State>
+  KVT_HD static void find(const Lanes& lanes, float* x, const float* table, LaneMemory<dim>& memory, State* state) {
+    lanes.each([&](int lane) {
+      for (int i = lane; i < dim; i += Lanes::size) x[i] = rounded(x[i]);
+    });
+    LaneSearch<Lanes, dim> search(lanes, x, table, memory);
+    const int group = search.closing_group();
+    search.closed_path(group, state);
+  }
+
  private:
   static constexpr int max_dim = 256;
   static constexpr int overlap = 32;  // elements on either side of the ring's end that decide where it closes
+
+  KVT_HD KVT_INLINE static float rounded(float x) { return std::rint(x * grid) / grid; }
+
+  // A lane has groups lane, lane + 32, ... and the values of the states that lead to them.
+  template <class Lanes, int dim>
+  class LaneSearch {
+   public:
+    KVT_HD LaneSearch(const Lanes& lanes, const float* x, const float* table, LaneMemory<dim>& memory)
+        : lanes_(lanes), x_(x), memory_(memory) {
+      lanes.each([&](int lane) {
+        KVT_UNROLL
+        for (int j = 0; j < own_groups; ++j) {
+          const int g = j * Lanes::size + lane;
+          KVT_UNROLL
+          for (int k = 0; k < fan; ++k) value_[lane].of[j][k] = g < num_groups ? table[k * num_groups + g] : 0.f;
+        }
+      });
+    }
+    KVT_HD int closing_group() {
+      constexpr int half = overlap < dim / 2 ? overlap : dim / 2;
+      begin([](int) { return 0.f; });
+      extend(half, 0);
+      extend(dim, dim - half);
+      int s = best_state(dim - half);
+      for (int i = dim - half + 1; i < dim; ++i) s = state_of(i, s / fan);
+      return s / fan;
+    }
+    template <class State>
+    KVT_HD void closed_path(int group, State* state) {
+      begin([=](int g) { return g == group ? 0.f : 1e30f; });
+      extend(dim, 0);
+      lanes_.once([&] {
+        int s = group * fan;  // of the last element, but for its own bits
+        for (int i = 0; i < dim; ++i) state[i] = static_cast<State>(s = state_of(i, s / fan));
+      });
+    }
+
+   private:
+    static constexpr int own_groups = (num_groups + Lanes::size - 1) / Lanes::size;
+    struct Values {
+      float of[own_groups][fan];
+    };
+    struct Choices {
+      int upper[own_groups];
+    };
+
+    template <class F>
+    KVT_HD void begin(F least) {
+      now_ = 0;
+      lanes_.each([&](int lane) {
+        for (int g = lane; g < num_groups; g += Lanes::size) memory_.least[0][g] = least(g);
+      });
+    }
+    // By elements last - 1 .. first.
+    KVT_HD void extend(int last, int first) {
+      KVT_LOOP_ON_DEVICE
+      for (int i = last - 1; i >= first; --i) {
+        const float* const before = memory_.least[now_];
+        float* const after = memory_.least[now_ ^= 1];
+        typename Lanes::template Reg<Choices> choice;
+        lanes_.each([&](int lane) {
+          KVT_UNROLL
+          for (int j = 0; j < own_groups; ++j) {
+            const int g = j * Lanes::size + lane;
+            float least = 0;
+            int upper = 0;
+            if (g < num_groups) {
+              KVT_UNROLL
+              for (int k = 0; k < fan; ++k) {
+                const float apart = x_[i] - value_[lane].of[j][k];
+                const float cost = before[(k * num_groups + g) / fan] + apart * apart;
+                if (k == 0 || cost < least) {
+                  least = cost;
+                  upper = k;
+                }
+              }
+              after[g] = least;
+            }
+            choice[lane].upper[j] = upper;
+          }
+        });
+        std::uint32_t word[LaneMemory<dim>::words];
+        KVT_UNROLL
+        for (int w = 0; w < LaneMemory<dim>::words; ++w) {
+          word[w] = lanes_.ballot([&](int lane) { return (choice[lane].upper[w / bits] >> w % bits & 1) != 0; });
+        }
+        lanes_.once([&] { std::memcpy(memory_.from[i], word, sizeof word); });
+      }
+    }
+    // Of element i, given the group of what follows.
+    KVT_HD int state_of(int i, int group) const {
+      const std::uint32_t* const word = memory_.from[i] + group / 32 * bits;
+      int upper = 0;
+      for (int b = 0; b < bits; ++b) upper |= static_cast<int>(word[b] >> group % 32 & 1) << b;
+      return upper * num_groups + group;
+    }
+    // The first of the best after element i.
+    KVT_HD int best_state(int i) const {
+      const float* const least = memory_.least[now_];
+      typename Lanes::template Reg<float> best, place;
+      lanes_.each([&](int lane) {
+        best[lane] = -INFINITY;
+        for (int g = lane; g < num_groups; g += Lanes::size) best[lane] = best[lane] > -least[g] ? best[lane] : -least[g];
+      });
+      const float cost = -lanes_.max(best);
+      lanes_.each([&](int lane) {
+        int left = 0;
+        for (int g = lane; g < num_groups; g += Lanes::size) {
+          const int after = num_states - state_of(i, g);
+          if (least[g] == cost && after > left) left = after;
+        }
+        place[lane] = static_cast<float>(left);
+      });
+      const int left = static_cast<int>(lanes_.max(place));
+      return left == 0 ? 0 : num_states - left;  // no cost is the least where there are NaN
+    }
+
+    const Lanes& lanes_;
+    const float* x_;
+    LaneMemory<dim>& memory_;
+    typename Lanes::template Reg<Values> value_;
+    int now_ = 0;
+  };
 
   int closing_group(const float* x, int dim, const float* table, std::uint8_t* from) {
     const int half = std::min(overlap, dim / 2);

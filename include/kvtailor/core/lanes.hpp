@@ -11,6 +11,8 @@
 // value a warp owns is a PerWarp<T>.
 #pragma once
 
+#include <cstdint>
+
 #include "kvtailor/core/config.hpp"
 
 namespace kvt::inline v0 {
@@ -32,9 +34,17 @@ struct Serial {
   KVT_HD KVT_INLINE void once(F&& f) const {
     f();
   }
-  KVT_HD KVT_INLINE float sum(Reg<float>& x) const { return x.value; }
+  template <class T>
+  KVT_HD KVT_INLINE T sum(Reg<T>& x) const {
+    return x.value;
+  }
   KVT_HD KVT_INLINE float max(Reg<float>& x) const { return x.value; }
   KVT_HD KVT_INLINE void exclusive_scan(Reg<int>& x) const { x.value = 0; }
+  // Bit l is whether f(l).
+  template <class F>
+  KVT_HD KVT_INLINE std::uint32_t ballot(F&& f) const {
+    return f(0) ? 1 : 0;
+  }
   template <class T>
   KVT_HD KVT_INLINE T shuffle(Reg<T>& x, int) const {
     return x.value;
@@ -58,7 +68,8 @@ struct SimulatedWarp {
     f();
   }
   // The order of additions is that of the device's butterfly, so that both round alike.
-  float sum(Reg<float>& x) const {
+  template <class T>
+  T sum(Reg<T>& x) const {
     for (int step = size / 2; step > 0; step /= 2) {
       for (int lane = 0; lane < step; ++lane) x.value[lane] += x.value[lane + step];
     }
@@ -76,6 +87,12 @@ struct SimulatedWarp {
       x.value[lane] = total;
       total += own;
     }
+  }
+  template <class F>
+  std::uint32_t ballot(F&& f) const {
+    std::uint32_t set = 0;
+    for (int lane = 0; lane < size; ++lane) set |= (f(lane) ? 1u : 0u) << lane;
+    return set;
   }
   template <class T>
   T shuffle(Reg<T>& x, int lane) const {
@@ -121,7 +138,8 @@ struct Warp {
     __syncwarp();
 #endif
   }
-  __host__ __device__ float sum(Reg<float>& x) const {
+  template <class T>
+  __host__ __device__ T sum(Reg<T>& x) const {
 #if defined(__CUDA_ARCH__)
     for (int step = 16; step > 0; step /= 2) x.value += __shfl_xor_sync(0xffffffffu, x.value, step);
 #endif
@@ -145,6 +163,14 @@ struct Warp {
       if (lane >= step) x.value += other;
     }
     x.value -= own;
+#endif
+  }
+  template <class F>
+  __host__ __device__ std::uint32_t ballot([[maybe_unused]] F&& f) const {
+#if defined(__CUDA_ARCH__)
+    return __ballot_sync(0xffffffffu, f(static_cast<int>(threadIdx.x & 31u)));
+#else
+    return 0;
 #endif
   }
   template <class T>
