@@ -85,18 +85,17 @@ TEST_CASE("noise has rank 0, three spikes are found and shrunk as on white noise
       const NoiseFit fit(lambda, n, d);
       REQUIRE(fit.window() == expected.window);
       REQUIRE(fit.rank() == 3);
-      const auto shrunk = fit.shrink(3, Shrinkage::frobenius);
-      const auto operator_norm = fit.shrink(3, Shrinkage::operator_norm);
-      const auto nuclear = fit.shrink(3, Shrinkage::nuclear);
-      for (std::size_t i = 0; i < 3; ++i) {
-        const double y = std::sqrt(lambda[i] / size), shift = y * y - beta - 1;
+      for (int i = 0; i < 3; ++i) {
+        const double shrunk = fit.shrink(i, Shrinkage::frobenius), observed = std::sqrt(lambda[static_cast<std::size_t>(i)]);
+        const double operator_norm = fit.shrink(i, Shrinkage::operator_norm), nuclear = fit.shrink(i, Shrinkage::nuclear);
+        const double y = observed / std::sqrt(size), shift = y * y - beta - 1;
         const double optimum = std::sqrt(shift * shift - 4 * beta) / y * std::sqrt(size);
-        sum += shrunk[i] / optimum / (3 * draws);
+        sum += shrunk / optimum / (3 * draws);
         // The operator norm shrinks least and the nuclear norm most; nothing grows.
-        REQUIRE(nuclear[i] <= shrunk[i]);
-        REQUIRE(shrunk[i] <= operator_norm[i]);
-        REQUIRE(operator_norm[i] <= std::sqrt(lambda[i]));
-        REQUIRE(fit.shrink(3, Shrinkage::none)[i] == std::sqrt(lambda[i]));
+        REQUIRE(nuclear <= shrunk);
+        REQUIRE(shrunk <= operator_norm);
+        REQUIRE(operator_norm <= observed);
+        REQUIRE(fit.shrink(i, Shrinkage::none) == observed);
       }
     }
     CAPTURE(sum);

@@ -24,6 +24,7 @@
 #include <Eigen/Eigenvalues>
 #include <cstdint>
 #include <limits>
+#include <span>
 #include <vector>
 
 #include "kvtailor/codec/codebooks.hpp"
@@ -60,7 +61,7 @@ struct FactorRun {
   float scale;
 
   static constexpr int max_bits = 6;
-  static constexpr int bytes(int count, int bits) { return (count * bits + 7) / 8; }
+  KVT_HD static constexpr int bytes(int count, int bits) { return (count * bits + 7) / 8; }
   KVT_HD static constexpr int padded(int bytes) { return (bytes + 3) / 4 * 4; }
   // Lloyd-Max levels of 1 .. 6 bits, one after another.
   struct Levels {
@@ -122,38 +123,56 @@ struct FactorRun {
     for (; i < count; ++i) to[i] = level(i);
   }
 
-  // Codes x [count] at `bits` into `to`, which is zero; the scale, and what comes back in x.
-  static Half encode(Eigen::VectorXd& x, int bits, unsigned char* to) {
-    const auto count = static_cast<int>(x.size());
+  // Codes x [count] at `bits` into `to`, both memory that all lanes see; the scale, and what comes back in x.
+  template <class Lanes, class Real>
+  KVT_HD static Half encode(const Lanes& lanes, Real* x, int count, int bits, unsigned char* to) {
     if (bits == 16) {
-      for (int i = 0; i < count; ++i) {
-        const Half h = from_float<Half>(static_cast<float>(x[i]));
-        std::memcpy(to + 2 * i, &h, 2);
-        x[i] = static_cast<double>(to_float(h));
-      }
+      lanes.each([&](int lane) {
+        for (int i = lane; i < count; i += Lanes::size) {
+          const Half h = from_float<Half>(static_cast<float>(x[i]));
+          std::memcpy(to + 2 * i, &h, 2);
+          x[i] = static_cast<Real>(to_float(h));
+        }
+      });
       return from_float<Half>(1.f);
     }
     static constexpr Levels levels;
     const float* const level = levels.value + (1 << bits) - 2;
-    const double size = std::sqrt(x.squaredNorm() / count);
-    double cross = 0, square = 0;
-    std::vector<int> code(static_cast<std::size_t>(count));
-    for (int i = 0; i < count; ++i) {
-      const double u = size > 0 ? x[i] / size : 0.0;
+    const auto sum = [&](auto f) {
+      typename Lanes::template Reg<Real> part;
+      lanes.each([&](int lane) {
+        part[lane] = 0;
+        for (int i = lane; i < count; i += Lanes::size) part[lane] += f(x[i]);
+      });
+      return lanes.sum(part);
+    };
+    const Real size = std::sqrt(sum([](Real v) { return v * v; }) / static_cast<Real>(count));
+    const auto unit = [=](Real v) { return size > 0 ? v / size : Real{0}; };
+    const auto nearest = [=](Real u) {
       int c = 0;
       for (int step = 1 << (bits - 1); step > 0; step /= 2) {
-        if (u > 0.5 * (static_cast<double>(level[c + step - 1]) + static_cast<double>(level[c + step]))) c += step;
+        if (u > static_cast<Real>(0.5) * (static_cast<Real>(level[c + step - 1]) + static_cast<Real>(level[c + step])))
+          c += step;
       }
-      code[static_cast<std::size_t>(i)] = c;
-      cross += u * static_cast<double>(level[c]);
-      square += static_cast<double>(level[c]) * static_cast<double>(level[c]);
-    }
+      return c;
+    };
+    const auto value = [=](Real u) { return static_cast<Real>(level[nearest(u)]); };
+    const Real cross = sum([=](Real v) { return unit(v) * value(unit(v)); });
+    const Real square = sum([=](Real v) { return value(unit(v)) * value(unit(v)); });
     const Half scale = from_float<Half>(static_cast<float>(size * cross / square));
-    for (int i = 0; i < count; ++i) {
-      const int c = code[static_cast<std::size_t>(i)];
-      x[i] = static_cast<double>(to_float(scale) * level[c]);
-      put(to, i, bits, c);
-    }
+    // Eight codes are whole bytes.
+    lanes.each([&](int lane) {
+      for (int first = 8 * lane; first < count; first += 8 * Lanes::size) {
+        const int n = count - first < 8 ? count - first : 8;
+        std::uint64_t word = 0;
+        for (int i = 0; i < n; ++i) {
+          const int c = nearest(unit(x[first + i]));
+          word |= static_cast<std::uint64_t>(c) << (i * bits);
+          x[first + i] = static_cast<Real>(to_float(scale) * level[c]);
+        }
+        for (int i = 0; i < bytes(n, bits); ++i) to[first / 8 * bits + i] = static_cast<unsigned char>(word >> (8 * i));
+      }
+    });
     return scale;
   }
   KVT_HD KVT_INLINE static int get(const unsigned char* codes, int i, int bits) {
@@ -202,17 +221,97 @@ struct FactorRun {
   }
 };
 
+// Adds bits to pairs of factors, best first, while the error they save is worth more than their bits on the residual: bits
+// [max_rank], memory that all lanes see; returns the number of pairs. lambda: squared singular values, descending.
+template <class Lanes>
+KVT_HD int spend_bits(const Lanes& lanes, const LowRankOptions& options, std::span<const double> lambda, int n, int dim,
+                      int* bits) {
+  constexpr int most_bits = FactorRun::max_bits;
+  // What is left of a pair coded at 0 .. 6 bits: two factors with the distortion of Lloyd-Max each.
+  static constexpr double left[most_bits + 1] = {1,
+                                                 2 * HalfLevels<128, 1>::distortion,
+                                                 2 * HalfLevels<128, 2>::distortion,
+                                                 2 * HalfLevels<128, 3>::distortion,
+                                                 2 * HalfLevels<128, 4>::distortion,
+                                                 2 * HalfLevels<128, 5>::distortion,
+                                                 2 * HalfLevels<128, 6>::distortion};
+  const double log_per_bit = std::log(static_cast<double>(options.error_per_bit));
+  const int count = static_cast<int>(lambda.size()), most = options.max_rank < count ? options.max_rank : count;
+  double energy = 0;
+  for (const double value : lambda) energy += value;
+  const double floor = energy * 1e-9;
+  int rank = 0;
+  for (;;) {
+    // Pairs there are, and the next, which is smaller. A lane looks at every 32nd way to go on.
+    const int pairs = rank < most ? rank + 1 : most;
+    typename Lanes::template Reg<double> best, top;
+    typename Lanes::template Reg<int> before;
+    lanes.each([&](int lane) {
+      best[lane] = 0;
+      before[lane] = 0;
+      for (int way = lane; way < pairs * most_bits; way += Lanes::size) {
+        const int i = way / most_bits, b = way % most_bits + 1, spent = i < rank ? bits[i] : 0;
+        if (b < 2 || b <= spent) continue;
+        const double cost = (b - spent) * (n + dim) + (spent == 0 ? 40 : 0);
+        const double less = lambda[static_cast<std::size_t>(i)] * (left[spent] - left[b]);
+        const double gain = std::log(energy / std::max(energy - less, floor)) / log_per_bit * n * dim;
+        if (gain - cost > 0 && (gain - cost) / cost > best[lane]) {
+          best[lane] = (gain - cost) / cost;
+          before[lane] = pairs * most_bits - way;
+        }
+      }
+      top[lane] = best[lane];
+    });
+    const double most_gain = lanes.max(top);
+    lanes.each([&](int lane) {
+      if (best[lane] != most_gain) before[lane] = 0;
+    });
+    const int first = lanes.max(before);  // the first way of the best
+    if (first == 0) return rank;
+    const int way = pairs * most_bits - first, i = way / most_bits, b = way % most_bits + 1, spent = i < rank ? bits[i] : 0;
+    energy -= lambda[static_cast<std::size_t>(i)] * (left[spent] - left[b]);
+    lanes.once([&] { bits[i] = b; });
+    if (i == rank) ++rank;
+  }
+}
+
+// The pairs of factors that a block of these squared singular values is worth: bits and share of the singular value that is
+// kept, [max_rank] each, memory that all lanes see; returns their number.
+template <class Lanes>
+KVT_HD int choose_pairs(const Lanes& lanes, const LowRankOptions& options, std::span<const double> lambda, int n, int dim,
+                        int* bits, double* share) {
+  if (lambda.empty() || !std::isfinite(lambda[0])) return 0;
+  const NoiseFit fit(lambda, n, dim);
+  int rank = 0;
+  if (options.rule == RankRule::bbp) {
+    rank = fit.rank() < options.max_rank ? fit.rank() : options.max_rank;
+    lanes.each([&](int lane) {
+      for (int i = lane; i < rank; i += Lanes::size) bits[i] = options.factor_bits;
+    });
+  } else {
+    rank = spend_bits(lanes, options, lambda, n, dim, bits);
+  }
+  lanes.each([&](int lane) {
+    for (int i = lane; i < rank; i += Lanes::size) {
+      share[i] = i < fit.rank() ? fit.shrink(i, options.shrinkage) / std::sqrt(lambda[static_cast<std::size_t>(i)]) : 1.0;
+    }
+  });
+  return rank;
+}
+
 // The factors of a block as they are stored, and what they leave. Not a template: one block is like another.
 class LowRankFit {
  public:
-  LowRankFit(const LowRankOptions& options, const float* rows, int n, int dim) : n_(n), dim_(dim), options_(options) {
+  LowRankFit(const LowRankOptions& options, const float* rows, int n, int dim) {
     const Eigen::Map<const Floats> given(rows, n, dim);
     const Doubles x = given.cast<double>();
     factor(x);
-    choose();
-    const int rank = static_cast<int>(bits_.size());
+    std::vector<int> bits(static_cast<std::size_t>(options.max_rank));
+    std::vector<double> shares(bits.size());
+    const int rank = choose_pairs(Serial{}, options, lambda_, n, dim, bits.data(), shares.data());
+    bits.resize(static_cast<std::size_t>(rank));
     int size = 2;
-    for (const int b : bits_) size += 5 + FactorRun::bytes(dim, b) + FactorRun::bytes(n, b);
+    for (const int b : bits) size += 5 + FactorRun::bytes(dim, b) + FactorRun::bytes(n, b);
     head_.assign(static_cast<std::size_t>(FactorRun::padded(size)), 0);
     head_[0] = static_cast<unsigned char>(rank);
     if (rank == 0) {
@@ -222,21 +321,21 @@ class LowRankFit {
     unsigned char* to = head_.data() + 2 + 5 * rank;
     Eigen::MatrixXd right(dim, rank);
     for (int i = 0; i < rank; ++i) {
-      const int b = bits_[static_cast<std::size_t>(i)];
+      const int b = bits[static_cast<std::size_t>(i)];
       // Of size 1 an element, so that left factors have the size of rows.
       Eigen::VectorXd column = vectors_.col(i) * std::sqrt(static_cast<double>(dim));
-      const Half scale = FactorRun::encode(column, b, to);
+      const Half scale = FactorRun::encode(Serial{}, column.data(), static_cast<int>(column.size()), b, to);
       right.col(i) = column;
       head_[static_cast<std::size_t>(2 + 5 * i)] = static_cast<unsigned char>(b);
       std::memcpy(head_.data() + 3 + 5 * i, &scale, 2);
       to += FactorRun::bytes(dim, b);
     }
-    const auto share = Eigen::Map<const Eigen::VectorXd>(share_.data(), rank).asDiagonal();
+    const auto share = Eigen::Map<const Eigen::VectorXd>(shares.data(), rank).asDiagonal();
     Eigen::MatrixXd left = (right.transpose() * right).ldlt().solve(right.transpose() * x.transpose()).transpose() * share;
     for (int i = 0; i < rank; ++i) {
-      const int b = bits_[static_cast<std::size_t>(i)];
+      const int b = bits[static_cast<std::size_t>(i)];
       Eigen::VectorXd column = left.col(i);
-      const Half scale = FactorRun::encode(column, b, to);
+      const Half scale = FactorRun::encode(Serial{}, column.data(), static_cast<int>(column.size()), b, to);
       left.col(i) = column;
       std::memcpy(head_.data() + 5 + 5 * i, &scale, 2);
       to += FactorRun::bytes(n, b);
@@ -277,68 +376,8 @@ class LowRankFit {
     }
   }
 
-  void choose() {
-    if (lambda_.empty() || !std::isfinite(lambda_[0])) return;
-    const NoiseFit fit(lambda_, n_, dim_);
-    if (options_.rule == RankRule::bbp) {
-      bits_.assign(static_cast<std::size_t>(std::min(fit.rank(), options_.max_rank)), options_.factor_bits);
-    } else {
-      spend();
-    }
-    const int spikes = std::min(fit.rank(), static_cast<int>(bits_.size()));
-    const std::vector<double> shrunk = fit.shrink(spikes, options_.shrinkage);
-    share_.assign(bits_.size(), 1.0);
-    for (std::size_t i = 0; i < shrunk.size(); ++i) share_[i] = shrunk[i] / std::sqrt(lambda_[i]);
-  }
-
-  // Adds bits to pairs of factors, best first, while the error they save is worth more than their bits on the residual.
-  void spend() {
-    // What is left of a pair coded at 0 .. 6 bits: two factors with the distortion of Lloyd-Max each.
-    constexpr double left[7] = {1,
-                                2 * HalfLevels<128, 1>::distortion,
-                                2 * HalfLevels<128, 2>::distortion,
-                                2 * HalfLevels<128, 3>::distortion,
-                                2 * HalfLevels<128, 4>::distortion,
-                                2 * HalfLevels<128, 5>::distortion,
-                                2 * HalfLevels<128, 6>::distortion};
-    const double log_per_bit = std::log(static_cast<double>(options_.error_per_bit));
-    const int most = std::min(options_.max_rank, static_cast<int>(lambda_.size()));
-    std::vector<int> spent(static_cast<std::size_t>(most), 0);
-    double energy = 0;
-    for (const double value : lambda_) energy += value;
-    const double floor = energy * 1e-9;
-    for (;;) {
-      double best = 0;
-      std::size_t where = 0;
-      int to = 0;
-      for (std::size_t i = 0; i < spent.size(); ++i) {
-        for (int b = std::max(2, spent[i] + 1); b <= FactorRun::max_bits; ++b) {
-          const double cost = (b - spent[i]) * (n_ + dim_) + (spent[i] == 0 ? 40 : 0);
-          const double less = lambda_[i] * (left[spent[i]] - left[b]);
-          const double gain = std::log(energy / std::max(energy - less, floor)) / log_per_bit * n_ * dim_;
-          if (gain - cost > 0 && (gain - cost) / cost > best) {
-            best = (gain - cost) / cost;
-            where = i;
-            to = b;
-          }
-        }
-        if (spent[i] == 0) break;  // the next pair is smaller
-      }
-      if (to == 0) break;
-      energy -= lambda_[where] * (left[spent[where]] - left[to]);
-      spent[where] = to;
-    }
-    for (const int b : spent) {
-      if (b > 0) bits_.push_back(b);
-    }
-  }
-
-  int n_, dim_;
-  LowRankOptions options_;
   std::vector<double> lambda_;  // squared singular values, descending
   Eigen::MatrixXd vectors_;     // right singular vectors, [dim, p]
-  std::vector<int> bits_;       // of each pair of factors
-  std::vector<double> share_;   // of each singular value that is kept
   std::vector<unsigned char> head_;
   Floats rest_;
   bool finite_ = true;

@@ -12,7 +12,8 @@
 #include <algorithm>
 #include <cmath>
 #include <span>
-#include <vector>
+
+#include "kvtailor/core/config.hpp"
 
 namespace kvt::inline v0 {
 
@@ -26,7 +27,7 @@ enum class Shrinkage {
 class NoiseFit {
  public:
   // Finds the edge of the noise and the rank: the values more than a relative margin d^(-1/3) above the edge (BBP transition).
-  NoiseFit(std::span<const double> lambda, int n, int d) : lambda_(lambda), beta_(ratio(n, d)) {
+  KVT_HD NoiseFit(std::span<const double> lambda, int n, int d) : lambda_(lambda), beta_(ratio(n, d)) {
     const int p = static_cast<int>(lambda.size());
     // 2k values beside the spikes have to be noise; a block too small for one has rank 0.
     const double c = d > 15 ? std::min(1 / 2.01, 1 / std::log(std::log(static_cast<double>(d)))) : 1 / 2.01;
@@ -38,46 +39,38 @@ class NoiseFit {
     while (rank_ < p - 2 * k_ - 1 && at(rank_) > margin * edge_) ++rank_;
   }
 
-  int rank() const { return rank_; }
-  double edge() const { return edge_; }
-  int window() const { return k_; }  // k of the papers
+  KVT_HD int rank() const { return rank_; }
+  KVT_HD double edge() const { return edge_; }
+  KVT_HD int window() const { return k_; }  // k of the papers
 
-  // The singular values of the signal behind the first `count` <= rank() values, each at most what was observed.
-  std::vector<double> shrink(int count, Shrinkage kind) const {
-    std::vector<double> out;
-    const std::vector<double> noise = kind == Shrinkage::none ? std::vector<double>() : noise_spectrum();
-    for (int i = 0; i < count; ++i) {
-      const double observed = std::sqrt(at(i));
-      out.push_back(kind == Shrinkage::none ? observed : std::clamp(shrunk(at(i), noise, kind), 0.0, observed));
-    }
-    return out;
+  // The singular value of the signal behind value i < rank(), at most what was observed.
+  KVT_HD double shrink(int i, Shrinkage kind) const {
+    const double observed = std::sqrt(at(i));
+    return kind == Shrinkage::none ? observed : std::clamp(shrunk(at(i), kind), 0.0, observed);
   }
 
  private:
   static constexpr double tail_factor = 0.58740105196819947;  // 2^(2/3) - 1: the edge of a spectrum falls like x^(2/3)
 
-  static double ratio(int n, int d) { return static_cast<double>(std::min(n, d)) / std::max(n, d); }
-  double at(int i) const { return lambda_[static_cast<std::size_t>(i)]; }
+  KVT_HD static double ratio(int n, int d) { return static_cast<double>(std::min(n, d)) / std::max(n, d); }
+  KVT_HD double at(int i) const { return lambda_[static_cast<std::size_t>(i)]; }
 
-  // The values below the spikes, and k imputed ones where the spikes displaced noise.
-  std::vector<double> noise_spectrum() const {
-    std::vector<double> noise;
+  // The values below the spikes, after k imputed ones where the spikes displaced noise.
+  KVT_HD double noise(int j) const {
+    if (j >= k_) return at(rank_ + j);
     const double next = at(rank_ + k_), far = at(rank_ + 2 * k_);
-    for (int j = 1; j <= k_; ++j) {
-      noise.push_back(next + (1 - std::pow(static_cast<double>(j) / k_, 2.0 / 3)) * (next - far) / tail_factor);
-    }
-    for (std::size_t i = static_cast<std::size_t>(rank_ + k_); i < lambda_.size(); ++i) noise.push_back(lambda_[i]);
-    return noise;
+    return next + (1 - std::pow((j + 1.0) / k_, 2.0 / 3)) * (next - far) / tail_factor;
   }
-  double shrunk(double x, const std::vector<double>& noise, Shrinkage kind) const {
+  KVT_HD double shrunk(double x, Shrinkage kind) const {
+    const int count = static_cast<int>(lambda_.size()) - rank_;
     double m1 = 0, slope1 = 0;
-    for (const double value : noise) {
-      const double gap = std::max(x - value, 1e-12 * x);
+    for (int j = 0; j < count; ++j) {
+      const double gap = std::max(x - noise(j), 1e-12 * x);
       m1 -= 1 / gap;
       slope1 += 1 / (gap * gap);
     }
-    m1 /= static_cast<double>(noise.size());
-    slope1 /= static_cast<double>(noise.size());
+    m1 /= count;
+    slope1 /= count;
     const double m2 = -(1 - beta_) / x + beta_ * m1;
     const double slope2 = (1 - beta_) / (x * x) + beta_ * slope1;
     const double transform = x * m1 * m2;

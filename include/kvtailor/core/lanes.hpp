@@ -38,7 +38,10 @@ struct Serial {
   KVT_HD KVT_INLINE T sum(Reg<T>& x) const {
     return x.value;
   }
-  KVT_HD KVT_INLINE float max(Reg<float>& x) const { return x.value; }
+  template <class T>
+  KVT_HD KVT_INLINE T max(Reg<T>& x) const {
+    return x.value;
+  }
   KVT_HD KVT_INLINE void exclusive_scan(Reg<int>& x) const { x.value = 0; }
   // Bit l is whether f(l).
   template <class F>
@@ -75,8 +78,9 @@ struct SimulatedWarp {
     }
     return x.value[0];
   }
-  float max(Reg<float>& x) const {
-    float best = x.value[0];
+  template <class T>
+  T max(Reg<T>& x) const {
+    T best = x.value[0];
     for (int lane = 1; lane < size; ++lane) best = x.value[lane] > best ? x.value[lane] : best;
     return best;
   }
@@ -145,10 +149,11 @@ struct Warp {
 #endif
     return x.value;
   }
-  __host__ __device__ float max(Reg<float>& x) const {
+  template <class T>
+  __host__ __device__ T max(Reg<T>& x) const {
 #if defined(__CUDA_ARCH__)
     for (int step = 16; step > 0; step /= 2) {
-      const float other = __shfl_xor_sync(0xffffffffu, x.value, step);
+      const T other = __shfl_xor_sync(0xffffffffu, x.value, step);
       x.value = other > x.value ? other : x.value;
     }
 #endif
