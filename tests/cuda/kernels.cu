@@ -4,6 +4,7 @@
 // Every kernel as an engine would instantiate it, for tools/kernel_report to look at. Nothing runs. On the host a list of their
 // names: list_kernel<Work>() is there before.
 #include "kvtailor/codec/group_int.hpp"
+#include "kvtailor/codec/low_rank_work.hpp"
 #include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/codec/turbo_quant_unbiased.hpp"
@@ -91,6 +92,11 @@ void use_dim(const void** kernels) {
   use_pair<16, 16, dim>(kernels);
 }
 
+template <class Residual>
+void use_low_rank(const void** kernels) {
+  use<EncodeLowRankWork<Rotated<LowRank<Residual>>, 128, Half>>(kernels);
+}
+
 }  // namespace
 
 void use_kernels(const void** kernels) {
@@ -99,6 +105,12 @@ void use_kernels(const void** kernels) {
   use<ObserveWork<Half>>(kernels);
   use<TruncateQueriesWork>(kernels);
   use<CopyQueriesWork>(kernels);
+  use_low_rank<LloydMax<2, 64>>(kernels);
+  use_low_rank<LloydMax<4, 256>>(kernels);
+  use_low_rank<Trellis<1, 192>>(kernels);
+  use_low_rank<Trellis<2, 128>>(kernels);
+  use_low_rank<Trellis<3, 80>>(kernels);
+  use_low_rank<Trellis<4, 256>>(kernels);
   use_dim<64>(kernels);
   use_dim<80>(kernels);
   use_dim<96>(kernels);

@@ -149,6 +149,35 @@ void run_from_host() {
   CHECK(problem.error(problem.template simulate<true, 16>()) <= 1);
 }
 
+// Blocks of low rank, as the host has them.
+template <class Residual>
+void run_low_rank() {
+  constexpr int n = 128, dim = Residual::head_dim;
+  const Rotated<LowRank<Residual>> codec;
+  std::mt19937 random(dim);
+  std::normal_distribution<float> normal;
+  float right[dim];
+  for (float& x : right) x = 9 * normal(random);
+  std::vector<Half> rows;
+  std::vector<float> floats;
+  for (int i = 0; i < n; ++i) {
+    const float left = normal(random);
+    for (int d = 0; d < dim; ++d) {
+      rows.push_back(from_float<Half>(left * right[d] + normal(random)));
+      floats.push_back(to_float(rows.back()));
+    }
+  }
+  SimulatedDevice device;
+  std::vector<float> scratch(rows.size());
+  std::vector<std::byte> block(static_cast<std::size_t>(codec.max_block_bytes(n))), expected(block.size());
+  int bytes = 0;
+  REQUIRE(encode_low_rank<n>(device, codec, rows.data(), 1, n, scratch.data(), block.data(), codec.max_block_bytes(n), &bytes)
+              .ok());
+  CHECK(bytes == codec.encode(floats.data(), n, expected.data()));
+  CHECK(codec.rank(block.data()) == 1);
+  CHECK(codec.rank(expected.data()) == 1);
+}
+
 }  // namespace
 
 TEST_CASE("caches of every codec and every head dim") {
@@ -183,6 +212,15 @@ TEST_CASE("caches of every codec and every head dim") {
   run<KvCodec<TurboQuantUnbiased<3, 256>>>();
   run<KvCodec<TurboQuantUnbiased<3, 256>>, SnapKv>();
   run_from_host<KvCodec<Rotated<Trellis<2, 128>>, Rotated<Trellis<3, 128>>>>();
+}
+
+TEST_CASE("blocks of low rank") {
+  run_low_rank<LloydMax<2, 64>>();
+  run_low_rank<LloydMax<4, 256>>();
+  run_low_rank<Trellis<1, 192>>();
+  run_low_rank<Trellis<2, 128>>();
+  run_low_rank<Trellis<3, 80>>();
+  run_low_rank<Trellis<4, 256>>();
 }
 
 TEST_CASE("the body of every kernel has run, for every codec and for every head dim") {

@@ -209,23 +209,35 @@ TEST_CASE("whatever the rows are, what comes back is finite") {
 }
 
 TEST_CASE("blocks without low rank, or with one that does not fit, are those of the host byte for byte") {
-  const LowRank<Dense<float, 64>> codec;
   std::mt19937 random(9);
-  const auto same = [&](const std::vector<float>& rows, int n) {
+  const auto same = [](const auto& codec, const std::vector<float>& rows, int n) {
     const auto host = codecs::encode(codec, rows);
     CHECK(codec.rank(host.data()) == 0);
     CHECK(encode_on_device(codec, rows, n)[0] == host);
   };
+  const LowRank<Dense<float, 64>> dense;
   auto rows = codecs::normal_rows(random, 128, 64);
-  same(rows, 128);
-  same(std::vector<float>(rows.size(), 0.f), 128);
+  same(dense, rows, 128);
+  same(dense, std::vector<float>(rows.size(), 0.f), 128);
   for (const float bad : {std::nanf(""), INFINITY, 1e30f}) {
     auto wrong = rows;
     wrong[777] = bad;
-    same(wrong, 128);
+    same(dense, wrong, 128);
   }
-  for (float& x : rows) x = 1e6f;  // one direction, of left factors beyond fp16
-  same(rows, 128);
+  same(dense, std::vector<float>(rows.size(), 1e6f), 128);  // one direction, of left factors beyond fp16
+  // A row at right angles to the others, as long as it may be: at one bit its left factor is that of the others, and what is
+  // left of it is longer.
+  LowRank<LloydMax<2, 64>> coarse;
+  coarse.rule = RankRule::bbp;
+  coarse.factor_bits = 1;
+  coarse.max_rank = 1;
+  const auto top = static_cast<float>(.999 * coarse.max_row_norm()) / 8;
+  for (int i = 0; i < 128 * 64; ++i) rows[static_cast<std::size_t>(i)] = i / 64 == 5 || i % 2 == 0 ? top : -top;
+  for (int i = 0; i < 128 * 64; ++i)
+    rows[static_cast<std::size_t>(i)] += i / 64 == 5 ? 0.f : .01f * top * std::sin(7.f * i * i);
+  same(coarse, rows, 128);
+  std::copy_n(rows.begin() + 4 * 64, 64, rows.begin() + 5 * 64);
+  CHECK(coarse.rank(encode_on_device(coarse, rows, 128)[0].data()) == 1);  // without it they fit
 }
 
 TEST_CASE("equal rows, and rows of one direction, leave what the host leaves") {

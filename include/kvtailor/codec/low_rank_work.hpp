@@ -24,9 +24,10 @@ namespace detail {
 template <class Residual, int max_rows>
 class LowRankEncoder {
  public:
-  static constexpr int dim = Residual::head_dim, warps = 8, max_pairs = 32;
+  static constexpr int dim = Residual::head_dim, warps = 16, max_pairs = 32;
   static constexpr int most = max_rows < dim ? max_rows : dim, length = max_rows < dim ? dim : max_rows;  // vectors, of theirs
-  static constexpr int row_warps = Residual::scratch_floats <= 1088 ? warps : warps / 2;  // that encode rows of the residual
+  static constexpr int row_warps = std::clamp(std::max(max_pairs * dim, 8704) / Residual::scratch_floats, 1, warps);  // that
+  // encode rows of the residual
 
   struct Shared {
     double value[most], lambda[most];  // squared singular values as vectors lie, and descending
@@ -34,6 +35,7 @@ class LowRankEncoder {
     int order[most];  // of vectors by descending value
     int bits[max_pairs], right_at[max_pairs], left_at[max_pairs];
     float gram[max_pairs][max_pairs + 1];  // of the stored right factors; then its LDL^T factors, L^T above the diagonal
+    float square[most];                    // of the vectors' lengths
     float largest[warps];
     int rank, head, turned, unfit;
   };
@@ -136,13 +138,17 @@ class LowRankEncoder {
     for (int sweep = 0; sweep < max_sweeps; ++sweep) {
       block.each_warp([&](const Lanes& lanes, int warp) {
         if (warp == 0) lanes.once([&] { shared.turned = 0; });
+        for (int i = warp; i < p; i += warps) {
+          const float square = product(lanes, memory.vectors[i], memory.vectors[i], size());
+          lanes.once([&] { shared.square[i] = square; });
+        }
       });
       for (int round = 0; round < seats - 1; ++round) {
         const auto at = [=](int seat) { return seat == 0 ? 0 : 1 + (seat - 1 + round) % (seats - 1); };
         block.each_warp([&](const Lanes& lanes, int warp) {
           for (int seat = warp; seat < seats / 2; seat += warps) {
             const int a = at(seat), b = at(seats - 1 - seat);
-            if (a < p && b < p) turn_pair(lanes, memory.vectors[a], memory.vectors[b]);
+            if (a < p && b < p) turn_pair(lanes, a, b);
           }
         });
       }
@@ -153,30 +159,30 @@ class LowRankEncoder {
   }
   // Turns two vectors in their plane, so that they are at right angles.
   template <class Lanes>
-  KVT_HD void turn_pair(const Lanes& lanes, float* a, float* b) const {
+  KVT_HD void turn_pair(const Lanes& lanes, int first, int second) const {
+    constexpr int own = LaneRow<length, Lanes::size>::length;
     struct Two {
-      float a[(length + Lanes::size - 1) / Lanes::size], b[(length + Lanes::size - 1) / Lanes::size];
+      float a[own], b[own];
     };
-    constexpr int own = sizeof(Two) / (2 * sizeof(float));
-    typename Lanes::template Reg<Two> x;
-    typename Lanes::template Reg<float> a_part, b_part, cross_part;
+    float *const a = memory.vectors[first], *const b = memory.vectors[second];
     const int q = size();
+    typename Lanes::template Reg<Two> x;
+    typename Lanes::template Reg<float> part;
     lanes.each([&](int lane) {
-      a_part[lane] = b_part[lane] = cross_part[lane] = 0;
+      part[lane] = 0;
       KVT_UNROLL_ON_DEVICE
       for (int k = 0; k < own; ++k) {
         const int i = k * Lanes::size + lane;
-        const float u = x[lane].a[k] = i < q ? a[i] : 0.f, v = x[lane].b[k] = i < q ? b[i] : 0.f;
-        a_part[lane] += u * u;
-        b_part[lane] += v * v;
-        cross_part[lane] += u * v;
+        x[lane].a[k] = i < q ? a[i] : 0.f;
+        x[lane].b[k] = i < q ? b[i] : 0.f;
+        part[lane] += x[lane].a[k] * x[lane].b[k];
       }
     });
-    const float a_square = lanes.sum(a_part), b_square = lanes.sum(b_part), cross = lanes.sum(cross_part);
-    // The cosine between them, squared, in rounding errors of the sums.
-    constexpr float right_angle = 1e-12f, nearly = 1e-8f;
+    const float cross = lanes.sum(part), a_square = shared.square[first], b_square = shared.square[second];
+    // The cosine between them, squared: what is rounding, and what another sweep makes so small that it does not count.
+    constexpr float right_angle = 1e-12f, nearly = 1e-4f;
     const float square = cross * cross, both = a_square * b_square;
-    if (!(square > right_angle * both) || cross == 0) return;
+    if (!(square > right_angle * both)) return;
     const float zeta = (b_square - a_square) / (2 * cross);
     const float tangent = (zeta < 0 ? -1.f : 1.f) / (std::fabs(zeta) + std::sqrt(1 + zeta * zeta));
     const float cosine = 1 / std::sqrt(1 + tangent * tangent), sine = cosine * tangent;
@@ -190,8 +196,12 @@ class LowRankEncoder {
         }
       }
     });
-    // An angle that is this small is squared by the sweep that has met it.
-    if (square > nearly * both) lanes.once([&] { shared.turned = 1; });
+    lanes.once([&] {
+      const float less = a_square - tangent * cross, more = b_square + tangent * cross;
+      shared.square[first] = less > 0 ? less : 0.f;
+      shared.square[second] = more > 0 ? more : 0.f;
+      if (square > nearly * both) shared.turned = 1;
+    });
   }
 
   // Singular values, the pairs they are worth, and where these will lie.
@@ -328,13 +338,8 @@ class LowRankEncoder {
     block.each_warp([&](const Lanes& lanes, int warp) {
       for (int i = warp; i < rank; i += warps) {
         for (int j = 0; j <= i; ++j) {
-          typename Lanes::template Reg<float> part;
-          lanes.each([&](int lane) {
-            part[lane] = 0;
-            for (int d = lane; d < dim; d += Lanes::size) part[lane] += memory.factors.right[i][d] * memory.factors.right[j][d];
-          });
-          const float product = lanes.sum(part);
-          lanes.once([&] { shared.gram[i][j] = product; });
+          const float both = product(lanes, memory.factors.right[i], memory.factors.right[j]);
+          lanes.once([&] { shared.gram[i][j] = both; });
         }
       }
     });
@@ -382,11 +387,11 @@ class LowRankEncoder {
     for (int i = 0; i < rank; ++i) memory.factors.inverse[i][d] *= static_cast<float>(shared.share[i]);
   }
   template <class Lanes>
-  KVT_HD static float product(const Lanes& lanes, const float* x, const float* y) {
+  KVT_HD static float product(const Lanes& lanes, const float* x, const float* y, int size = dim) {
     typename Lanes::template Reg<float> part;
     lanes.each([&](int lane) {
       part[lane] = 0;
-      for (int d = lane; d < dim; d += Lanes::size) part[lane] += x[d] * y[d];
+      for (int d = lane; d < size; d += Lanes::size) part[lane] += x[d] * y[d];
     });
     return lanes.sum(part);
   }
