@@ -46,9 +46,9 @@ LowRankOptions& options(Codec& codec) {
   return codec;
 }
 
-// Ranks, bits and sizes are those of the host; so are errors, but for rounding that moves a few codes.
+// Ranks, bits and sizes are those of the host; so are errors, but for rounding that moves a few codes, far at one bit.
 template <int max_rows = 128, class Codec>
-void check_like_host(const Codec& codec, const std::vector<float>& rows, int n, double apart = .01) {
+void check_like_host(const Codec& codec, const std::vector<float>& rows, int n) {
   constexpr int dim = Codec::head_dim;
   const auto all = encode_on_device<max_rows>(codec, rows, n);
   for (std::size_t i = 0; i < all.size(); ++i) {
@@ -56,6 +56,7 @@ void check_like_host(const Codec& codec, const std::vector<float>& rows, int n, 
     const std::vector<float> own(from, from + n * dim);
     const auto host = codecs::encode(codec, own);
     const auto& block = all[i];
+    CAPTURE(dim);
     CAPTURE(n);
     CAPTURE(i);
     const int rank = codec.rank(host.data());
@@ -63,6 +64,7 @@ void check_like_host(const Codec& codec, const std::vector<float>& rows, int n, 
     for (int pair = 0; pair < rank; ++pair)
       REQUIRE(block[static_cast<std::size_t>(2 + 5 * pair)] == host[static_cast<std::size_t>(2 + 5 * pair)]);
     REQUIRE(block.size() == host.size());
+    const double apart = rank > 0 && block[2] == std::byte{1} ? .03 : .01;
     const double there = codecs::squared_distance(own, codecs::decode(codec, block, n));
     const double here = codecs::squared_distance(own, codecs::decode(codec, host, n));
     CHECK(std::fabs(there - here) <= apart * here);

@@ -236,6 +236,12 @@ class LowRankEncoder {
     });
     block.each_warp([&](const Lanes& lanes, int warp) {
       if (warp != 0) return;
+      // Below is rounding; its vectors lie anywhere.
+      lanes.each([&](int lane) {
+        for (int i = 1 + lane; i < p; i += Lanes::size) {
+          if (shared.lambda[i] < 1e-9 * shared.lambda[0]) shared.lambda[i] = 0;
+        }
+      });
       const std::span<const double> lambda(shared.lambda, static_cast<std::size_t>(p));
       const int rank = choose_pairs(lanes, codec, lambda, n, dim, shared.bits, shared.share);
       lanes.once([&] {
