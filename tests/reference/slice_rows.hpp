@@ -32,8 +32,9 @@ struct Format<16, size> {
 template <int bits, int size>
 int host_element(const TurboQuant<bits, size>&, const std::byte* block, int n, int row, int d) {
   using Codec = TurboQuant<bits, size>;
-  const auto* const codes = reinterpret_cast<const unsigned char*>(block) + n * Codec::scale_bytes + row * Codec::code_bytes;
-  return Codec::code_at(codes, d);
+  std::byte own[Codec::row_bytes];
+  Codec{}.copy_row(block, n, row, own, 1, 0);
+  return Codec::code_at(reinterpret_cast<const unsigned char*>(own) + Codec::scale_bytes, d);
 }
 template <int size>
 int host_element(const Dense<Half, size>&, const std::byte* block, int, int row, int d) {

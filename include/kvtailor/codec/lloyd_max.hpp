@@ -116,7 +116,8 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     return code;
   }
   // All of a row: code [dim].
-  KVT_HD KVT_INLINE static void unpack(const unsigned char* codes, int* code) {
+  template <class Codes>
+  KVT_HD KVT_INLINE static void unpack(const Codes& codes, int* code) {
     for (int d = 0; d < dim; ++d) code[d] = 0;
     unpack_plane<4>(codes, code);
     unpack_plane<2>(codes, code);
@@ -280,15 +281,15 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     }
   }
 #endif
-  template <int width>
-  KVT_HD KVT_INLINE static void unpack_plane(const unsigned char* codes, int* code) {
+  template <int width, class Codes>
+  KVT_HD KVT_INLINE static void unpack_plane(const Codes& codes, int* code) {
     if constexpr ((bits & width) != 0) {
       constexpr int stride = dim * width / 8;
       constexpr int mask = (1 << width) - 1;
-      const unsigned char* const plane = codes + dim * bits_above(width) / 8;
+      constexpr int plane = dim * bits_above(width) / 8;
       for (int s = 0; s < 8 / width; ++s) {
         for (int j = 0; j < stride; ++j) {
-          code[s * stride + j] = code[s * stride + j] << width | (plane[j] >> (s * width) & mask);
+          code[s * stride + j] = code[s * stride + j] << width | (codes[plane + j] >> (s * width) & mask);
         }
       }
     }
