@@ -5,10 +5,9 @@
 // launches it.
 //
 // The smaller side of a block, its rows or its columns, is rotated pair by pair until all are at right angles. Their lengths
-// are then the singular values. There is no Gram matrix, which would square their range: in fp32 a value is off by some 1e-6 of
-// the largest, and rules and codes need no more. Pairs and their bits, shares and codes are those of the host (low_rank.hpp).
-// Blocks have its format, and the bytes of another device's where fp32 is IEEE's; those of the host round otherwise, and
-// factors may have the opposite sign.
+// are then the singular values. There is no Gram matrix, which would square their range: in fp32 a value is off by 1.2e-5 of
+// the largest at most, and rules and codes need no more. Pairs and their bits, shares and codes are those of the host
+// (low_rank.hpp), and so is the format of a block; factors are rounded otherwise, and two of a pair may have the other sign.
 // Source:  M. R. Hestenes, J. SIAM 6, 1958; in rounds of disjoint pairs: R. P. Brent and F. T. Luk, SIAM J. Sci. Stat. Comput.
 //          6, 1985.
 #pragma once
