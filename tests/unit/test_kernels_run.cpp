@@ -37,6 +37,7 @@ void list_kernel() {
 
 #include "cuda/kernels.cu"
 #include "kvtailor/kvtailor.hpp"
+#include "reference/attend_cache.hpp"
 #include "reference/split_decode.hpp"
 
 namespace {
@@ -102,7 +103,7 @@ void run() {
     const auto check = [&](int n, const AttendOptions& options, const int* position) {
       const auto last = std::span(positions).last(static_cast<std::size_t>(n));
       std::fill(out.begin(), out.end(), Half{0x7e00});
-      REQUIRE(host.attend(0, vectors.data(), last, options, expected.data()).ok());
+      reference::attend(host, 0, vectors.data(), last, options, expected.data());
       REQUIRE(plan.attend(0, halves.data(), position, n, options, out.data()).ok());
       // As in test_device_cache.cpp, and the output is rounded to fp16.
       for (std::size_t i = 0; i < static_cast<std::size_t>(n * width); ++i) {
@@ -210,6 +211,7 @@ TEST_CASE("caches of every codec and every head dim") {
   run<KvCodec<Rotated<Q4_1<64>>, Q5_0<64>>>();
   run<KvCodec<TurboQuant<4, 40>>>();
   run<KvCodec<TurboQuantUnbiased<3, 256>>>();
+  run<KvCodec<Rotated<Trellis<2, 64>>>>();
   run<KvCodec<TurboQuantUnbiased<3, 256>>, SnapKv>();
   run_from_host<KvCodec<Rotated<Trellis<2, 128>>, Rotated<Trellis<3, 128>>>>();
 }
