@@ -255,26 +255,26 @@ struct Bytes {
   KVT_INLINE static void multiply(const __m256i* x, int n, const __m256i* y, int stride, __m256i (&sum)[many],
                                   const Each& each_one) {
     each<many>([&]<int i>() KVT_INLINE_LAMBDA { sum[i] = _mm256_setzero_si256(); });
-    int k = 0;
-    const auto add = [&]<int length>(std::integral_constant<int, length>) KVT_INLINE_LAMBDA {
+    // Registers k .. k + length - 1, added up in 16 bits.
+    const auto add = [&]<int length>(int k, std::integral_constant<int, length>) KVT_INLINE_LAMBDA {
       __m256i short_sum[many];
       each<length>([&]<int part>() KVT_INLINE_LAMBDA {
-        each_one(x[part]);
+        each_one(x[k + part]);
         each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-          const __m256i two = product(x[part], y[i * stride + part]);
+          const __m256i two = product(x[k + part], y[i * stride + k + part]);
           short_sum[i] = part == 0 ? two : _mm256_add_epi16(short_sum[i], two);
         });
       });
       each<many>([&]<int i>() KVT_INLINE_LAMBDA {
         sum[i] = _mm256_add_epi32(sum[i], _mm256_madd_epi16(short_sum[i], _mm256_set1_epi16(1)));
       });
-      k += length;
-      x += length;
-      y += length;
     };
     constexpr int at_once = std::max(1, 4 / fit);
-    while (k + at_once * fit <= n) each<at_once>([&]<int>() KVT_INLINE_LAMBDA { add(std::integral_constant<int, fit>{}); });
-    while (k < n) add(std::integral_constant<int, 1>{});
+    int k = 0;
+    for (; k + at_once * fit <= n; k += at_once * fit) {
+      each<at_once>([&]<int part>() KVT_INLINE_LAMBDA { add(k + part * fit, std::integral_constant<int, fit>{}); });
+    }
+    for (; k < n; ++k) add(k, std::integral_constant<int, 1>{});
   }
   // Written out, since GCC reads factors of the next round ahead until it has no registers left.
   KVT_INLINE static __m256i product(__m256i a, const __m256i& b) {

@@ -223,6 +223,8 @@ struct RowCodec : PlainBasis<dim> {
 #if defined(KVT_HOST_AVX2)
   // The tiles of a block of n rows. Rows after the last one are put into a tile, with zeros.
   class Tiles {
+    alignas(32) unsigned char last_[tile_rows * code_bytes];
+
    public:
     static constexpr int tile_bytes = tile_rows * code_bytes;
     Tiles(const std::byte* from, int rows) : block(from), n(rows) {
@@ -245,7 +247,6 @@ struct RowCodec : PlainBasis<dim> {
     KVT_INLINE const unsigned char* plain(int row) const {
       return reinterpret_cast<const unsigned char*>(block) + scale_bytes * n + static_cast<long long>(row) * code_bytes;
     }
-    alignas(32) unsigned char last_[tile_bytes];
   };
 #endif
 
