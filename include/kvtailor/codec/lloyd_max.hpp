@@ -5,7 +5,7 @@
 //
 // Block:   n rows: Scale scale[n]; then per row head_dim * bits / 8 bytes of codes, as planes of 4, 2 and 1 bits (3 = 2 + 1,
 //          5 = 4 + 1, 6 = 4 + 2, high bits first). In a plane of width w, byte j of S = head_dim * w / 8 holds elements j,
-//          j + S, j + 2S, ... from the low bits up, so that unpacking needs no shuffle.
+//          j + S, j + 2S, ... from the low bits up, so that unpacking needs no shuffle. Rows lie in tiles: row_wise.hpp.
 // Value:   scale * unit * whole[code], the levels of codebooks.hpp.
 // Error:   of a row whose elements are spread like those of a random one, relative to its squared norm, on average .36 / .116 /
 //          .034 / .0093 / .0025 / .0007 at 1 .. 6 bits; of any other row up to 1: see Rotated.

@@ -7,6 +7,7 @@
 // Block:   n rows: Scale scale[n]; then per row head_dim * bits / 8 bytes, a ring of bits: bit k is bit k % 8 of byte k / 8,
 //          and after the last comes the first. The code of element d begins at bit first_bit(d): codes of 1, 2 and 4 bits lie
 //          in planes, elements j, j + bytes, j + 2 bytes, ... in byte j from the low bits up, those of 3 bits in a line.
+//          Rows lie in tiles: row_wise.hpp.
 // Value:   scale * value[state] of a table of 2^window values; the state is the `window` bits from first_bit(d) on, the first
 //          the lowest. See trellis_tables.hpp.
 // Error:   of a row whose elements are spread like those of a random one, relative to its squared norm, on average, for

@@ -8,7 +8,7 @@
 // See docs/decisions.md for what that costs.
 //
 // Block:   n rows: Half {norm / sqrt(head_dim), residual norm} [n]; then per row the codes of LloydMax, and head_dim signs,
-//          a plane of one bit as theirs.
+//          a plane of one bit as theirs. Rows lie in tiles: row_wise.hpp.
 // Value:   rotation^-1 (scale * level[code] + factor * residual norm * S^T sign), S the sketch; see Sketch.
 // Error:   of a row, relative to its squared norm, on average D times that of the sketch, D the error of bits - 1 bits (1 at
 //          0): .571 with an orthogonal sketch, 1.571 with a Gaussian one.
