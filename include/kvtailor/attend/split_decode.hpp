@@ -240,13 +240,13 @@ struct DecodeWork {
           }
         });
       }
-      using Warp = std::conditional_t<Layout::fragments, DecodeWarp<Layout, Lanes, limited, width>,
-                                      RowWarp<Layout, Lanes, limited, width>>;
-      typename Block::template PerWarp<Warp> work;
+      using WarpWork = std::conditional_t<Layout::fragments, DecodeWarp<Layout, Lanes, limited, width>,
+                                          RowWarp<Layout, Lanes, limited, width>>;
+      typename Block::template PerWarp<WarpWork> work;
       block.each_warp([&](const Lanes& lanes, int warp) {
         const auto [skipped, whole] = step.seen[x];
-        const typename Warp::Queries query{shared.vectors(), shared.position, m,       step.cap * log2e,
-                                           step.window,      whole.from,      whole.to};
+        const typename WarpWork::Queries query{shared.vectors(), shared.position, m,       step.cap * log2e,
+                                               step.window,      whole.from,      whole.to};
         work[warp].run(lanes, step.entry[x / step.tiles()], query, table, skipped + share.from + warp, skipped + share.to,
                        warps);
         work[warp].store_state(lanes, shared.max[warp], shared.sum[warp]);
