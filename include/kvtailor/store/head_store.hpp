@@ -233,7 +233,7 @@ class HeadStore {
   class AlignedBytes {
    public:
     explicit AlignedBytes(int bytes) : lines_(BlockRef::padded(bytes) / storage_alignment) {}
-    std::byte* data() { return lines_.data()->bytes; }
+    std::byte* data() { return reinterpret_cast<std::byte*>(lines_.data()); }
 
    private:
     struct alignas(storage_alignment) Line {
