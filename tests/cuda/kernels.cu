@@ -106,10 +106,7 @@ void use_kernels(const void** kernels) {
   use<TruncateQueriesWork>(kernels);
   use<CopyQueriesWork>(kernels);
   use_low_rank<LloydMax<2, 64>>(kernels);
-  use_low_rank<LloydMax<4, 256>>(kernels);
-  use_low_rank<Trellis<1, 192>>(kernels);
   use_low_rank<Trellis<2, 128>>(kernels);
-  use_low_rank<Trellis<3, 80>>(kernels);
   use_low_rank<Trellis<4, 256>>(kernels);
   use_dim<64>(kernels);
   use_dim<80>(kernels);
