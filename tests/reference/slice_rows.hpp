@@ -89,8 +89,9 @@ struct SliceRows {
         pack(to, key_block.data(), value_block.data(), num_rows, first, here);
       } else {
         for (int row = 0; row < here; ++row) {
-          key_codec.copy_row(key_block.data(), num_rows, first + row, to, slice_rows, row);
-          value_codec.copy_row(value_block.data(), num_rows, first + row, to + Layout::values_at, slice_rows, row);
+          key_codec.copy_row(key_block.data(), num_rows, first + row, to + row * Key::row_bytes, 1, 0);
+          value_codec.copy_row(value_block.data(), num_rows, first + row, to + Layout::values_at + row * Value::row_bytes, 1,
+                               0);
         }
       }
     }

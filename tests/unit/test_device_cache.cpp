@@ -158,7 +158,7 @@ struct Twin {
         using One = decltype(codec);
         float decoded[dim];
         if constexpr (!Body::fragments) {
-          One{}.decode(from + (key ? 0 : Body::values_at), slice_rows, row, decoded);
+          One{}.decode(from + (key ? 0 : Body::values_at) + row * One::row_bytes, 1, 0, decoded);
         } else {
           const auto code = [&](int d) {
             return key ? Body::template element<true>(from, row, d) : Body::template element<false>(from, row, d);

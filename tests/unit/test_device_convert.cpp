@@ -156,8 +156,8 @@ void check_same(const Host<Codec>& host, const Cache<Codec>& cache) {
             }
           } else {
             std::byte own[2][Key::row_bytes + Value::row_bytes];
-            Key{}.copy_row(at, slice_rows, row, own[0], 1, 0);
-            Value{}.copy_row(at + Body::values_at, slice_rows, row, own[0] + Key::row_bytes, 1, 0);
+            Key{}.copy_row(at + row * Key::row_bytes, 1, 0, own[0], 1, 0);
+            Value{}.copy_row(at + Body::values_at + row * Value::row_bytes, 1, 0, own[0] + Key::row_bytes, 1, 0);
             Key{}.copy_row(block.keys(), block.rows, i, own[1], 1, 0);
             Value{}.copy_row(block.values(), block.rows, i, own[1] + Key::row_bytes, 1, 0);
             different += std::memcmp(own[0], own[1], sizeof own[0]) != 0;

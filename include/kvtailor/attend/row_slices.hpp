@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Slices of any codec whose rows decode one by one, at any head dim:
-//   RowSlices   32 rows of keys and values as the codecs' own blocks
+//   RowSlices   32 rows of keys and values, each as the codec encodes it alone
 //   FourRows    of such a block, in registers: logits and sums for eight vectors
 //   RowWarp     attention over such slices by one warp, with fp32 products: what DecodeWarp is for tensor cores
 //
@@ -18,7 +18,8 @@
 
 namespace kvt::inline v0 {
 
-// A block of keys, then one of values, both with room for 32 rows: where codes begin does not depend on how many there are.
+// Rows of keys, then of values, each a block of its own: where a row lies does not depend on how many there are, nor are there
+// tiles, whose places would take registers.
 template <class KeyCodec, class ValueCodec>
 struct RowSlices {
   static_assert(KeyCodec::head_dim == ValueCodec::head_dim);
@@ -141,7 +142,7 @@ class FourRows {
       const int at = first_ + from + k < last_ ? first_ + from + k : last_;
       row_[k] = map(lanes, [block = block_, at](int lane) {
         Row x;
-        Codec{}.template load<Lanes::size>(block, slice_rows, at, lane, x);
+        Codec{}.template load<Lanes::size>(block + at * Codec::row_bytes, 1, 0, lane, x);
         return x;
       });
     }
@@ -232,9 +233,10 @@ class RowWarp {
     FourRows<Key, Lanes> keys(lanes, slice, row, last);
     FourRows<Value, Lanes> values(lanes, slice + Layout::values_at, row, last);
     const auto own_row = [=](int lane) { return row + lane / 8 < last ? row + lane / 8 : last; };
-    const Reg<float> key_scale = map(lanes, [=](int lane) { return Key{}.row_scale(slice, own_row(lane)); });
-    const Reg<float> value_scale =
-        map(lanes, [=](int lane) { return Value{}.row_scale(slice + Layout::values_at, own_row(lane)); });
+    const Reg<float> key_scale =
+        map(lanes, [=](int lane) { return Key{}.row_scale(slice + own_row(lane) * Key::row_bytes, 0); });
+    const Reg<float> value_scale = map(
+        lanes, [=](int lane) { return Value{}.row_scale(slice + Layout::values_at + own_row(lane) * Value::row_bytes, 0); });
     KVT_UNROLL_ON_DEVICE
     for (int v = 0; v < eights; ++v) {
       const Reg<float> logit = map(

@@ -97,10 +97,10 @@ struct ScoredRows {
         }
       });
     } else {
-      const float scale = Key{}.row_scale(slice, row);
+      const float scale = Key{}.row_scale(slice + row * Key::row_bytes, 0);
       lanes.each([&](int lane) {
         LaneRow<basis, Lanes::size> x;
-        Key{}.template load<Lanes::size>(slice, slice_rows, row, lane, x);
+        Key{}.template load<Lanes::size>(slice + row * Key::row_bytes, 1, 0, lane, x);
         for (int d = lane; d < basis; d += Lanes::size) to[d] = scale * x.x[d / Lanes::size];
       });
       if constexpr (basis != dim) Key{}.to_rotated(lanes, to);

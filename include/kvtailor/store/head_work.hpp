@@ -83,8 +83,8 @@ struct MovingRows<RowSlices<Key, Value>> {
 
   template <class Lanes>
   KVT_HD void read(const Lanes& lanes, const std::byte* from, int row, int k) {
-    Key{}.copy_row(lanes, from, slice_rows, row, keys, count, k);
-    Value{}.copy_row(lanes, from + Layout::values_at, slice_rows, row, values, count, k);
+    Key{}.copy_row(lanes, from + row * Key::row_bytes, 1, 0, keys + k * Key::row_bytes, 1, 0);
+    Value{}.copy_row(lanes, from + Layout::values_at + row * Value::row_bytes, 1, 0, values + k * Value::row_bytes, 1, 0);
   }
   // The first n places to a slice from row `first` on.
   template <class Block>
@@ -92,8 +92,9 @@ struct MovingRows<RowSlices<Key, Value>> {
     using Lanes = typename Block::Lanes;
     block.each_warp([&](const Lanes& lanes, int warp) {
       for (int k = warp; k < n; k += Block::warps) {
-        Key{}.copy_row(lanes, keys, count, k, to, slice_rows, first + k);
-        Value{}.copy_row(lanes, values, count, k, to + Layout::values_at, slice_rows, first + k);
+        Key{}.copy_row(lanes, keys + k * Key::row_bytes, 1, 0, to + (first + k) * Key::row_bytes, 1, 0);
+        Value{}.copy_row(lanes, values + k * Value::row_bytes, 1, 0, to + Layout::values_at + (first + k) * Value::row_bytes, 1,
+                         0);
       }
     });
   }
@@ -232,11 +233,11 @@ struct HeadRows {
         const std::byte* const dense = near.at(from, Near::bytes);
         float* const scratch = encoding.row[warp];
         if constexpr (Body::fragments) {
-          encode_row<Key, true>(lanes, dense, r, scratch, encoding.keys[begin + i], 1, 0);
-          encode_row<Value, false>(lanes, dense, r, scratch, encoding.values[begin + i], 1, 0);
+          encode_row<Key, true>(lanes, dense, r, scratch, encoding.keys[begin + i]);
+          encode_row<Value, false>(lanes, dense, r, scratch, encoding.values[begin + i]);
         } else {
-          encode_row<Key, true>(lanes, dense, r, scratch, out, slice_rows, begin + i);
-          encode_row<Value, false>(lanes, dense, r, scratch, out + Body::values_at, slice_rows, begin + i);
+          encode_row<Key, true>(lanes, dense, r, scratch, out + (begin + i) * Key::row_bytes);
+          encode_row<Value, false>(lanes, dense, r, scratch, out + Body::values_at + (begin + i) * Value::row_bytes);
         }
         lanes.once([&] { body.positions(slice, Body::bytes)[begin + i] = near.positions(from, Near::bytes)[r]; });
       }
@@ -273,8 +274,7 @@ struct HeadRows {
     });
   }
   template <class Part, bool is_key, class Lanes>
-  KVT_HD static void encode_row(const Lanes& lanes, const std::byte* slice, int r, float* row, std::byte* to, int to_n,
-                                int to_row) {
+  KVT_HD static void encode_row(const Lanes& lanes, const std::byte* slice, int r, float* row, std::byte* to) {
     lanes.each([&](int lane) {
       for (int d = lane; d < dim; d += Lanes::size) {
         Element x;
@@ -282,7 +282,7 @@ struct HeadRows {
         row[d] = to_float(x);
       }
     });
-    Part{}.encode_row(lanes, row, to, to_n, to_row, row);
+    Part{}.encode_row(lanes, row, to, 1, 0, row);
   }
 };
 

@@ -76,8 +76,8 @@ struct SliceRows {
     for (int r = 0; r < count; ++r) positions[r] = pages.positions(slice, Layout::bytes)[r];
     if constexpr (!Layout::fragments) {
       for (int r = 0; r < count; ++r) {
-        Key{}.copy_row(from, slice_rows, r, keys[r], 1, 0);
-        Value{}.copy_row(from + Layout::values_at, slice_rows, r, values[r], 1, 0);
+        Key{}.copy_row(from + r * Key::row_bytes, 1, 0, keys[r], 1, 0);
+        Value{}.copy_row(from + Layout::values_at + r * Value::row_bytes, 1, 0, values[r], 1, 0);
       }
     } else {
       read_fragments(from, count);
@@ -89,8 +89,8 @@ struct SliceRows {
     for (int r = 0; r < count; ++r) pages.positions(slice, Layout::bytes)[r] = positions[r];
     if constexpr (!Layout::fragments) {
       for (int r = 0; r < count; ++r) {
-        Key{}.copy_row(keys[r], 1, 0, to, slice_rows, r);
-        Value{}.copy_row(values[r], 1, 0, to + Layout::values_at, slice_rows, r);
+        Key{}.copy_row(keys[r], 1, 0, to + r * Key::row_bytes, 1, 0);
+        Value{}.copy_row(values[r], 1, 0, to + Layout::values_at + r * Value::row_bytes, 1, 0);
       }
     } else {
       write_fragments(to, count);

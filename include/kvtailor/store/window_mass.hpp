@@ -268,7 +268,7 @@ struct WindowMass {
     for (int row = 0; row <= last; row += 4) {
       FourRows<Codec, Lanes> keys(lanes, slice, row, last);
       const auto own_row = [=](int lane) { return row + lane / 8 < last ? row + lane / 8 : last; };
-      const Reg scale = map(lanes, [=](int lane) { return Codec{}.row_scale(slice, own_row(lane)); });
+      const Reg scale = map(lanes, [=](int lane) { return Codec{}.row_scale(slice + own_row(lane) * Codec::row_bytes, 0); });
       Reg weight = map(lanes, [](int) { return 0.f; });
       KVT_UNROLL_ON_DEVICE
       for (int e = 0; e < eights; ++e) {
