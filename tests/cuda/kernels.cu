@@ -49,7 +49,6 @@ template <class Codec>
 void use_rows(const void** kernels) {
   use<AppendWork<Codec, Half>>(kernels);
   use<CutWork<Codec>>(kernels);
-  use<TruncateWork<Codec>>(kernels);
 }
 template <class Codec>
 void use_scores(const void** kernels) {
@@ -62,10 +61,12 @@ void use_pair(const void** kernels) {
   using Value = typename CodecOf<value_bits, dim>::type;
   using Codec = KvCodec<Key, Value>;
   use_decode<Key, Value>(kernels);
-  if constexpr (dim == 64 || dim == 128 || dim == 256) {  // these take a third of the registers there are, and long to compile
+  // These take a third of the registers there are, and long to compile. Keys and values come one after the other.
+  if constexpr (key_bits == value_bits && (dim == 64 || dim == 128 || dim == 256)) {
     use_rows<Codec>(kernels);
-    if constexpr (key_bits == value_bits) use_scores<Codec>(kernels);  // look at keys only
-    if constexpr (key_bits == 2) {                                     // copies bytes; looks at positions
+    use_scores<Codec>(kernels);
+    if constexpr (key_bits == 2) {  // copy bytes; look at positions
+      use<TruncateWork<Codec>>(kernels);
       use<ForkWork<Codec>>(kernels);
       use<ScoreWork<Codec, SinkRecent>>(kernels);
     }
@@ -91,6 +92,13 @@ void use_dim(const void** kernels) {
   use_pair<4, 3, dim>(kernels);
   use_pair<16, 16, dim>(kernels);
 }
+// Between those: what takes the most registers, and rows without codes.
+template <int dim>
+void use_odd_dim(const void** kernels) {
+  use_pair<4, 3, dim>(kernels);
+  use_pair<6, 6, dim>(kernels);
+  use_pair<16, 16, dim>(kernels);
+}
 
 template <class Residual>
 void use_low_rank(const void** kernels) {
@@ -109,11 +117,11 @@ void use_kernels(const void** kernels) {
   use_low_rank<Trellis<2, 128>>(kernels);
   use_low_rank<Trellis<4, 256>>(kernels);
   use_dim<64>(kernels);
-  use_dim<80>(kernels);
-  use_dim<96>(kernels);
-  use_dim<112>(kernels);
+  use_odd_dim<80>(kernels);
+  use_odd_dim<96>(kernels);
+  use_odd_dim<112>(kernels);
   use_dim<128>(kernels);
-  use_dim<192>(kernels);
+  use_odd_dim<192>(kernels);
   use_dim<256>(kernels);
   use_plain<Dense<float, 256>>(kernels);
   use_plain<Dense<BFloat16, 64>>(kernels);
