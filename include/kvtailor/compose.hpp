@@ -396,7 +396,9 @@ extern KVT_INSTANTIATE_HEAD_DIM(256);
 #endif
 
 // head_codecs [num_layers * num_kv_heads], or empty: the codec of each head, in the form of names.codec.
-inline MadeCache make_cache(const Composition& names, const Geometry& geometry, const CacheOptions& options = {},
+// A template, since otherwise to include this is to compile every codec for every head dim.
+template <class = void>
+MadeCache make_cache(const Composition& names, const Geometry& geometry, const CacheOptions& options = {},
                             std::span<const std::string> head_codecs = {}) {
   detail::ParsedComposition parsed;
   std::string wrong = detail::parse_allocator(names.allocator, parsed.allocator);

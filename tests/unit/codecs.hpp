@@ -81,6 +81,8 @@ HostUnits host_units() {
     return host_units<decltype(Codec::residual)>();
   } else if constexpr (requires(Codec c) { c.codec; }) {  // Shifted
     return host_units<decltype(Codec::codec)>();
+  } else if constexpr (requires { typename Codec::Rows; }) {  // PerChannelInt
+    return host_units<typename Codec::Rows>();
   } else if constexpr (requires { typename Codec::Integers; }) {
     if constexpr (!Codec::tiled) return {};
     constexpr double more = std::max(1.0, Codec::Integers::most / 64.0);

@@ -11,6 +11,7 @@
 #include <random>
 #include <vector>
 
+#include "codecs.hpp"
 #include "kvtailor/codec/kivi.hpp"
 #include "kvtailor/codec/rotated.hpp"
 
@@ -95,9 +96,16 @@ std::vector<float> read_plainly(const Block<Codec>& block) {
       const auto* scale = block.at(at + 2);
       const auto* least = scale + 2 * dim;
       const auto* codes = least + 2 * dim;
+      constexpr int row_bytes = dim * bits / 8;
       for (int r = 0; r < rows; ++r) {
+        unsigned char row[row_bytes];
+        // Eight rows are a tile, if they can be: words of four bytes of each.
+        const bool tiled = row_bytes % 4 == 0 && (bits % 2 == 0 || dim % 32 == 0) && r / 8 * 8 + 8 <= rows;
+        for (int j = 0; j < row_bytes; ++j) {
+          row[j] = tiled ? codes[(r / 8 * row_bytes + j / 4 * 4) * 8 + r % 8 * 4 + j % 4] : codes[r * row_bytes + j];
+        }
         for (int d = 0; d < dim; ++d) {
-          const int code = code_at(codes + r * dim * bits / 8, bits, dim, d);
+          const int code = code_at(row, bits, dim, d);
           out.push_back(half_at(least + 2 * d) + half_at(scale + 2 * d) * static_cast<float>(code));
         }
       }
@@ -184,8 +192,16 @@ void check_attention(int n) {
     block.codec.logits(lanes, block.data.data(), n, prepared.data(), m, logits.data(), n);
     block.codec.accumulate(lanes, block.data.data(), n, weights.data(), m, n, sums.data());
     for (int j = 0; j < m; ++j) block.codec.finish(lanes, sums.data() + j * dim, out.data() + j * dim);
+    // Where rows are multiplied by bytes: see codecs.hpp.
+    const auto units = decltype(lanes)::size == 1 ? codecs::host_units<Codec>() : codecs::HostUnits{};
+    double longest = 0;
+    for (int r = 0; r < n; ++r) {
+      double square = 0;
+      for (int d = 0; d < dim; ++d) square += double(decoded[std::size_t(r * dim + d)]) * double(decoded[std::size_t(r * dim + d)]);
+      longest = std::max(longest, square);
+    }
     for (int j = 0; j < m; ++j) {
-      double query = 0, weight = 0, all = 0;
+      double query = 0, weight = 0, all = 0, top = 0;
       for (int d = 0; d < dim; ++d) query += double(q[std::size_t(j * dim + d)]) * double(q[std::size_t(j * dim + d)]);
       for (int r = 0; r < n; ++r) {
         double sum = 0, square = 0;
@@ -196,15 +212,18 @@ void check_attention(int n) {
         }
         all += square;
         weight += double(weights[std::size_t(j * n + r)]) * double(weights[std::size_t(j * n + r)]);
+        top = std::max(top, std::fabs(double(weights[std::size_t(j * n + r)])));
         // dim products and the steps of a rotation, each rounded to 24 bits; queries, of size 1 to 4 an element, to 16.
         const double bound =
-            ((dim + 64) * std::ldexp(1., -24) + std::ldexp(8 / std::sqrt(double(dim)), -16)) * std::sqrt(query * square);
+            ((dim + 64) * std::ldexp(1., -24) + std::ldexp(8 / std::sqrt(double(dim)), -16)) * std::sqrt(query * square) +
+            .25 * units.query * std::sqrt(query * longest);
         if (!(std::fabs(double(logits[std::size_t(j * n + r)]) - sum) <= bound)) FAIL("logit " << r << ", head_dim " << dim);
       }
       for (int d = 0; d < dim; ++d) {
         double sum = 1;
         for (int r = 0; r < n; ++r) sum += double(weights[std::size_t(j * n + r)]) * double(decoded[std::size_t(r * dim + d)]);
-        const double bound = (n + 64) * std::ldexp(1., -24) * (1 + std::sqrt(weight * all));
+        const double bound = (n + 64) * std::ldexp(1., -24) * (1 + std::sqrt(weight * all)) +
+                             4 * units.weight * top * std::sqrt(n * longest / dim);
         if (!(std::fabs(double(out[std::size_t(j * dim + d)]) - sum) <= bound)) FAIL("output " << d << ", head_dim " << dim);
       }
     }

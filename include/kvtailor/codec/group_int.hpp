@@ -203,8 +203,9 @@ struct GroupInt
     static constexpr bool has_least = !symmetric, coarse = false;
     using TileRows::TileRows;
 
-    template <int k>
+    template <int k, int plus>
     KVT_INLINE static __m256i column(const unsigned char* tile) {
+      static_assert(plus == offset);
       const __m256i code = Codes<group_size>::template column<k % 8>(tile + tile_codes, k / 8);
       return bits == 8 && symmetric ? _mm256_xor_si256(code, _mm256_set1_epi8(static_cast<char>(half))) : code;
     }

@@ -86,18 +86,18 @@ struct IntCodes {
   }
   // Codes 4 k .. 4 k + 3 of eight rows, one a byte: of the group `group` of tiles of groups.
   template <int k>
-  KVT_INLINE static __m256i column(const unsigned char* tile, int group) requires(n == 32) {
+  KVT_INLINE static __m256i column(const unsigned char* tile, int group) requires(stride % 4 == 0 && high_bytes % 4 == 0) {
     const int first = group * bytes / 4;
     const __m256i low = plane_codes<width, stride, k>(tile, first + high_bytes / 4);
     if constexpr (high_bytes == 0) {
       return low;
     } else {
-      // Byte k / 2 of a row's word has the bits of eight elements.
+      // Byte k / 2 of a row has the bits of eight elements.
       const __m256i place = _mm256_set1_epi32(k % 2 == 0 ? 0x08040201 : static_cast<int>(0x80402010u));
       const __m256i from =
-          _mm256_add_epi8(_mm256_set1_epi32(0x01010101 * (k / 2)),
+          _mm256_add_epi8(_mm256_set1_epi32(0x01010101 * (k / 2 % 4)),
                           _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-      const __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(tile_words(tile, first), from), place);
+      const __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(tile_words(tile, first + k / 8), from), place);
       return _mm256_or_si256(low, _mm256_and_si256(_mm256_cmpeq_epi8(bit, place), _mm256_set1_epi8(1 << width)));
     }
   }

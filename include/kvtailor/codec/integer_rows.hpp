@@ -11,7 +11,7 @@
 //   coarse                 its own error allows for queries and weights of a byte
 //   tile_bytes             of a tile
 //   tile(row)              rows row .. row + 7, which begin a tile
-//   column<k>(tile)        integers 4 k .. 4 k + 3 of each row, plus `offset`, so that none is below zero
+//   column<k, plus>(tile)  integers 4 k .. 4 k + 3 of each row, plus `offset`, so that none is below zero, or plus 0
 //   scales(row, g)         what the integers of group g of rows row .. row + 7 are multiplied by; zeros of rows that are not
 //   leasts(row, g)         there. What is added then, if has_least.
 //
@@ -19,7 +19,8 @@
 // and added up in 16 bits as long as they fit.
 //
 // Error:   queries are rounded to 2^-16 of their largest element, or 2^-31 dim most of their norm where that is more; weights
-//          times scales to 2^-16 of the largest of 128 rows, or 2^-32 most of their sum. Below 1e-30 they count as zero.
+//          times scales to 2^-16 of the largest weight of 128 rows, or 2^-32 most of their sum, times the largest scale. Below
+//          1e-30 they count as zero.
 //          Bytes: queries to half a unit of 1/127 of their largest element; weights times scales to a unit of 1/255 of the
 //          largest of 128 rows, up or down so that nothing is lost in sum. Where integers are larger than 64, there are
 //          64/most as many units.
@@ -40,7 +41,7 @@
 namespace kvt::inline v0::detail {
 
 KVT_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-// Bytes of an aligned table of `size` bytes, 16 to 128, at indices below it.
+// Bytes of an aligned table of `size` bytes, 16 to 64. Bits above an index do not matter, but the highest must not be set.
 template <int size>
 KVT_INLINE __m256i look_up_bytes(const std::int8_t* table, __m256i index) {
   if constexpr (size == 16) {
@@ -51,9 +52,10 @@ KVT_INLINE __m256i look_up_bytes(const std::int8_t* table, __m256i index) {
     if constexpr (size == 32) return _mm256_maskz_permutexvar_epi8(0xffffffff, index, load_bytes(table));
     if constexpr (size == 64) return _mm256_permutex2var_epi8(load_bytes(table), index, load_bytes(table + 32));
 #endif
-    constexpr int top = size == 32 ? 4 : size == 64 ? 5 : 6;  // the highest bit of an index
-    return _mm256_blendv_epi8(look_up_bytes<size / 2>(table, index), look_up_bytes<size / 2>(table + size / 2, index),
-                              _mm256_slli_epi16(index, 7 - top));
+    constexpr int top = size == 32 ? 4 : 5;  // the highest bit of an index
+    __m256i upper = index;
+    for (int bit = top; bit < 7; ++bit) upper = _mm256_add_epi8(upper, upper);  // no shift: these are needed elsewhere
+    return _mm256_blendv_epi8(look_up_bytes<size / 2>(table, index), look_up_bytes<size / 2>(table + size / 2, index), upper);
   }
 }
 // sum + the products of 16-bit numbers, two by two
@@ -99,19 +101,32 @@ KVT_INLINE __m256i plane_codes(const unsigned char* tile, int first_word) {
     return _mm256_and_si256(_mm256_srli_epi16(words, k / (stride / 4) * width), _mm256_set1_epi8((1 << width) - 1));
   }
 }
+// One bit of those codes as the highest bit of each byte, above what is no part of it.
+template <int width, int stride, int k, int bit>
+KVT_INLINE __m256i plane_bit(const unsigned char* tile, int first_word) {
+  return _mm256_slli_epi16(tile_words(tile, first_word + k % (stride / 4)), 7 - k / (stride / 4) * width - bit);
+}
 // Four words of four bytes turned round, in either half: bytes 0 of all words, then bytes 1, ...
 KVT_INLINE __m256i turned(__m256i x) {
   const __m128i from = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
   return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(from));
 }
+KVT_INLINE __m256 to_floats(__m128i halves) {
+#if defined(__F16C__)
+  return _mm256_cvtph_ps(halves);
+#else
+  alignas(16) Half from[8];
+  alignas(32) float x[8];
+  _mm_store_si128(reinterpret_cast<__m128i*>(from), halves);
+  load_floats<8>(from, x);
+  return _mm256_load_ps(x);
+#endif
+}
 // fp16 numbers 0 .. 7; zeros from `count` on, which are not read.
 KVT_INLINE __m256 load_eight(const Half* from, int count = 8) {
+  if (count >= 8) return to_floats(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   alignas(32) float x[8] = {};
-  if (count >= 8) {
-    load_floats<8>(from, x);
-  } else {
-    for (int i = 0; i < count; ++i) x[i] = to_float(from[i]);
-  }
+  for (int i = 0; i < count; ++i) x[i] = to_float(from[i]);
   return _mm256_load_ps(x);
 }
 
@@ -119,7 +134,8 @@ KVT_INLINE __m256 load_eight(const Half* from, int count = 8) {
 //   products   out[i * out_stride + 8 t + r] = sum over groups g of scale[g * most_integer_rows + 8 t + r] times (row r of
 //              tile t . query i, in group g, less start[i * groups + g]), of `columns` registers of each tile and query
 //   sums       to[i * to_stride + 4 c ..] += unit[i] * (sum over rows of weight i times column c of the row, less start[i]),
-//              of columns that are turned, most_tiles registers each, as many as weights
+//              of columns of most_tiles registers each, as many as weights
+// Columns for products have the offset. Those for sums have it for words; for bytes they have not, and are turned.
 // A register of a query or of weights is four elements again and again: what four elements, or four rows, are met by.
 inline constexpr int most_tiles = most_integer_rows / 8;
 
@@ -129,7 +145,7 @@ KVT_INLINE void add_group(__m256i whole, std::uint32_t start, const float* scale
   _mm256_store_ps(out, first ? _mm256_mul_ps(sum, by) : _mm256_fmadd_ps(sum, by, _mm256_load_ps(out)));
 }
 // Of two columns, a half of whose rows is in either half of a register.
-KVT_INLINE void add_columns(__m256i first, __m256i second, std::uint32_t start, float unit, float* to) {
+KVT_INLINE void add_columns(__m256i first, __m256i second, float unit, float* to, std::uint32_t start = 0) {
   const __m256i eight =
       _mm256_add_epi32(_mm256_permute2x128_si256(first, second, 0x20), _mm256_permute2x128_si256(first, second, 0x31));
   const __m256 whole = _mm256_cvtepi32_ps(_mm256_sub_epi32(eight, _mm256_set1_epi32(static_cast<int>(start))));
@@ -150,7 +166,7 @@ struct Words {
       for (int g = 0; g < groups; ++g) {
         const int first = columns / groups * g;
         __m256i sum[many];
-        multiply<many>(x + t * columns + first, columns / groups, q + first, columns, sum);
+        multiply<many, false>(x + t * columns + first, columns / groups, q + first, columns, sum);
         each<many>([&]<int i>() KVT_INLINE_LAMBDA {
           add_group(sum[i], start[i * groups + g], scale + g * most_integer_rows + 8 * t, g == 0, out + i * out_stride + 8 * t);
         });
@@ -158,14 +174,14 @@ struct Words {
     }
   }
   template <int many, int>
-  [[gnu::noinline]] static void sums(const __m256i* x, int columns, int tiles, const __m256i* weights, int,
+  [[gnu::noinline]] static void sums(const __m256i* x, int columns, int tiles, const __m256i* weights,
                                      const std::uint32_t* start, const float* unit, float* to, int to_stride) {
     for (int c = 0; c < columns; c += 2) {
       __m256i sum[2][many];
-      multiply<many>(x + c * most_tiles, tiles, weights, most_tiles, sum[0]);
-      multiply<many>(x + (c + 1) * most_tiles, tiles, weights, most_tiles, sum[1]);
+      multiply<many, true>(x + c * most_tiles, tiles, weights, most_tiles, sum[0]);
+      multiply<many, true>(x + (c + 1) * most_tiles, tiles, weights, most_tiles, sum[1]);
       each<many>([&]<int i>()
-                     KVT_INLINE_LAMBDA { add_columns(sum[0][i], sum[1][i], start[i], unit[i], to + i * to_stride + 4 * c); });
+                     KVT_INLINE_LAMBDA { add_columns(sum[0][i], sum[1][i], unit[i], to + i * to_stride + 4 * c, start[i]); });
     }
   }
   KVT_INLINE static void store_eight(__m256i x, Element* to) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), to_words(x)); }
@@ -179,14 +195,21 @@ struct Words {
   }
 
  private:
-  // Sums of x[k] times y[i * stride + k] over n registers, in each word of 32 bits those of four elements.
-  template <int many>
+  // Sums of x[k], turned or as it is, times y[i * stride + k] over n registers, in each word of 32 bits those of four elements.
+  template <int many, bool turn>
   KVT_INLINE static void multiply(const __m256i* x, int n, const __m256i* y, int stride, __m256i (&sum)[many]) {
     __m256i two[many][2];
     each<many>([&]<int i>() KVT_INLINE_LAMBDA { two[i][0] = two[i][1] = _mm256_setzero_si256(); });
     for (int k = 0; k < n; ++k) {
-      const __m256i low = _mm256_unpacklo_epi8(x[k], _mm256_setzero_si256());
-      const __m256i high = _mm256_unpackhi_epi8(x[k], _mm256_setzero_si256());
+      __m256i low, high;
+      if constexpr (turn) {
+        const __m256i place = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, 4, -1, 8, -1, 12, -1, 1, -1, 5, -1, 9, -1, 13, -1));
+        low = _mm256_shuffle_epi8(x[k], place);
+        high = _mm256_shuffle_epi8(x[k], _mm256_add_epi8(place, _mm256_set1_epi16(2)));
+      } else {
+        low = _mm256_unpacklo_epi8(x[k], _mm256_setzero_si256());
+        high = _mm256_unpackhi_epi8(x[k], _mm256_setzero_si256());
+      }
       each<many>([&]<int i>() KVT_INLINE_LAMBDA {
         two[i][0] = add_products(two[i][0], low, y[i * stride + k]);
         two[i][1] = add_products(two[i][1], high, y[i * stride + k]);
@@ -197,8 +220,8 @@ struct Words {
 };
 
 #if !defined(KVT_HOST_AVX512)
-// Queries and weights of a byte, the latter less `middle`. A register of either has four bytes eight times. `fit` is how
-// many products of registers fit in 16 bits when they are added up.
+// Queries and weights of a byte; weights have no sign. A register of either has four bytes eight times. `fit` is how many
+// products of registers fit in 16 bits when they are added up.
 struct Bytes {
   using Element = std::int8_t;
 
@@ -209,7 +232,7 @@ struct Bytes {
       for (int g = 0; g < groups; ++g) {
         const int first = columns / groups * g;
         __m256i sum[many];
-        multiply<many, fit>(x + t * columns + first, columns / groups, q + first, columns, sum, [](__m256i) {});
+        multiply<many, fit, false>(x + t * columns + first, columns / groups, q + first, columns, sum);
         each<many>([&]<int i>() KVT_INLINE_LAMBDA {
           add_group(sum[i], start[i * groups + g], scale + g * most_integer_rows + 8 * t, g == 0, out + i * out_stride + 8 * t);
         });
@@ -217,22 +240,14 @@ struct Bytes {
     }
   }
   template <int many, int fit>
-  [[gnu::noinline]] static void sums(const __m256i* x, int columns, int tiles, const __m256i* weights, int middle,
-                                     const std::uint32_t* start, const float* unit, float* to, int to_stride) {
+  [[gnu::noinline]] static void sums(const __m256i* x, int columns, int tiles, const __m256i* weights, const std::uint32_t*,
+                                     const float* unit, float* to, int to_stride) {
     for (int c = 0; c < columns; c += 2) {
-      __m256i sum[2][many], rows[2];
-      each<2>([&]<int p>() KVT_INLINE_LAMBDA {
-        rows[p] = _mm256_setzero_si256();
-        multiply<many, fit>(x + (c + p) * most_tiles, tiles, weights, most_tiles, sum[p], [&](__m256i four) KVT_INLINE_LAMBDA {
-          rows[p] = _mm256_add_epi16(rows[p], _mm256_maddubs_epi16(four, _mm256_set1_epi8(1)));
-        });
-        // What is missing from the weights.
-        rows[p] = _mm256_madd_epi16(rows[p], _mm256_set1_epi16(static_cast<short>(middle)));
-      });
-      each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-        add_columns(_mm256_add_epi32(sum[0][i], rows[0]), _mm256_add_epi32(sum[1][i], rows[1]), start[i], unit[i],
-                    to + i * to_stride + 4 * c);
-      });
+      __m256i sum[2][many];
+      multiply<many, fit, true>(x + c * most_tiles, tiles, weights, most_tiles, sum[0]);
+      multiply<many, fit, true>(x + (c + 1) * most_tiles, tiles, weights, most_tiles, sum[1]);
+      each<many>(
+          [&]<int i>() KVT_INLINE_LAMBDA { add_columns(sum[0][i], sum[1][i], unit[i], to + i * to_stride + 4 * c); });
     }
   }
   KVT_INLINE static void store_eight(__m256i x, Element* to) {
@@ -250,19 +265,16 @@ struct Bytes {
   }
 
  private:
-  // Sums of x[k] times y[i * stride + k] over n registers; also each_one(x[k]).
-  template <int many, int fit, class Each>
-  KVT_INLINE static void multiply(const __m256i* x, int n, const __m256i* y, int stride, __m256i (&sum)[many],
-                                  const Each& each_one) {
+  // Sums of x[k] times y[i * stride + k] over n registers. What has a sign is x, or else y.
+  template <int many, int fit, bool x_is_signed>
+  KVT_INLINE static void multiply(const __m256i* x, int n, const __m256i* y, int stride, __m256i (&sum)[many]) {
     each<many>([&]<int i>() KVT_INLINE_LAMBDA { sum[i] = _mm256_setzero_si256(); });
     // Registers k .. k + length - 1, added up in 16 bits.
     const auto add = [&]<int length>(int k, std::integral_constant<int, length>) KVT_INLINE_LAMBDA {
       __m256i short_sum[many];
       each<length>([&]<int part>() KVT_INLINE_LAMBDA {
-        each_one(x[k + part]);
         each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-          const __m256i two = product(x[k + part], y[i * stride + k + part]);
-          short_sum[i] = part == 0 ? two : _mm256_add_epi16(short_sum[i], two);
+          add_product<x_is_signed, part == 0>(short_sum[i], x[k + part], y[i * stride + k + part]);
         });
       });
       each<many>([&]<int i>() KVT_INLINE_LAMBDA {
@@ -276,11 +288,19 @@ struct Bytes {
     }
     for (; k < n; ++k) add(k, std::integral_constant<int, 1>{});
   }
-  // Written out, since GCC reads factors of the next round ahead until it has no registers left.
-  KVT_INLINE static __m256i product(__m256i a, const __m256i& b) {
+  // Written out, since GCC reads factors and multiplies ahead until it has no registers left.
+  template <bool x_is_signed, bool first>
+  KVT_INLINE static void add_product(__m256i& sum, __m256i x, const __m256i& y) {
     __m256i two;
-    asm("vpmaddubsw %2, %1, %0" : "=x"(two) : "x"(a), "m"(b));
-    return two;
+    if constexpr (x_is_signed && first) {
+      asm("vmovdqa %1, %0\n\tvpmaddubsw %2, %0, %0" : "=&x"(sum) : "m"(y), "x"(x));
+    } else if constexpr (x_is_signed) {
+      asm("vmovdqa %2, %1\n\tvpmaddubsw %3, %1, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(two) : "m"(y), "x"(x));
+    } else if constexpr (first) {
+      asm("vpmaddubsw %2, %1, %0" : "=x"(sum) : "x"(x), "m"(y));
+    } else {
+      asm("vpmaddubsw %3, %2, %1\n\tvpaddw %1, %0, %0" : "+x"(sum), "=&x"(two) : "x"(x), "m"(y));
+    }
   }
 };
 #endif
@@ -361,11 +381,10 @@ struct IntegerRows {
   static constexpr float largest_sum = 2147000000.f / R::most;
   static constexpr int pair = 32767;
   static constexpr int fit(int most) { return most >= 8 ? 8 : most >= 4 ? 4 : most >= 2 ? 2 : most; }
-  static constexpr int middle = bytes ? std::min(128, (pair + 1) / (4 * R::most)) : 0;
   static constexpr int query_most = bytes ? std::min(127, pair / (4 * R::most)) : 32767;
-  static constexpr int weight_most = bytes ? 2 * middle - 1 : 32767;
+  static constexpr int weight_most = bytes ? std::min(255, pair / (2 * R::most)) : 32767;
   static constexpr int queries_fit = fit(pair / (4 * R::most * query_most));
-  static constexpr int weights_fit = bytes ? fit((pair + 1) / (4 * R::most * middle)) : 0;
+  static constexpr int weights_fit = fit(pair / (2 * R::most * weight_most));
 
   // Blocks of up to 13 KiB are asked for before (see attention.hpp). In larger ones, what is read next is asked for.
   static constexpr bool large = R::tile_bytes * most_tiles > 13 << 10;
@@ -386,6 +405,26 @@ struct IntegerRows {
   static Lines scales(const R& rows, int first, int n) {
     return Lines(n, [&](int row, int g) KVT_INLINE_LAMBDA { return rows.scales(first + row, g); });
   }
+  static Lines leasts(const R& rows, int first, int n) requires(R::has_least) {
+    return Lines(n, [&](int row, int g) KVT_INLINE_LAMBDA { return rows.leasts(first + row, g); });
+  }
+  // The largest magnitude of n numbers, a multiple of 8, and the sum of their magnitudes.
+  struct Size {
+    float largest = 0, total = 0;
+    Size() = default;
+    Size(float most, float sum) : largest(most), total(sum) {}
+    Size times(float x) const { return {largest * x, total * x}; }
+    Size(const float* x, int n) {
+      __m256 sum = _mm256_setzero_ps(), most = sum;
+      for (int i = 0; i < n; i += 8) {
+        const __m256 size = magnitude(_mm256_load_ps(x + i));
+        sum = _mm256_add_ps(sum, size);
+        most = _mm256_max_ps(most, size);
+      }
+      largest = largest_of(most);
+      total = kvt::detail::sum(sum);
+    }
+  };
 
   struct Queries {
     int m;
@@ -432,7 +471,7 @@ struct IntegerRows {
       for (int t = 0; t < tiles; ++t) {
         const unsigned char* const tile = rows.tile(first + from + 8 * t);
         if (first + from + 8 * (t + strip) < n) prefetch(rows.tile(first + from + 8 * (t + strip)), R::tile_bytes);
-        each<columns>([&]<int k>() KVT_INLINE_LAMBDA { x[t][k] = R::template column<k>(tile); });
+        each<columns>([&]<int k>() KVT_INLINE_LAMBDA { x[t][k] = R::template column<k, R::offset>(tile); });
       }
       alignas(32) float product[most_vectors][8 * strip];
       each_batch<batch>(query.m, [&]<int many>(int j) {
@@ -465,7 +504,7 @@ struct IntegerRows {
   // Weights times the scales of a group, and how they are met.
   struct Weights {
     alignas(32) __m256i of[most_vectors][most_tiles];
-    std::uint32_t start[most_vectors];
+    std::uint32_t start[most_vectors];  // of words
     float unit[most_vectors];
   };
 
@@ -477,23 +516,25 @@ struct IntegerRows {
       std::copy_n(weights + j * stride, n, own[j]);
       std::fill_n(own[j] + n, 8 * tiles - n, 0.f);
     }
+    if constexpr (R::has_least) {
+      const Lines least = leasts(rows, first, n);
+      for (int j = 0; j < m; ++j) {
+        for (int g = 0; g < groups; ++g) {
+          const float shift = dot(own[j], least.of[g], 8 * tiles);
+          for (int d = 0; d < R::group; ++d) acc[j * dim + g * R::group + d] += shift;
+        }
+      }
+    }
+    Size size[bytes ? 1 : most_vectors];
+    for (int j = 0; j < m && !bytes; ++j) size[j] = Size(own[j], 8 * tiles);
     each<groups>([&]<int g>() {
       Weights weight[bytes ? 2 : 1];  // bytes: those above, and those below zero
       bool below = false;
-      for (int j = 0; j < m; ++j) {
-        if constexpr (bytes) {
-          below |= weights_to_bytes(own[j], scale.of[g], tiles, 1, weight[0], j);
-        } else {
-          weights_to_words(own[j], scale.of[g], tiles, weight[0], j);
-        }
-        if constexpr (R::has_least) {
-          __m256 sum = _mm256_setzero_ps();
-          for (int t = 0; t < tiles; ++t) {
-            sum = _mm256_fmadd_ps(_mm256_load_ps(own[j] + 8 * t), rows.leasts(first + 8 * t, g), sum);
-          }
-          const float shift = kvt::detail::sum(sum);
-          for (int d = 0; d < R::group; ++d) acc[j * dim + g * R::group + d] += shift;
-        }
+      if constexpr (bytes) {
+        for (int j = 0; j < m; ++j) below |= weights_to_bytes(own[j], scale.of[g], tiles, 1, weight[0], j);
+      } else {
+        const float most = Size(scale.of[g], 8 * tiles).largest;
+        for (int j = 0; j < m; ++j) weights_to_words(own[j], scale.of[g], tiles, size[j].times(most), weight[0], j);
       }
       if constexpr (bytes) {
         for (int j = 0; j < m && below; ++j) weights_to_bytes(own[j], scale.of[g], tiles, -1, weight[1], j);
@@ -505,26 +546,27 @@ struct IntegerRows {
         for (int t = 0; t < tiles; ++t) {
           const unsigned char* const tile = rows.tile(first + 8 * t);
           if constexpr (large) prefetch(tile + (from + some) * R::tile_bytes / columns, some * R::tile_bytes / columns);
-          each<some>([&]<int c>() KVT_INLINE_LAMBDA { x[c][t] = turned(R::template column<from + c>(tile)); });
+          each<some>([&]<int c>() KVT_INLINE_LAMBDA {
+            if constexpr (bytes) {
+              x[c][t] = turned(R::template column<from + c, 0>(tile));
+            } else {
+              x[c][t] = R::template column<from + c, R::offset>(tile);
+            }
+          });
         }
         for (int sign = 0; sign <= (below ? 1 : 0); ++sign) {
           const Weights& w = weight[sign];
           each_batch<batch>(m, [&]<int many>(int j) {
-            Products::template sums<many, weights_fit>(x[0], some, tiles, w.of[j], middle, w.start + j, w.unit + j,
+            Products::template sums<many, weights_fit>(x[0], some, tiles, w.of[j], w.start + j, w.unit + j,
                                                        acc + j * dim + 4 * from, dim);
           });
         }
       });
     });
   }
-  static void weights_to_words(const float* weights, const float* scale, int tiles, Weights& to, int j) {
-    __m256 total = _mm256_setzero_ps(), largest = total;
-    for (int row = 0; row < 8 * tiles; row += 8) {
-      const __m256 size = magnitude(_mm256_mul_ps(_mm256_load_ps(weights + row), _mm256_load_ps(scale + row)));
-      total = _mm256_add_ps(total, size);
-      largest = _mm256_max_ps(largest, size);
-    }
-    const float factor = integer_factor(weight_most, largest_of(largest), sum(total), largest_sum);
+  // Weights times scales are at most `size`.
+  static void weights_to_words(const float* weights, const float* scale, int tiles, Size size, Weights& to, int j) {
+    const float factor = integer_factor(weight_most, size.largest, size.total, largest_sum);
     const __m256 by = _mm256_set1_ps(factor);
     __m256i whole = _mm256_setzero_si256();
     for (int t = 0; t < tiles; ++t) {
@@ -534,7 +576,7 @@ struct IntegerRows {
       to.of[j][t] = Products::eight_weights(to_words(eight));
     }
     to.start[j] = R::offset * sum_of_words(whole);
-    to.unit[j] = integer_unit(factor, sum(total));
+    to.unit[j] = integer_unit(factor, size.total);
   }
   // Of weights times scales, times `sign`, that are above zero; others become zero. What is left of a unit makes a whole one in
   // as many rows as it is worth: small weights count together, as those beside the first row of a text. Whether there are
@@ -564,14 +606,11 @@ struct IntegerRows {
     const float all = std::fabs(sum(total)), largest = largest_of(sign > 0 ? most : magnitude(least));
     const float factor = integer_factor(weight_most, largest, all, 3e38f);
     const __m256 by = _mm256_set1_ps(static_cast<float>(sign) * factor);
-    __m128i whole = _mm_setzero_si128();
     for (int t = 0; t < tiles; ++t) {
       const __m256 x = _mm256_fmadd_ps(_mm256_load_ps(product + 8 * t), by, _mm256_load_ps(threshold.of + 8 * t));
-      const __m128i words = to_words(_mm256_cvttps_epi32(x)), eight = _mm_packus_epi16(words, _mm_setzero_si128());
-      whole = _mm_add_epi32(whole, _mm_sad_epu8(eight, _mm_setzero_si128()));
-      to.of[j][t] = Products::eight_weights(_mm_sub_epi8(eight, _mm_set1_epi8(static_cast<char>(middle))));
+      const __m128i words = to_words(_mm256_cvttps_epi32(x));
+      to.of[j][t] = Products::eight_weights(_mm_packus_epi16(words, words));
     }
-    to.start[j] = R::offset * static_cast<std::uint32_t>(_mm_cvtsi128_si32(whole));
     to.unit[j] = static_cast<float>(sign) * integer_unit(factor, all);
     return _mm256_movemask_ps(_mm256_cmp_ps(least, _mm256_setzero_ps(), _CMP_LT_OQ)) != 0;
   }

@@ -183,24 +183,27 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     static constexpr bool has_least = false, coarse = bits <= 4;
     using TileRows::TileRows;
 
-    template <int k>
+    template <int k, int plus>
     KVT_INLINE static __m256i column(const unsigned char* tile) {
-      return levels_of<k>(tile);
+      return levels_of<k, plus>(tile);
     }
     KVT_INLINE __m256 scales(int row, int) const {
       const auto* const from = reinterpret_cast<const Scale*>(this->block) + row;
       return _mm256_mul_ps(detail::load_eight(from, this->n - row), _mm256_set1_ps(unit));
     }
   };
-  // Of elements 4 k .. 4 k + 3 of the rows of a tile, and the largest level.
-  template <int k>
+  // Of elements 4 k .. 4 k + 3 of the rows of a tile, plus `plus`.
+  template <int k, int plus>
   KVT_INLINE static __m256i levels_of(const unsigned char* tile) {
-    static constexpr LevelBytes levels;
+#if !defined(KVT_HOST_AVX512)
+    if constexpr (bits > 4) return level_by_bits<k, plus, bits - 4>(tile);
+#endif
+    static constexpr LevelBytes<plus> levels;
     __m256i code = _mm256_setzero_si256();
     append_plane<4, k>(tile, code);
     append_plane<2, k>(tile, code);
     append_plane<1, k>(tile, code);
-    return detail::look_up_bytes<LevelBytes::size>(levels.byte, code);
+    return detail::look_up_bytes<sizeof levels.byte>(levels.byte, code);
   }
 #endif
 
@@ -250,13 +253,29 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   }
 
 #if defined(KVT_HOST_AVX2)
+  // Those whose lowest bits are `low`, every `step`th.
+  template <int plus, int step = 1, int low = 0>
   struct LevelBytes {
-    static constexpr int size = num_levels < 16 ? 16 : num_levels;
-    alignas(16) std::int8_t byte[size] = {};
+    static constexpr int count = num_levels / step;
+    alignas(16) std::int8_t byte[count < 16 ? 16 : count] = {};
     constexpr LevelBytes() {
-      for (int i = 0; i < num_levels; ++i) byte[i] = static_cast<std::int8_t>(level(i) + level(num_levels - 1));
+      for (int i = 0; i < count; ++i) byte[i] = static_cast<std::int8_t>(level(i * step + low) + plus);
     }
   };
+  // The highest four bits of a code are an index into tables of its lower ones, whose bits choose: the lowest `left` of them
+  // are to be met, those above are `low`.
+  template <int k, int plus, int left, int low = 0>
+  KVT_INLINE static __m256i level_by_bits(const unsigned char* tile) {
+    constexpr int width = bits - 4;
+    if constexpr (left == 0) {
+      static constexpr LevelBytes<plus, 1 << width, low> levels;
+      return detail::look_up_bytes<16>(levels.byte, detail::plane_codes<4, dim / 2, k>(tile, 0));
+    } else {
+      return _mm256_blendv_epi8(level_by_bits<k, plus, left - 1, 2 * low>(tile),
+                                level_by_bits<k, plus, left - 1, 2 * low + 1>(tile),
+                                detail::plane_bit<width, dim * width / 8, k, left - 1>(tile, dim / 8));
+    }
+  }
   template <int width, int k>
   KVT_INLINE static void append_plane(const unsigned char* tile, __m256i& code) {
     if constexpr ((bits & width) != 0) {

@@ -299,10 +299,12 @@ KVT_HD int choose_pairs(const Lanes& lanes, const LowRankOptions& options, std::
   return rank;
 }
 
-// The factors of a block as they are stored, and what they leave. Not a template: one block is like another.
+// The factors of a block as they are stored, and what they leave. One block is like another; what is made of numbers is a
+// template, so that Eigen's solvers are compiled where a block is encoded, and not wherever this is included.
 class LowRankFit {
  public:
-  LowRankFit(const LowRankOptions& options, const float* rows, int n, int dim) {
+  template <class Real>
+  LowRankFit(const LowRankOptions& options, const Real* rows, int n, int dim) {
     const Eigen::Map<const Floats> given(rows, n, dim);
     const Doubles x = given.cast<double>();
     factor(x);
@@ -359,7 +361,8 @@ class LowRankFit {
   using Doubles = Eigen::Matrix<double, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
 
   // Squared singular values, descending, and right singular vectors, from the smaller Gram matrix.
-  void factor(const Doubles& x) {
+  template <class Matrix>
+  void factor(const Matrix& x) {
     const bool tall = x.rows() >= x.cols();
     const Eigen::MatrixXd gram = tall ? Eigen::MatrixXd(x.transpose() * x) : Eigen::MatrixXd(x * x.transpose());
     const Eigen::SelfAdjointEigenSolver<Eigen::MatrixXd> solver(gram);

@@ -7,7 +7,8 @@
 // channel alone.
 //
 // Block:   groups of at most 32 rows, one after another: uint16 rows; Half scale[head_dim]; Half least[head_dim]; the codes of
-//          each row, see IntCodes; a byte of 0 where their sum is odd. A group keeps scales and codes until its last row goes.
+//          each row, see IntCodes, in tiles, see row_wise.hpp; a byte of 0 where their sum is odd. A group keeps scales and codes
+//          until its last row goes.
 // Value:   least[channel] + scale[channel] * code
 // Error:   of an element, half a step, and what fp16 does to the levels: 2^-11 (|least| + largest - least) of its channel and
 //          group, or 2^-25 of each fp16 number, times the code, where that is more.
@@ -24,8 +25,58 @@
 
 namespace kvt::inline v0 {
 
+namespace detail {
+
+// The codes alone, less half of those there are.
+template <int bits, int dim>
+struct ChannelCodes : RowCodec<ChannelCodes<bits, dim>, dim, 0, IntCodes<bits, dim>::bytes> {
+  using Codes = IntCodes<bits, dim>;
+  static constexpr int half = 1 << (bits - 1);
+  static constexpr bool tiled = Codes::stride % 4 == 0 && Codes::high_bytes % 4 == 0;
+
+  // code [dim] are whole numbers.
+  template <class Lanes>
+  KVT_HD void encode_row(const Lanes& lanes, const float* code, std::byte* block, int n, int row) const {
+    Codes::pack(lanes, code, ChannelCodes::code_bytes_of(block, n, row));
+  }
+  template <int lanes>
+  KVT_HD KVT_INLINE void load(const std::byte* block, int n, int row, int lane, LaneRow<dim, lanes>& to) const {
+    if constexpr (lanes == 1) {
+      int code[dim];
+      Codes::unpack(typename ChannelCodes::OwnCodes(block, n, row).bytes, code);
+      for (int d = 0; d < dim; ++d) to.x[d] = static_cast<float>(code[d] - half);
+    } else {
+      const auto from = ChannelCodes::code_bytes_of(block, n, row);
+      for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) {
+        const int d = i * lanes + lane;
+        to.x[i] = d < dim ? static_cast<float>(Codes::at(from, d) - half) : 0.f;
+      }
+    }
+  }
+  KVT_HD KVT_INLINE float row_scale(const std::byte*, int) const { return 1.f; }
+
+#if defined(KVT_HOST_AVX2)
+  using TileRows = typename ChannelCodes::Tiles;
+  struct Integers : TileRows {
+    static constexpr int size = dim, group = dim, most = half, offset = half;
+    static constexpr bool has_least = false, coarse = bits == 2;
+    using TileRows::TileRows;
+
+    template <int k, int plus>
+    KVT_INLINE static __m256i column(const unsigned char* tile) {
+      const __m256i code = Codes::template column<k>(tile, 0);
+      return plus == half ? code : _mm256_add_epi8(code, _mm256_set1_epi8(plus - half));
+    }
+    KVT_INLINE __m256 scales(int, int) const { return _mm256_set1_ps(1); }
+  };
+#endif
+};
+
+}  // namespace detail
+
 template <int bits, int dim>
 struct PerChannelInt : PlainBasis<dim> {
+  using Rows = detail::ChannelCodes<bits, dim>;
   static constexpr int max_block_rows = 512, group_rows = 32;
 
   // The least elements must fit in fp16; then the scales do.
@@ -49,19 +100,17 @@ struct PerChannelInt : PlainBasis<dim> {
     each_group(block, n, [&](const std::byte* group, int first, int rows) {
       if (row < first || row >= first + rows) return;
       LaneRow<dim, 1> x;
-      load(Lines<1>(group, 0), group, row - first, 0, x);
+      load(Lines<1>(group, 0), group, rows, row - first, 0, x);
       for (int d = 0; d < dim; ++d) out[d] = x.x[d];
     });
   }
   int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
     std::byte* const begin = to;
     each_group(block, n, [&](const std::byte* group, int first, int rows) {
-      int kept = 0;
-      for (int row = 0; row < rows; ++row) {
-        if (keep[first + row] != 0) std::memcpy(codes(to, kept++), codes(group, row), row_bytes);
-      }
+      const int kept = static_cast<int>(std::count_if(keep + first, keep + first + rows, [](int k) { return k != 0; }));
       if (kept == 0) return;
       std::memcpy(to, group, header_bytes);
+      Rows{}.erase(group + header_bytes, rows, keep + first, to + header_bytes);
       finish_group(to, kept);
       to += group_bytes(kept);
     });
@@ -71,26 +120,38 @@ struct PerChannelInt : PlainBasis<dim> {
   template <class Lanes>
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {
-    each_row(lanes, block, n, [&](int row, auto& x) {
-      for (int j = 0; j < m; ++j) {
-        typename Lanes::template Reg<float> part;
-        lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * dim, lane); });
-        const float logit = lanes.sum(part);
-        lanes.once([&] { out[j * stride + row] = logit; });
+    each_group(block, n, [&](const std::byte* group, int first, int rows) {
+      if constexpr (Lanes::size == 1) {
+        group_logits(group, rows, prepared, m, out + first, stride);
+      } else {
+        each_row(lanes, group, rows, [&](int row, auto& x) {
+          for (int j = 0; j < m; ++j) {
+            typename Lanes::template Reg<float> part;
+            lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * dim, lane); });
+            const float logit = lanes.sum(part);
+            lanes.once([&] { out[j * stride + first + row] = logit; });
+          }
+        });
       }
     });
   }
   template <class Lanes>
   KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
                          float* acc) const noexcept {
-    each_row(lanes, block, n, [&](int row, auto& x) {
-      for (int j = 0; j < m; ++j) {
-        const float weight = weights[j * stride + row];
-        float* const to = acc + j * dim;
-        lanes.each([&](int lane) {
-          for (int i = 0; i < LaneRow<dim, Lanes::size>::length; ++i) {
-            const int d = i * Lanes::size + lane;
-            if (dim % Lanes::size == 0 || d < dim) to[d] += weight * x[lane].x[i];
+    each_group(block, n, [&](const std::byte* group, int first, int rows) {
+      if constexpr (Lanes::size == 1) {
+        group_sums(group, rows, weights + first, m, stride, acc);
+      } else {
+        each_row(lanes, group, rows, [&](int row, auto& x) {
+          for (int j = 0; j < m; ++j) {
+            const float weight = weights[j * stride + first + row];
+            float* const to = acc + j * dim;
+            lanes.each([&](int lane) {
+              for (int i = 0; i < LaneRow<dim, Lanes::size>::length; ++i) {
+                const int d = i * Lanes::size + lane;
+                if (dim % Lanes::size == 0 || d < dim) to[d] += weight * x[lane].x[i];
+              }
+            });
           }
         });
       }
@@ -98,17 +159,11 @@ struct PerChannelInt : PlainBasis<dim> {
   }
 
  private:
-  using Codes = detail::IntCodes<bits, dim>;
-  static constexpr int row_bytes = Codes::bytes;
+  static constexpr int row_bytes = Rows::row_bytes;
   static constexpr int header_bytes = 2 + 4 * dim;
 
   // An even number: the next group's fp16 numbers are aligned.
   KVT_HD static constexpr int group_bytes(int rows) { return header_bytes + (rows * row_bytes + 1) / 2 * 2; }
-  template <class Byte>
-  KVT_HD KVT_INLINE static auto codes(Byte* group, int row) {
-    return group + header_bytes + row * row_bytes;
-  }
-  KVT_HD KVT_INLINE static const Half* scales(const std::byte* group) { return reinterpret_cast<const Half*>(group + 2); }
 
   // f(group, its first row, number of its rows)
   template <class F>
@@ -127,7 +182,7 @@ struct PerChannelInt : PlainBasis<dim> {
     LaneRow<dim, lanes> scale, least;
 
     KVT_HD KVT_INLINE Lines(const std::byte* group, int lane) {
-      const Half* const from = scales(group);
+      const Half* const from = reinterpret_cast<const Half*>(group + 2);
       if constexpr (lanes == 1) {
         load_floats<dim>(from, scale.x);
         load_floats<dim>(from + dim, least.x);
@@ -141,52 +196,73 @@ struct PerChannelInt : PlainBasis<dim> {
     }
     Lines() = default;
   };
+  // The middle of a channel's levels, where the integers are zero.
+  struct Middle {
+    float x[dim];
+    explicit Middle(const Lines<1>& lines) {
+      for (int d = 0; d < dim; ++d) x[d] = lines.scale.x[d] * Rows::half + lines.least.x[d];
+    }
+  };
   // The product is exact, so it does not matter whether it is fused with the sum.
   template <int lanes>
-  KVT_HD KVT_INLINE static void load(const Lines<lanes>& lines, const std::byte* group, int row, int lane,
+  KVT_HD KVT_INLINE static void load(const Lines<lanes>& lines, const std::byte* group, int n, int row, int lane,
                                      LaneRow<dim, lanes>& to) {
-    const auto* const from = reinterpret_cast<const unsigned char*>(codes(group, row));
-#if defined(KVT_HOST_AVX2)
-    if constexpr (lanes == 1 && Codes::in_eights) {
-      KVT_UNROLL
-      for (int d = 0; d < dim; d += 8) {
-        const __m256 code = _mm256_cvtepi32_ps(Codes::eight_at(from, d));
-        _mm256_storeu_ps(to.x + d,
-                         _mm256_fmadd_ps(code, _mm256_loadu_ps(lines.scale.x + d), _mm256_loadu_ps(lines.least.x + d)));
-      }
-      return;
+    Rows{}.template load<lanes>(group + header_bytes, n, row, lane, to);
+    for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) to.x[i] = (to.x[i] + Rows::half) * lines.scale.x[i] + lines.least.x[i];
+  }
+  // f(row, Reg<LaneRow>&)
+  template <class Lanes, class F>
+  KVT_HD KVT_INLINE static void each_row(const Lanes& lanes, const std::byte* group, int n, F&& f) {
+    typename Lanes::template Reg<Lines<Lanes::size>> lines;
+    lanes.each([&](int lane) { lines[lane] = Lines<Lanes::size>(group, lane); });
+    for (int row = 0; row < n; ++row) {
+      typename Lanes::template Reg<LaneRow<dim, Lanes::size>> x;
+      lanes.each([&](int lane) { load(lines[lane], group, n, row, lane, x[lane]); });
+      f(row, x);
     }
-#endif
-    if constexpr (lanes == 1) {
-      int code[dim];
-      Codes::unpack(from, code);
-      for (int d = 0; d < dim; ++d) to.x[d] = static_cast<float>(code[d]) * lines.scale.x[d] + lines.least.x[d];
-    } else {
-      for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) {
-        const int d = i * lanes + lane;
-        to.x[i] = d < dim ? static_cast<float>(Codes::at(from, d)) * lines.scale.x[i] + lines.least.x[i] : 0.f;
+  }
+
+  // On the host the scales meet the queries, or the sums: q (middle + s c) = q middle + (q s) c. From the middle, since q least
+  // can be far larger than the logit where a channel has an outlier, and rounds accordingly.
+  static constexpr int most_vectors = 8;
+  static void group_logits(const std::byte* group, int n, const float* queries, int m, float* out, int stride) {
+    const Lines<1> lines(group, 0);
+    const Middle middle(lines);
+    for (int first = 0; first < m; first += most_vectors) {
+      const int count = std::min(most_vectors, m - first);
+      alignas(32) float scaled[most_vectors * dim];
+      float shift[most_vectors];
+      for (int j = 0; j < count; ++j) {
+        const float* const q = queries + (first + j) * dim;
+        shift[j] = dot<dim>(q, middle.x);
+        for (int d = 0; d < dim; ++d) scaled[j * dim + d] = q[d] * lines.scale.x[d];
+      }
+      float* const to = out + first * stride;
+      Rows{}.logits(Serial{}, group + header_bytes, n, scaled, count, to, stride);
+      for (int j = 0; j < count; ++j) {
+        for (int row = 0; row < n; ++row) to[j * stride + row] += shift[j];
       }
     }
   }
-  // f(row, Reg<LaneRow>&). Scales folded into the query, q (s c + l) = (q s) c + q l, would make logits a tenth faster, but q l
-  // can be far larger than the logit where a channel has an outlier, and rounds accordingly.
-  template <class Lanes, class F>
-  KVT_HD KVT_INLINE static void each_row(const Lanes& lanes, const std::byte* block, int n, F&& f) {
-    each_group(block, n, [&](const std::byte* group, int first, int rows) {
-      typename Lanes::template Reg<Lines<Lanes::size>> lines;
-      lanes.each([&](int lane) { lines[lane] = Lines<Lanes::size>(group, lane); });
-      for (int row = 0; row < rows; ++row) {
-        typename Lanes::template Reg<LaneRow<dim, Lanes::size>> x;
-        lanes.each([&](int lane) { load(lines[lane], group, row, lane, x[lane]); });
-        f(first + row, x);
+  static void group_sums(const std::byte* group, int n, const float* weights, int m, int stride, float* acc) {
+    const Lines<1> lines(group, 0);
+    const Middle middle(lines);
+    for (int first = 0; first < m; first += most_vectors) {
+      const int count = std::min(most_vectors, m - first);
+      alignas(32) float sum[most_vectors * dim] = {};
+      Rows{}.accumulate(Serial{}, group + header_bytes, n, weights + first * stride, count, stride, sum);
+      for (int j = 0; j < count; ++j) {
+        const float total = sum_of(weights + (first + j) * stride, n);
+        float* const to = acc + (first + j) * dim;
+        for (int d = 0; d < dim; ++d) to[d] += sum[j * dim + d] * lines.scale.x[d] + total * middle.x[d];
       }
-    });
+    }
   }
 
   static void finish_group(std::byte* group, int rows) {
     const auto stored = static_cast<std::uint16_t>(rows);
     std::memcpy(group, &stored, sizeof stored);
-    if (rows * row_bytes % 2 != 0) *codes(group, rows) = std::byte{0};
+    if (rows * row_bytes % 2 != 0) group[header_bytes + rows * row_bytes] = std::byte{0};
   }
   static void encode_group(const float* x, int n, std::byte* to) {
     using Levels = detail::IntLevels<bits>;
@@ -211,7 +287,7 @@ struct PerChannelInt : PlainBasis<dim> {
     for (int row = 0; row < n; ++row) {
       float code[dim];
       for (int d = 0; d < dim; ++d) code[d] = static_cast<float>(levels[d].nearest(x[row * dim + d]));
-      Codes::pack(Serial{}, code, reinterpret_cast<unsigned char*>(codes(to, row)));
+      Rows{}.encode_row(Serial{}, code, to + header_bytes, n, row);
     }
     finish_group(to, n);
   }

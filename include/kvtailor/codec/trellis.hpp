@@ -124,9 +124,10 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     static constexpr bool has_least = false, coarse = true;
     using TileRows::TileRows;
 
-    template <int k>
+    template <int k, int plus>
     KVT_INLINE static __m256i column(const unsigned char* tile) {
-      return _mm256_add_epi8(values_of(states_of<k>(tile)), _mm256_set1_epi8(static_cast<char>(offset)));
+      const __m256i value = values_of(states_of<k>(tile));
+      return plus == 0 ? value : _mm256_add_epi8(value, _mm256_set1_epi8(static_cast<char>(plus)));
     }
     KVT_INLINE __m256 scales(int row, int) const {
       const auto* const from = reinterpret_cast<const Scale*>(this->block) + row;
@@ -232,20 +233,20 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
 
 #if defined(KVT_HOST_AVX2)
   // The table by bytes. The numbers that belong to the lower and to the upper four bits of a state, joined by exclusive or,
-  // have the number of its size below and its sign as their highest bit; the next is always set, so that none is zero.
+  // have the number of its size below, and its sign as bit 6. Bit 5, if that number leaves it free, is set.
   struct Bytes {
     static constexpr int num_sizes = 1 << (bits + 2);
     alignas(16) std::int8_t low[16] = {}, high[16] = {};
     alignas(32) std::int8_t size[std::max(16, num_sizes)] = {};
     constexpr Bytes() {
       for (int b = 0; b < 16; ++b) {
-        low[b] = part(b, 64);
+        low[b] = part(b, bits < 4 ? 32 : 0);
         high[b] = part(b << 4, 0);
       }
       for (int k = 0; k < num_sizes; ++k) size[k] = Table::size[k];
     }
     static constexpr std::int8_t part(int state, int more) {
-      return static_cast<std::int8_t>(index_of(state) + more - (parity(state & Table::sign) ? 128 : 0));
+      return static_cast<std::int8_t>(index_of(state) + more + (parity(state & Table::sign) ? 64 : 0));
     }
   };
   // Of elements 4 k .. 4 k + 3 of the rows of a tile, one a byte; more bits than those of a state may be left above them.
@@ -255,18 +256,18 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     if constexpr (8 % bits == 0) {
       return bits_from<k % words, k / words * bits>(tile);
     } else {
-      // Three bits apart: each byte from a shift of its own.
-      const __m256i first = bits_from<12 * k / 32, 12 * k % 32>(tile);
-      const auto moved = [&](int by) { return _mm256_slli_epi32(first, by * (8 - bits)); };
-      const __m256i odd = _mm256_set1_epi16(-256);
-      return _mm256_blend_epi16(_mm256_blendv_epi8(first, moved(1), odd), _mm256_blendv_epi8(moved(2), moved(3), odd), 0xaa);
+      // Three bits apart: the upper words move up, then the upper bytes of all words.
+      const __m256i first = bits_from<12 * k / 32, 12 * k % 32, 3 * bits + window>(tile);
+      const __m256i two = _mm256_blend_epi16(first, _mm256_slli_epi32(first, 2 * (8 - bits)), 0xaa);
+      return _mm256_blendv_epi8(two, _mm256_slli_epi16(two, 8 - bits), _mm256_set1_epi16(-256));
     }
   }
-  // 32 bits of each row's ring, from a bit of a word on.
-  template <int word, int bit>
+  // At least `count` bits of each row's ring, from a bit of a word on.
+  template <int word, int bit, int count = 32>
   KVT_INLINE static __m256i bits_from(const unsigned char* tile) {
     const __m256i now = detail::tile_words(tile, word);
     if constexpr (bit == 0) return now;
+    if constexpr (bit + count <= 32) return _mm256_srli_epi32(now, bit);
     const __m256i next = detail::tile_words(tile, (word + 1) % (Trellis::code_bytes / 4));
     return _mm256_or_si256(_mm256_srli_epi32(now, bit), _mm256_slli_epi32(next, 32 - bit));
   }
@@ -275,10 +276,13 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     // What is left above a state is in no parity.
     const __m256i four_bits = _mm256_set1_epi8(15);
     const __m256i low = detail::look_up_bytes<16>(table.low, _mm256_and_si256(state, four_bits));
-    const __m256i high = detail::look_up_bytes<16>(table.high, _mm256_and_si256(_mm256_srli_epi16(state, 4), four_bits));
-    const __m256i both = _mm256_xor_si256(low, high);
-    const __m256i index = _mm256_and_si256(both, _mm256_set1_epi8(static_cast<char>(Bytes::num_sizes - 1)));
-    return _mm256_sign_epi8(detail::look_up_bytes<sizeof table.size>(table.size, index), both);
+    // By 4 bits. Multiplied, since what looks up is busy with other shifts.
+    const __m256i shifted = _mm256_mulhi_epu16(state, _mm256_set1_epi16(1 << 12));
+    const __m256i high = detail::look_up_bytes<16>(table.high, _mm256_and_si256(shifted, four_bits));
+    const __m256i index = _mm256_xor_si256(low, high);
+    __m256i sign = _mm256_add_epi8(index, index);
+    if constexpr (bits == 4) sign = _mm256_or_si256(sign, _mm256_set1_epi8(1));  // that of zero is none
+    return _mm256_sign_epi8(detail::look_up_bytes<sizeof table.size>(table.size, index), sign);
   }
 #endif
 };

@@ -219,22 +219,27 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
     static constexpr bool has_least = false, coarse = Codes::Integers::coarse;
     using TileRows::TileRows;
 
-    template <int k>
+    template <int k, int plus>
     KVT_INLINE static __m256i column(const unsigned char* tile) {
       if constexpr (4 * k >= dim) {
-        alignas(16) static constexpr std::int8_t sign[16] = {offset - 1, offset + 1};
+        alignas(16) static constexpr std::int8_t sign[16] = {plus - 1, plus + 1};
         return detail::look_up_bytes<16>(sign, detail::plane_codes<1, sign_bytes, k - dim / 4>(tile, sign_offset / 4));
       } else if constexpr (bits > 1) {
-        return Codes::template levels_of<k>(tile);
+        return Codes::template levels_of<k, plus>(tile);
       } else {
-        return _mm256_set1_epi8(offset);
+        return _mm256_set1_epi8(plus);
       }
     }
     KVT_INLINE __m256 scales(int row, int g) const {
-      const auto* const from = reinterpret_cast<const Half*>(this->block) + 2 * row + g;
-      Half own[8] = {};
-      for (int i = 0; i < std::min(8, this->n - row); ++i) own[i] = from[2 * i];
-      return _mm256_mul_ps(detail::load_eight(own), _mm256_set1_ps(g == 0 ? Codes::unit : 1 / root()));
+      alignas(32) std::uint32_t some[8] = {};
+      const std::byte* pairs = this->block + 4 * row;
+      if (this->n - row < 8) {
+        std::memcpy(some, pairs, static_cast<std::size_t>(4 * (this->n - row)));
+        pairs = reinterpret_cast<const std::byte*>(some);
+      }
+      const __m256i words = _mm256_and_si256(_mm256_srli_epi32(detail::load_bytes(pairs), 16 * g), _mm256_set1_epi32(0xffff));
+      const __m128i own = _mm_packus_epi32(_mm256_castsi256_si128(words), _mm256_extracti128_si256(words, 1));
+      return _mm256_mul_ps(detail::to_floats(own), _mm256_set1_ps(g == 0 ? Codes::unit : 1 / root()));
     }
   };
 #endif
