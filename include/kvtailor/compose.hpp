@@ -399,7 +399,7 @@ extern KVT_INSTANTIATE_HEAD_DIM(256);
 // A template, since otherwise to include this is to compile every codec for every head dim.
 template <class = void>
 MadeCache make_cache(const Composition& names, const Geometry& geometry, const CacheOptions& options = {},
-                            std::span<const std::string> head_codecs = {}) {
+                     std::span<const std::string> head_codecs = {}) {
   detail::ParsedComposition parsed;
   std::string wrong = detail::parse_allocator(names.allocator, parsed.allocator);
   if (wrong.empty()) wrong = detail::parse_selector(names.selector, parsed.selector);

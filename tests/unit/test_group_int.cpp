@@ -197,7 +197,8 @@ void check_attention(int n) {
     double longest = 0;
     for (int r = 0; r < n; ++r) {
       double square = 0;
-      for (int d = 0; d < dim; ++d) square += double(decoded[std::size_t(r * dim + d)]) * double(decoded[std::size_t(r * dim + d)]);
+      for (int d = 0; d < dim; ++d)
+        square += double(decoded[std::size_t(r * dim + d)]) * double(decoded[std::size_t(r * dim + d)]);
       longest = std::max(longest, square);
     }
     for (int j = 0; j < m; ++j) {

@@ -101,7 +101,24 @@ KVT_INLINE __m256i plane_codes(const unsigned char* tile, int first_word) {
     return _mm256_and_si256(_mm256_srli_epi16(words, k / (stride / 4) * width), _mm256_set1_epi8((1 << width) - 1));
   }
 }
-// One bit of those codes as the highest bit of each byte, above what is no part of it.
+// Codes of 1 or 2 bits wherever they are in the lower or upper half of their byte, which spares a shift.
+template <int width, int stride, int k>
+KVT_INLINE __m256i placed_codes(const unsigned char* tile, int first_word) {
+  constexpr int shift = k / (stride / 4) * width;
+  const __m256i words = tile_words(tile, first_word + k % (stride / 4));
+  return _mm256_and_si256(shift < 4 ? words : _mm256_srli_epi16(words, 4), _mm256_set1_epi8(((1 << width) - 1) << shift % 4));
+}
+// Bytes to look up for those: number i of `all` for code i, in each place.
+template <int width>
+struct PlacedBytes {
+  alignas(16) std::int8_t byte[16] = {};
+  constexpr explicit PlacedBytes(const std::int8_t* all) {
+    for (int i = 0; i < 1 << width; ++i) {
+      for (int shift = 0; shift < 4; shift += width) byte[i << shift] = all[i];
+    }
+  }
+};
+// One bit of a plane's codes as the highest bit of each byte, above what is no part of it.
 template <int width, int stride, int k, int bit>
 KVT_INLINE __m256i plane_bit(const unsigned char* tile, int first_word) {
   return _mm256_slli_epi16(tile_words(tile, first_word + k % (stride / 4)), 7 - k / (stride / 4) * width - bit);
@@ -203,7 +220,8 @@ struct Words {
     for (int k = 0; k < n; ++k) {
       __m256i low, high;
       if constexpr (turn) {
-        const __m256i place = _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, 4, -1, 8, -1, 12, -1, 1, -1, 5, -1, 9, -1, 13, -1));
+        const __m256i place =
+            _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, 4, -1, 8, -1, 12, -1, 1, -1, 5, -1, 9, -1, 13, -1));
         low = _mm256_shuffle_epi8(x[k], place);
         high = _mm256_shuffle_epi8(x[k], _mm256_add_epi8(place, _mm256_set1_epi16(2)));
       } else {
@@ -246,8 +264,7 @@ struct Bytes {
       __m256i sum[2][many];
       multiply<many, fit, true>(x + c * most_tiles, tiles, weights, most_tiles, sum[0]);
       multiply<many, fit, true>(x + (c + 1) * most_tiles, tiles, weights, most_tiles, sum[1]);
-      each<many>(
-          [&]<int i>() KVT_INLINE_LAMBDA { add_columns(sum[0][i], sum[1][i], unit[i], to + i * to_stride + 4 * c); });
+      each<many>([&]<int i>() KVT_INLINE_LAMBDA { add_columns(sum[0][i], sum[1][i], unit[i], to + i * to_stride + 4 * c); });
     }
   }
   KVT_INLINE static void store_eight(__m256i x, Element* to) {

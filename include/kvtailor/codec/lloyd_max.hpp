@@ -199,6 +199,10 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     if constexpr (bits > 4) return level_by_bits<k, plus, bits - 4>(tile);
 #endif
     static constexpr LevelBytes<plus> levels;
+    if constexpr (bits <= 2) {
+      static constexpr detail::PlacedBytes<bits> placed(levels.byte);
+      return detail::look_up_bytes<16>(placed.byte, detail::placed_codes<bits, dim * bits / 8, k>(tile, 0));
+    }
     __m256i code = _mm256_setzero_si256();
     append_plane<4, k>(tile, code);
     append_plane<2, k>(tile, code);

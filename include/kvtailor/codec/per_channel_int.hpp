@@ -7,8 +7,8 @@
 // channel alone.
 //
 // Block:   groups of at most 32 rows, one after another: uint16 rows; Half scale[head_dim]; Half least[head_dim]; the codes of
-//          each row, see IntCodes, in tiles, see row_wise.hpp; a byte of 0 where their sum is odd. A group keeps scales and codes
-//          until its last row goes.
+//          each row, see IntCodes, in tiles, see row_wise.hpp; a byte of 0 where their sum is odd. A group keeps scales and
+//          codes until its last row goes.
 // Value:   least[channel] + scale[channel] * code
 // Error:   of an element, half a step, and what fp16 does to the levels: 2^-11 (|least| + largest - least) of its channel and
 //          group, or 2^-25 of each fp16 number, times the code, where that is more.
@@ -208,7 +208,8 @@ struct PerChannelInt : PlainBasis<dim> {
   KVT_HD KVT_INLINE static void load(const Lines<lanes>& lines, const std::byte* group, int n, int row, int lane,
                                      LaneRow<dim, lanes>& to) {
     Rows{}.template load<lanes>(group + header_bytes, n, row, lane, to);
-    for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) to.x[i] = (to.x[i] + Rows::half) * lines.scale.x[i] + lines.least.x[i];
+    for (int i = 0; i < LaneRow<dim, lanes>::length; ++i)
+      to.x[i] = (to.x[i] + Rows::half) * lines.scale.x[i] + lines.least.x[i];
   }
   // f(row, Reg<LaneRow>&)
   template <class Lanes, class F>

@@ -222,8 +222,9 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
     template <int k, int plus>
     KVT_INLINE static __m256i column(const unsigned char* tile) {
       if constexpr (4 * k >= dim) {
-        alignas(16) static constexpr std::int8_t sign[16] = {plus - 1, plus + 1};
-        return detail::look_up_bytes<16>(sign, detail::plane_codes<1, sign_bytes, k - dim / 4>(tile, sign_offset / 4));
+        static constexpr std::int8_t sign[2] = {plus - 1, plus + 1};
+        static constexpr detail::PlacedBytes<1> placed(sign);
+        return detail::look_up_bytes<16>(placed.byte, detail::placed_codes<1, sign_bytes, k - dim / 4>(tile, sign_offset / 4));
       } else if constexpr (bits > 1) {
         return Codes::template levels_of<k, plus>(tile);
       } else {
