@@ -110,6 +110,8 @@ void use_low_rank(const void** kernels) {
 void use_kernels(const void** kernels) {
   use<CountWork<Half>>(kernels);
   use<MarkWork>(kernels);
+  use<SafeRowsWork>(kernels);
+  use<ShareRowsWork>(kernels);
   use<ObserveWork<Half>>(kernels);
   use<TruncateQueriesWork>(kernels);
   use<CopyQueriesWork>(kernels);

@@ -63,7 +63,7 @@ struct Instance {
 };
 
 // Rows come, are dropped, come again and are forked, and attention is that of the host's cache all along.
-template <class Codec, class Selector = KeyDiff>
+template <class Codec, class Selector = KeyDiff, class Budget = Uniform>
 void run() {
   CAPTURE(name_of<Codec>());
   constexpr int dim = Codec::head_dim;
@@ -71,8 +71,8 @@ void run() {
   const Geometry geometry{1, heads, heads * group, dim};
   SimulatedDevice device;
   PagePool<Codec, SimulatedDevice> pool;
-  DeviceKvCache<Uniform, Selector, Codec, SimulatedDevice> cache, child;
-  KvCache<Uniform, Selector, Codec> host;
+  DeviceKvCache<Budget, Selector, Codec, SimulatedDevice> cache, child;
+  KvCache<Budget, Selector, Codec> host;
   REQUIRE(pool.init(device, 40).ok());
   REQUIRE(cache.init(device, pool, geometry, {5, 20, 300, 4096}).ok());
   REQUIRE(child.init(device, pool, geometry, {5, 20, 300, 4096}).ok());
@@ -211,7 +211,7 @@ TEST_CASE("caches of every codec and every head dim") {
   run<KvCodec<Rotated<Q4_1<64>>, Q5_0<64>>>();
   run<KvCodec<TurboQuant<4, 40>>>();
   run<KvCodec<TurboQuantUnbiased<3, 256>>>();
-  run<KvCodec<Rotated<Trellis<2, 64>>>>();
+  run<KvCodec<Rotated<Trellis<2, 64>>>, KeyDiff, Adaptive>();
   run<KvCodec<TurboQuantUnbiased<3, 256>>, SnapKv>();
   run_from_host<KvCodec<Rotated<Trellis<2, 128>>, Rotated<Trellis<3, 128>>>>();
 }

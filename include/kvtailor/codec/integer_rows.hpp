@@ -147,12 +147,13 @@ KVT_INLINE __m256 load_eight(const Half* from, int count = 8) {
   return _mm256_load_ps(x);
 }
 
-// What follows knows nothing of codecs, so that one copy of each function serves all of them. There are two ways to multiply:
-//   products   out[i * out_stride + 8 t + r] = sum over groups g of scale[g * most_integer_rows + 8 t + r] times (row r of
+// What follows knows nothing of codecs, so that one copy of each function serves all of them:
+//   multiply_keys   out[i * out_stride + 8 t + r] = sum over groups g of scale[g * most_integer_rows + 8 t + r] times (row r of
 //              tile t . query i, in group g, less start[i * groups + g]), of `columns` registers of each tile and query
-//   sums       to[i * to_stride + 4 c ..] += unit[i] * (sum over rows of weight i times column c of the row, less start[i]),
+//   add_values      to[i * to_stride + 4 c ..] += unit[i] * (sum over rows of weight i times column c of the row, less
+//   start[i]),
 //              of columns of most_tiles registers each, as many as weights
-// Columns for products have the offset. Those for sums have it for words; for bytes they have not, and are turned.
+// Keys have the offset. Values have it for words; for bytes they have not, and are turned.
 // A register of a query or of weights is four elements again and again: what four elements, or four rows, are met by.
 inline constexpr int most_tiles = most_integer_rows / 8;
 
@@ -175,32 +176,8 @@ KVT_INLINE __m128i to_words(__m256i x) { return _mm_packs_epi32(_mm256_castsi256
 // 16-bit queries and weights. A register of a query or of weights has four words four times.
 struct Words {
   using Element = std::int16_t;
+  static constexpr bool offset_values = true;
 
-  template <int many, int>
-  [[gnu::noinline]] static void products(const __m256i* x, int tiles, int columns, int groups, const __m256i* q,
-                                         const std::uint32_t* start, const float* scale, float* out, int out_stride) {
-    for (int t = 0; t < tiles; ++t) {
-      for (int g = 0; g < groups; ++g) {
-        const int first = columns / groups * g;
-        __m256i sum[many];
-        multiply<many, false>(x + t * columns + first, columns / groups, q + first, columns, sum);
-        each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-          add_group(sum[i], start[i * groups + g], scale + g * most_integer_rows + 8 * t, g == 0, out + i * out_stride + 8 * t);
-        });
-      }
-    }
-  }
-  template <int many, int>
-  [[gnu::noinline]] static void sums(const __m256i* x, int columns, int tiles, const __m256i* weights,
-                                     const std::uint32_t* start, const float* unit, float* to, int to_stride) {
-    for (int c = 0; c < columns; c += 2) {
-      __m256i sum[2][many];
-      multiply<many, true>(x + c * most_tiles, tiles, weights, most_tiles, sum[0]);
-      multiply<many, true>(x + (c + 1) * most_tiles, tiles, weights, most_tiles, sum[1]);
-      each<many>([&]<int i>()
-                     KVT_INLINE_LAMBDA { add_columns(sum[0][i], sum[1][i], unit[i], to + i * to_stride + 4 * c, start[i]); });
-    }
-  }
   KVT_INLINE static void store_eight(__m256i x, Element* to) { _mm_storeu_si128(reinterpret_cast<__m128i*>(to), to_words(x)); }
   KVT_INLINE static __m256i four_elements(const Element* from) {
     long long four;
@@ -211,15 +188,14 @@ struct Words {
     return _mm256_permute4x64_epi64(_mm256_castsi128_si256(words), 0x50);
   }
 
- private:
-  // Sums of x[k], turned or as it is, times y[i * stride + k] over n registers, in each word of 32 bits those of four elements.
-  template <int many, bool turn>
+  // Sums of x[k] times y[i * stride + k] over n registers, in each word of 32 bits those of four elements. Values are turned.
+  template <int many, int, bool values>
   KVT_INLINE static void multiply(const __m256i* x, int n, const __m256i* y, int stride, __m256i (&sum)[many]) {
     __m256i two[many][2];
     each<many>([&]<int i>() KVT_INLINE_LAMBDA { two[i][0] = two[i][1] = _mm256_setzero_si256(); });
     for (int k = 0; k < n; ++k) {
       __m256i low, high;
-      if constexpr (turn) {
+      if constexpr (values) {
         const __m256i place =
             _mm256_broadcastsi128_si256(_mm_setr_epi8(0, -1, 4, -1, 8, -1, 12, -1, 1, -1, 5, -1, 9, -1, 13, -1));
         low = _mm256_shuffle_epi8(x[k], place);
@@ -242,31 +218,8 @@ struct Words {
 // products of registers fit in 16 bits when they are added up.
 struct Bytes {
   using Element = std::int8_t;
+  static constexpr bool offset_values = false;
 
-  template <int many, int fit>
-  [[gnu::noinline]] static void products(const __m256i* x, int tiles, int columns, int groups, const __m256i* q,
-                                         const std::uint32_t* start, const float* scale, float* out, int out_stride) {
-    for (int t = 0; t < tiles; ++t) {
-      for (int g = 0; g < groups; ++g) {
-        const int first = columns / groups * g;
-        __m256i sum[many];
-        multiply<many, fit, false>(x + t * columns + first, columns / groups, q + first, columns, sum);
-        each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-          add_group(sum[i], start[i * groups + g], scale + g * most_integer_rows + 8 * t, g == 0, out + i * out_stride + 8 * t);
-        });
-      }
-    }
-  }
-  template <int many, int fit>
-  [[gnu::noinline]] static void sums(const __m256i* x, int columns, int tiles, const __m256i* weights, const std::uint32_t*,
-                                     const float* unit, float* to, int to_stride) {
-    for (int c = 0; c < columns; c += 2) {
-      __m256i sum[2][many];
-      multiply<many, fit, true>(x + c * most_tiles, tiles, weights, most_tiles, sum[0]);
-      multiply<many, fit, true>(x + (c + 1) * most_tiles, tiles, weights, most_tiles, sum[1]);
-      each<many>([&]<int i>() KVT_INLINE_LAMBDA { add_columns(sum[0][i], sum[1][i], unit[i], to + i * to_stride + 4 * c); });
-    }
-  }
   KVT_INLINE static void store_eight(__m256i x, Element* to) {
     const __m128i words = to_words(x);
     _mm_storel_epi64(reinterpret_cast<__m128i*>(to), _mm_packs_epi16(words, words));
@@ -281,9 +234,8 @@ struct Bytes {
     return _mm256_shuffle_epi8(_mm256_broadcastq_epi64(bytes), _mm256_setr_epi64x(first, first, last, last));
   }
 
- private:
-  // Sums of x[k] times y[i * stride + k] over n registers. What has a sign is x, or else y.
-  template <int many, int fit, bool x_is_signed>
+  // Sums of x[k] times y[i * stride + k] over n registers. Values have a sign, and keys none.
+  template <int many, int fit, bool values>
   KVT_INLINE static void multiply(const __m256i* x, int n, const __m256i* y, int stride, __m256i (&sum)[many]) {
     each<many>([&]<int i>() KVT_INLINE_LAMBDA { sum[i] = _mm256_setzero_si256(); });
     // Registers k .. k + length - 1, added up in 16 bits.
@@ -291,7 +243,7 @@ struct Bytes {
       __m256i short_sum[many];
       each<length>([&]<int part>() KVT_INLINE_LAMBDA {
         each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-          add_product<x_is_signed, part == 0>(short_sum[i], x[k + part], y[i * stride + k + part]);
+          add_product<values, part == 0>(short_sum[i], x[k + part], y[i * stride + k + part]);
         });
       });
       each<many>([&]<int i>() KVT_INLINE_LAMBDA {
@@ -305,6 +257,8 @@ struct Bytes {
     }
     for (; k < n; ++k) add(k, std::integral_constant<int, 1>{});
   }
+
+ private:
   // Written out, since GCC reads factors and multiplies ahead until it has no registers left.
   template <bool x_is_signed, bool first>
   KVT_INLINE static void add_product(__m256i& sum, __m256i x, const __m256i& y) {
@@ -321,6 +275,33 @@ struct Bytes {
   }
 };
 #endif
+
+template <class Factors, int many, int fit>
+[[gnu::noinline]] void multiply_keys(const __m256i* x, int tiles, int columns, int groups, const __m256i* q,
+                                     const std::uint32_t* start, const float* scale, float* out, int out_stride) {
+  for (int t = 0; t < tiles; ++t) {
+    for (int g = 0; g < groups; ++g) {
+      const int first = columns / groups * g;
+      __m256i sum[many];
+      Factors::template multiply<many, fit, false>(x + t * columns + first, columns / groups, q + first, columns, sum);
+      each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+        add_group(sum[i], start[i * groups + g], scale + g * most_integer_rows + 8 * t, g == 0, out + i * out_stride + 8 * t);
+      });
+    }
+  }
+}
+template <class Factors, int many, int fit>
+[[gnu::noinline]] void add_values(const __m256i* x, int columns, int tiles, const __m256i* weights, const std::uint32_t* start,
+                                  const float* unit, float* to, int to_stride) {
+  for (int c = 0; c < columns; c += 2) {
+    __m256i sum[2][many];
+    Factors::template multiply<many, fit, true>(x + c * most_tiles, tiles, weights, most_tiles, sum[0]);
+    Factors::template multiply<many, fit, true>(x + (c + 1) * most_tiles, tiles, weights, most_tiles, sum[1]);
+    each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+      add_columns(sum[0][i], sum[1][i], unit[i], to + i * to_stride + 4 * c, Factors::offset_values ? start[i] : 0);
+    });
+  }
+}
 
 KVT_INLINE __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
 KVT_INLINE float largest_of(__m256 x) {
@@ -364,11 +345,11 @@ KVT_INLINE float integer_unit(float factor, float total) {
 template <class R>
 struct IntegerRows {
 #if defined(KVT_HOST_AVX512)
-  using Products = Words;
+  using Factors = Words;
 #else
-  using Products = std::conditional_t<R::coarse, Bytes, Words>;
+  using Factors = std::conditional_t<R::coarse, Bytes, Words>;
 #endif
-  static constexpr bool bytes = !std::is_same_v<Products, Words>;
+  static constexpr bool bytes = !std::is_same_v<Factors, Words>;
   static constexpr int dim = R::size, groups = dim / R::group, columns = dim / 4, group_columns = R::group / 4;
   static constexpr int most_vectors = most_integer_vectors, most_rows = most_integer_rows, batch = 4;
   static_assert(R::group % 8 == 0 && dim % R::group == 0);
@@ -393,7 +374,7 @@ struct IntegerRows {
   }
 
  private:
-  using Element = typename Products::Element;
+  using Element = typename Factors::Element;
   // Every product with a row, and every part of one, fits in 32 bits; of bytes, that of two in 16.
   static constexpr float largest_sum = 2147000000.f / R::most;
   static constexpr int pair = 32767;
@@ -462,13 +443,13 @@ struct IntegerRows {
           __m256i sum = _mm256_setzero_si256();
           for (int d = g * R::group; d < (g + 1) * R::group; d += 8) {
             const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + d), by));
-            Products::store_eight(eight, whole + d);
+            Factors::store_eight(eight, whole + d);
             sum = _mm256_add_epi32(sum, eight);
           }
           start[j][g] = R::offset * sum_of_words(sum);
           if constexpr (R::has_least) total[j][g] = sum_of(x + g * R::group, R::group);
         }
-        for (int k = 0; k < columns; ++k) of[j][k] = Products::four_elements(whole + 4 * k);
+        for (int k = 0; k < columns; ++k) of[j][k] = Factors::four_elements(whole + 4 * k);
       }
     }
   };
@@ -492,8 +473,8 @@ struct IntegerRows {
       }
       alignas(32) float product[most_vectors][8 * strip];
       each_batch<batch>(query.m, [&]<int many>(int j) {
-        Products::template products<many, queries_fit>(x[0], tiles, columns, groups, query.of[j], query.start[j],
-                                                       scale.of[0] + from, product[j], 8 * strip);
+        multiply_keys<Factors, many, queries_fit>(x[0], tiles, columns, groups, query.of[j], query.start[j], scale.of[0] + from,
+                                                  product[j], 8 * strip);
       });
       for (int t = 0; t < tiles; ++t) {
         __m256 least[R::has_least ? groups : 1];
@@ -574,8 +555,8 @@ struct IntegerRows {
         for (int sign = 0; sign <= (below ? 1 : 0); ++sign) {
           const Weights& w = weight[sign];
           each_batch<batch>(m, [&]<int many>(int j) {
-            Products::template sums<many, weights_fit>(x[0], some, tiles, w.of[j], w.start + j, w.unit + j,
-                                                       acc + j * dim + 4 * from, dim);
+            add_values<Factors, many, weights_fit>(x[0], some, tiles, w.of[j], w.start + j, w.unit + j,
+                                                   acc + j * dim + 4 * from, dim);
           });
         }
       });
@@ -590,7 +571,7 @@ struct IntegerRows {
       const __m256 x = _mm256_mul_ps(_mm256_load_ps(weights + 8 * t), _mm256_load_ps(scale + 8 * t));
       const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(x, by));
       whole = _mm256_add_epi32(whole, eight);
-      to.of[j][t] = Products::eight_weights(to_words(eight));
+      to.of[j][t] = Factors::eight_weights(to_words(eight));
     }
     to.start[j] = R::offset * sum_of_words(whole);
     to.unit[j] = integer_unit(factor, size.total);
@@ -626,7 +607,7 @@ struct IntegerRows {
     for (int t = 0; t < tiles; ++t) {
       const __m256 x = _mm256_fmadd_ps(_mm256_load_ps(product + 8 * t), by, _mm256_load_ps(threshold.of + 8 * t));
       const __m128i words = to_words(_mm256_cvttps_epi32(x));
-      to.of[j][t] = Products::eight_weights(_mm_packus_epi16(words, words));
+      to.of[j][t] = Factors::eight_weights(_mm_packus_epi16(words, words));
     }
     to.unit[j] = static_cast<float>(sign) * integer_unit(factor, all);
     return _mm256_movemask_ps(_mm256_cmp_ps(least, _mm256_setzero_ps(), _CMP_LT_OQ)) != 0;

@@ -54,11 +54,12 @@ struct LowRankOptions {
 
 namespace detail {
 
-// One run of factor codes.
+// One run of factor codes. Bytes up to `readable` may be read, whatever they are.
 struct FactorRun {
   const unsigned char* codes;
   int bits;
   float scale;
+  const unsigned char* readable;
 
   static constexpr int max_bits = 6;
   KVT_HD static constexpr int bytes(int count, int bits) { return (count * bits + 7) / 8; }
@@ -99,22 +100,22 @@ struct FactorRun {
 #if defined(KVT_HOST_AVX2)
     switch (bits) {
       case 1:
-        i = decode_eights<1>(count, to);
+        i = decode_whole<1>(count, to);
         break;
       case 2:
-        i = decode_eights<2>(count, to);
+        i = decode_whole<2>(count, to);
         break;
       case 3:
-        i = decode_eights<3>(count, to);
+        i = decode_whole<3>(count, to);
         break;
       case 4:
-        i = decode_eights<4>(count, to);
+        i = decode_whole<4>(count, to);
         break;
       case 5:
-        i = decode_eights<5>(count, to);
+        i = decode_whole<5>(count, to);
         break;
       case 6:
-        i = decode_eights<6>(count, to);
+        i = decode_whole<6>(count, to);
         break;
       default:
         break;
@@ -180,38 +181,48 @@ struct FactorRun {
     return (codes[at >> 3] | codes[(at >> 3) + 1] << 8) >> (at & 7) & ((1 << bits) - 1);
   }
 #if defined(KVT_HOST_AVX2)
-  // Eight at a time; returns how many.
+  // Eight by eight, if there are 32; returns how many.
   template <int b>
-  int decode_eights(int count, float* to) const {
-    struct Table {
-      alignas(32) float value[b < 2 ? 4 : 1 << b] = {};
-      constexpr Table() {
-        for (int c = 0; c < 1 << b; ++c) value[c] = Levels().value[(1 << b) - 2 + c];
+  int decode_whole(int count, float* to) const {
+    constexpr int num_levels = 1 << b;
+    struct Tables {
+      alignas(32) std::int8_t place[32] = {};   // of the two bytes in which code k begins; sixteen take 2 b bytes
+      alignas(32) std::int16_t times[16] = {};  // moves it to the top of their 16 bits
+      alignas(32) std::int8_t level[num_levels < 16 ? 16 : num_levels] = {};
+      constexpr Tables() {
+        for (int k = 0; k < 16; ++k) {
+          const int bit = k * b;
+          place[2 * k] = static_cast<std::int8_t>(bit / 8);
+          place[2 * k + 1] = static_cast<std::int8_t>(bit / 8 + 1);
+          times[k] = static_cast<std::int16_t>(1 << (16 - b - bit % 8));
+        }
+        for (int c = 0; c < num_levels / 2; ++c) {
+          level[num_levels / 2 + c] = static_cast<std::int8_t>(HalfLevels<128, b>::whole[c]);
+          level[num_levels / 2 - 1 - c] = static_cast<std::int8_t>(-HalfLevels<128, b>::whole[c]);
+        }
       }
     };
-    static constexpr Table table;
-    const __m256i place[2] = {_mm256_setr_epi64x(0, b, 4 * b, 5 * b), _mm256_setr_epi64x(2 * b, 3 * b, 6 * b, 7 * b)};
-    const auto eight = [&](long long word, float* at) {
-      const auto four = [&](int k) { return _mm256_castsi256_ps(_mm256_srlv_epi64(_mm256_set1_epi64x(word), place[k])); };
-      const __m256i all = _mm256_castps_si256(_mm256_shuffle_ps(four(0), four(1), 0x88));
-      const __m256i code = _mm256_and_si256(all, _mm256_set1_epi32((1 << b) - 1));
-      _mm256_storeu_ps(at, look_up<1 << b>(table.value, code));
+    static constexpr Tables table;
+    const auto sixteen = [&](const unsigned char* at) {
+      const __m256i near = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+      const __m256i two_bytes = _mm256_shuffle_epi8(near, load_bytes(table.place));
+      return _mm256_srli_epi16(_mm256_mullo_epi16(two_bytes, load_bytes(table.times)), 16 - b);
     };
-    const unsigned char *from = codes, *const end = codes + FactorRun::bytes(count, b);
-    long long word;
-    int i = 0;
-    for (; i + 8 <= count && from + 8 <= end; i += 8, from += b) {
-      std::memcpy(&word, from, 8);
-      eight(word, to + i);
+    int done = 0;
+    while (count >= 32 && done + 8 <= count) {
+      const int i = std::min(done, (count - 32) / 8 * 8);  // the last ones may be met twice
+      const unsigned char* const from = codes + i / 8 * b;
+      if (from + 2 * b + 16 > readable) break;
+      const __m256i code = _mm256_permute4x64_epi64(_mm256_packus_epi16(sixteen(from), sixteen(from + 2 * b)), 0xd8);
+      alignas(32) std::int8_t level[32];
+      _mm256_store_si256(reinterpret_cast<__m256i*>(level), look_up_bytes<sizeof table.level>(table.level, code));
+      for (int k = 0; k < 32; k += 8) {
+        const __m256i eight = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(level + k)));
+        _mm256_storeu_ps(to + i + k, _mm256_mul_ps(_mm256_cvtepi32_ps(eight), _mm256_set1_ps(HalfLevels<128, b>::unit)));
+      }
+      done = i + 32;
     }
-    // Of eight bytes that end with the run, where it ends before. A header of seven lies before any run.
-    for (; i + 8 <= count; i += 8, from += b) {
-      const auto over = from + 8 - end;
-      std::uint64_t bytes;
-      std::memcpy(&bytes, from - over, 8);
-      eight(static_cast<long long>(bytes >> (8 * over)), to + i);
-    }
-    return i;
+    return done;
   }
 #endif
   static void put(unsigned char* codes, int i, int bits, int code) {
@@ -517,8 +528,10 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
       Half right_scale, left_scale;
       std::memcpy(&right_scale, entry + 1, 2);
       std::memcpy(&left_scale, entry + 3, 2);
-      right = {right_codes, b, to_float(right_scale)};
-      left = {left_codes, b, to_float(left_scale)};
+      // Eight rows of a residual take more than what one load reads too far.
+      const unsigned char* const readable = bytes + head + (n >= 8 ? 16 : 0);
+      right = {right_codes, b, to_float(right_scale), readable};
+      left = {left_codes, b, to_float(left_scale), readable};
       right_codes += detail::FactorRun::bytes(dim, b);
       left_codes += detail::FactorRun::bytes(n, b);
       return true;

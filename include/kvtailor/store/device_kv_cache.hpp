@@ -17,6 +17,7 @@
 #include "kvtailor/store/device_cache.hpp"
 #include "kvtailor/store/device_queries.hpp"
 #include "kvtailor/store/head_score.hpp"
+#include "kvtailor/store/head_share.hpp"
 
 namespace kvt::inline v0 {
 
@@ -24,6 +25,14 @@ namespace kvt::inline v0 {
 template <class S>
 concept DeviceTokenSelector = TokenSelector<S> && requires {
   sizeof(typename S::template Shared<64, 8>);
+};
+
+// A budget allocator that gives a head rows for sure, and the rest of a layer's to its highest scores. Scores stay on the
+// device then; for others that need them they are copied to the host.
+template <class B>
+concept LayerSharing = BudgetAllocator<B> &&
+    requires(const B& budget, const BudgetRequest& want, std::span<int> safe, std::span<std::int64_t> left) {
+  { budget.share_out(want, safe, left) } -> std::same_as<Status>;
 };
 
 template <class Budget, class Selector, class Codec, class Device>
@@ -107,14 +116,16 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
       std::vector<float> seen_scores;
       KVT_TRY(score(want, scores.data(), stride, seen_scores));
       want.scores = seen_scores;
+      Sharing sharing(budget_);
+      KVT_TRY(sharing.init(device, this->all_heads(), scores.data(), stride, kept.data(), want));
       if (bytes) {
-        KVT_TRY(fit_bytes(budget_, retain.amount, rows, floor_rows, want, keep, [&](std::span<const int> counts) {
+        KVT_TRY(fit_bytes(sharing, retain.amount, rows, floor_rows, want, keep, [&](std::span<const int> counts) {
           std::size_t pages = 0;
           for (std::size_t h = 0; h < heads; ++h) pages += Rows::pages_of(counts[h] - dense[h]);
           return this->memory_with_pages(pages).total() + window_.bytes();
         }));
       }
-      KVT_TRY(allocate_rows(budget_, want, keep));
+      KVT_TRY(allocate_rows(sharing, want, keep));
     }
     KVT_TRY(device.copy_to(kept.data(), keep.data(), heads * sizeof(int)));
     KVT_TRY(device.launch(MarkWork{this->all_heads(), kept.data(), scores.data(), marks.data(), stride}, geometry.num_heads()));
@@ -149,6 +160,51 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
   static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
   using Window = DeviceQueryWindow<Device>;
 
+  // The budget allocator, which asks the device where the highest scores of a layer are.
+  class Sharing {
+   public:
+    explicit Sharing(const Budget& budget) : budget_(budget) {}
+    // scores [heads, stride]; kept [heads] is memory of the device.
+    Status init(Device& device, const DeviceHeads& heads, const float* scores, long long stride, int* kept,
+                const BudgetRequest& want) {
+      device_ = &device;
+      heads_ = heads;
+      scores_ = scores;
+      stride_ = stride;
+      kept_ = kept;
+      if constexpr (LayerSharing<Budget>) {
+        KVT_TRY(safe_.allocate(device, want.seen.size()));
+        KVT_TRY(left_.allocate(device, static_cast<std::size_t>(want.num_layers)));
+      }
+      return success();
+    }
+    Status allocate(const BudgetRequest& want, std::span<int> keep) const {
+      if constexpr (LayerSharing<Budget>) {
+        std::vector<std::int64_t> left(static_cast<std::size_t>(want.num_layers));
+        KVT_TRY(budget_.share_out(want, keep, left));
+        const std::vector<long long> more(left.begin(), left.end());
+        KVT_TRY(device_->copy_to(kept_, keep.data(), keep.size_bytes()));
+        KVT_TRY(device_->copy_to(left_.data(), more.data(), more.size() * sizeof(long long)));
+        KVT_TRY(device_->launch(SafeRowsWork{heads_, kept_, scores_, stride_, safe_.data()}, static_cast<int>(keep.size())));
+        KVT_TRY(device_->launch(ShareRowsWork{heads_, want.num_kv_heads, safe_.data(), left_.data(), scores_, stride_, kept_},
+                                want.num_layers));
+        return device_->copy_from(keep.data(), kept_, keep.size_bytes());
+      } else {
+        return budget_.allocate(want, keep);
+      }
+    }
+
+   private:
+    const Budget& budget_;
+    Device* device_ = nullptr;
+    DeviceHeads heads_ = {};
+    const float* scores_ = nullptr;
+    long long stride_ = 0;
+    int* kept_ = nullptr;
+    DeviceArray<SafeRows, Device> safe_;
+    DeviceArray<long long, Device> left_;
+  };
+
   // Scores [heads, stride] of all rows, and those of the rows that are there, for an allocator that needs them.
   Status score(const BudgetRequest& want, float* scores, long long stride, std::vector<float>& seen_scores) const {
     Device& device = *this->device();
@@ -160,7 +216,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     }
     const ScoreWork<Codec, Selector> work{this->all_heads(), selector_, scores, stride, window_.queries(), mass.data()};
     KVT_TRY(device.launch(work, static_cast<int>(want.seen.size())));
-    if constexpr (EvidenceSet(Budget::needs).has(Evidence::scores)) {
+    if constexpr (EvidenceSet(Budget::needs).has(Evidence::scores) && !LayerSharing<Budget>) {
       std::vector<float> padded(places);
       KVT_TRY(device.copy_from(padded.data(), scores, places * sizeof(float)));
       for (std::size_t h = 0; h < want.seen.size(); ++h) {

@@ -155,12 +155,69 @@ struct ScoreWork {
   }
 };
 
-// One block for each head: marks [heads, stride] of its rows become 1 for the keep[h] that stay, and 0.
-struct MarkWork {
-  static constexpr int warps = 8, blocks = 1, dynamic_bytes = 0;
+namespace detail {
+
+// Counts by all threads of a block, of scores in the order of their ranks.
+template <int warps>
+class ScoreRanks {
+ public:
+  // What warps counted is read while the next count is made: there are two.
   struct Shared {
     int count[2][warps];
   };
+  KVT_HD explicit ScoreRanks(Shared& shared) : shared_(shared) {}
+
+  // Unsigned numbers in the order of floats; zeros are equal.
+  KVT_HD KVT_INLINE static std::uint32_t rank(float x) {
+    const std::uint32_t bits = bits_from_float(x + 0.f);
+    return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
+  }
+  // The sum of own(thread, threads).
+  template <class Block, class Own>
+  KVT_HD int count(const Block& block, Own own) {
+    turn_ = 1 - turn_;
+    block.each_warp([&](const typename Block::Lanes& lanes, int warp) {
+      constexpr int size = Block::Lanes::size;
+      typename Block::Lanes::template Reg<int> part;
+      lanes.each([&](int lane) { part[lane] = own(warp * size + lane, warps * size); });
+      const int all = lanes.sum(part);
+      lanes.once([&] { shared_.count[turn_][warp] = all; });
+    });
+    int all = 0;
+    for (int w = 0; w < warps; ++w) all += shared_.count[turn_][w];
+    return all;
+  }
+  // The highest rank that at least `wanted` scores reach, bit by bit: reaching(rank, thread, threads) counts them.
+  template <class Block, class Reaching>
+  KVT_HD std::uint32_t threshold(const Block& block, int wanted, Reaching reaching) {
+    std::uint32_t least = 0;
+    for (std::uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
+      if (count(block, [&](int thread, int step) { return reaching(least | bit, thread, step); }) >= wanted) least |= bit;
+    }
+    return least;
+  }
+  // The last row of n > 0 before which there are fewer than `wanted` > 0: fewer(row, thread, threads) counts those before it.
+  template <class Block, class Before>
+  KVT_HD int last_with_fewer(const Block& block, int n, int wanted, Before before) {
+    int row = 0;
+    for (int bit = 1 << 30; bit != 0; bit >>= 1) {
+      if (bit < n - row && count(block, [&](int thread, int step) { return before(row + bit, thread, step); }) < wanted)
+        row += bit;
+    }
+    return row;
+  }
+
+ private:
+  Shared& shared_;
+  int turn_ = 0;
+};
+
+}  // namespace detail
+
+// One block for each head: marks [heads, stride] of its rows become 1 for the keep[h] that stay, and 0.
+struct MarkWork {
+  static constexpr int warps = 8, blocks = 1, dynamic_bytes = 0;
+  using Shared = detail::ScoreRanks<warps>::Shared;
 
   DeviceHeads heads;
   const int* keep;      // [heads]
@@ -171,66 +228,42 @@ struct MarkWork {
   template <class Block>
   KVT_HD void operator()(const Block& block, int h, Shared& shared, std::byte*) const {
     using Lanes = typename Block::Lanes;
+    using Ranks = detail::ScoreRanks<warps>;
     const int n = heads.near_rows[h] + heads.body_rows[h], wanted = keep[h] < n ? keep[h] : n;
     const float* const score = scores + h * stride;
     unsigned char* const mark = marks + h * stride;
-    // How many scores stand at `least` or above. What warps counted is read while the next count is made: there are two.
-    int turn = 0;
-    const auto count = [&](std::uint32_t least) {
-      turn = 1 - turn;
-      block.each_warp([&](const Lanes& lanes, int warp) {
-        typename Lanes::template Reg<int> own, before;
-        lanes.each([&](int lane) {
-          own[lane] = 0;
-          for (int r = warp * Lanes::size + lane; r < n; r += warps * Lanes::size)
-            own[lane] += order(score[r]) >= least ? 1 : 0;
-          before[lane] = own[lane];
-        });
-        const int last = total(lanes, own, before);
-        lanes.once([&] { shared.count[turn][warp] = last; });
-      });
-      int all = 0;
-      for (int w = 0; w < warps; ++w) all += shared.count[turn][w];
-      return all;
+    Ranks ranks(shared);
+    const auto reaching = [&](std::uint32_t least, int thread, int step) {
+      int own = 0;
+      for (int r = thread; r < n; r += step) own += Ranks::rank(score[r]) >= least ? 1 : 0;
+      return own;
     };
-    // The highest threshold that enough scores reach, bit by bit.
-    std::uint32_t threshold = 0;
-    for (std::uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
-      if (count(threshold | bit) >= wanted) threshold |= bit;
-    }
-    const int above = threshold == 0xffffffffu ? 0 : count(threshold + 1);
+    const std::uint32_t threshold = ranks.threshold(block, wanted, reaching);
+    const int above = threshold == 0xffffffffu
+                          ? 0
+                          : ranks.count(block, [&](int thread, int step) { return reaching(threshold + 1, thread, step); });
     block.each_warp([&](const Lanes& lanes, int warp) {
       lanes.each([&](int lane) {
-        for (int r = warp * Lanes::size + lane; r < n; r += warps * Lanes::size) mark[r] = order(score[r]) > threshold ? 1 : 0;
+        for (int r = warp * Lanes::size + lane; r < n; r += warps * Lanes::size) {
+          mark[r] = Ranks::rank(score[r]) > threshold ? 1 : 0;
+        }
       });
     });
     block.each_warp([&](const Lanes& lanes, int warp) {
       if (warp != 0) return;
       for (int first = 0, left = wanted - above; first < n && left > 0; first += Lanes::size) {
         typename Lanes::template Reg<int> own, before;
-        lanes.each(
-            [&](int lane) { own[lane] = before[lane] = first + lane < n && order(score[first + lane]) == threshold ? 1 : 0; });
-        const int equal = total(lanes, own, before);
+        lanes.each([&](int lane) {
+          own[lane] = before[lane] = first + lane < n && Ranks::rank(score[first + lane]) == threshold ? 1 : 0;
+        });
+        lanes.exclusive_scan(before);
+        const int equal = lanes.shuffle(before, Lanes::size - 1) + lanes.shuffle(own, Lanes::size - 1);
         lanes.each([&](int lane) {
           if (own[lane] != 0 && before[lane] < left) mark[first + lane] = 1;
         });
         left -= equal;
       }
     });
-  }
-
- private:
-  // Unsigned numbers in the order of floats; zeros are equal.
-  KVT_HD KVT_INLINE static std::uint32_t order(float x) {
-    const std::uint32_t bits = bits_from_float(x + 0.f);
-    return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
-  }
-  // Of `own`; `before` is a copy of it, and becomes the sums of the lanes before.
-  template <class Lanes>
-  KVT_HD static int total(const Lanes& lanes, typename Lanes::template Reg<int>& own,
-                          typename Lanes::template Reg<int>& before) {
-    lanes.exclusive_scan(before);
-    return lanes.shuffle(before, Lanes::size - 1) + lanes.shuffle(own, Lanes::size - 1);
   }
 };
 
