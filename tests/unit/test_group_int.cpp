@@ -396,6 +396,29 @@ TEST_CASE("blocks of 1 to 512 rows") {
   check_attention<Codec>(512);
 }
 
+TEST_CASE("a key far from the others takes nothing from their products") {
+  constexpr int dim = 64;
+  Block<KiviKeys<2, dim>> block(32, 4);
+  for (int d = 0; d < dim; ++d) block.rows[std::size_t(7 * dim + d)] *= 1e4f;
+  block.encode();
+  const auto decoded = block.decode();
+  std::mt19937 random(5);
+  std::normal_distribution<float> normal;
+  std::vector<float> query(dim), logits(32);
+  for (float& x : query) x = normal(random);
+  block.codec.logits(Serial{}, block.data.data(), block.n, query.data(), 1, logits.data(), block.n);
+  for (int r = 0; r < block.n; ++r) {
+    if (r == 7) continue;
+    double sum = 0, size = 0;
+    for (int d = 0; d < dim; ++d) {
+      const double product = double(query[std::size_t(d)]) * double(decoded[std::size_t(r * dim + d)]);
+      sum += product;
+      size += product * product;
+    }
+    CHECK(std::fabs(double(logits[std::size_t(r)]) - sum) <= 1e-3 * std::sqrt(size));
+  }
+}
+
 TEST_CASE("a channel of 32 keys is coded as a group of 32 values") {
   constexpr int dim = 64;
   Block<KiviKeys<2, dim>> keys(32, 3);

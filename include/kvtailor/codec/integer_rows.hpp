@@ -14,6 +14,7 @@
 //   column<k, plus>(tile)  integers 4 k .. 4 k + 3 of each row, plus `offset`, so that none is below zero, or plus 0
 //   scales(row, g)         what the integers of group g of rows row .. row + 7 are multiplied by; zeros of rows that are not
 //   leasts(row, g)         there. What is added then, if has_least.
+//   offsets                if keys have an offset for each element: int32 [size]
 //
 // Products are of 16 bits, sums of 32. Coarse rows are multiplied by bytes where there is no instruction for sums of products,
 // and added up in 16 bits as long as they fit.
@@ -357,7 +358,7 @@ struct IntegerRows {
   // out[j * stride + row] = query j . row
   static void logits(const R& rows, int n, const float* queries, int m, float* out, int stride) {
     for (int first = 0; first < m; first += most_vectors) {
-      const Queries some(queries + first * dim, std::min(most_vectors, m - first));
+      const Queries some(rows, queries + first * dim, std::min(most_vectors, m - first));
       for (int row = 0; row < n; row += most_rows) {
         some_logits(rows, row, std::min(most_rows, n - row), some, out + first * stride + row, stride);
       }
@@ -431,7 +432,7 @@ struct IntegerRows {
     float unit[most_vectors];
     float total[most_vectors][R::has_least ? groups : 1];  // of a group
 
-    Queries(const float* queries, int count) : m(count) {
+    Queries([[maybe_unused]] const R& rows, const float* queries, int count) : m(count) {
       for (int j = 0; j < m; ++j) {
         const float* const x = queries + j * dim;
         const VectorSize<dim> size(x);
@@ -444,9 +445,14 @@ struct IntegerRows {
           for (int d = g * R::group; d < (g + 1) * R::group; d += 8) {
             const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + d), by));
             Factors::store_eight(eight, whole + d);
-            sum = _mm256_add_epi32(sum, eight);
+            if constexpr (requires { rows.offsets; }) {
+              sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(eight, load_bytes(rows.offsets + d)));
+            } else {
+              sum = _mm256_add_epi32(sum, eight);
+            }
           }
-          start[j][g] = R::offset * sum_of_words(sum);
+          start[j][g] = sum_of_words(sum);
+          if constexpr (!requires { rows.offsets; }) start[j][g] *= R::offset;
           if constexpr (R::has_least) total[j][g] = sum_of(x + g * R::group, R::group);
         }
         for (int k = 0; k < columns; ++k) of[j][k] = Factors::four_elements(whole + 4 * k);

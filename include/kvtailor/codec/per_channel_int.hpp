@@ -27,7 +27,7 @@ namespace kvt::inline v0 {
 
 namespace detail {
 
-// The codes alone, less half of those there are.
+// The codes alone.
 template <int bits, int dim>
 struct ChannelCodes : RowCodec<ChannelCodes<bits, dim>, dim, 0, IntCodes<bits, dim>::bytes> {
   using Codes = IntCodes<bits, dim>;
@@ -44,28 +44,29 @@ struct ChannelCodes : RowCodec<ChannelCodes<bits, dim>, dim, 0, IntCodes<bits, d
     if constexpr (lanes == 1) {
       int code[dim];
       Codes::unpack(typename ChannelCodes::OwnCodes(block, n, row).bytes, code);
-      for (int d = 0; d < dim; ++d) to.x[d] = static_cast<float>(code[d] - half);
+      for (int d = 0; d < dim; ++d) to.x[d] = static_cast<float>(code[d]);
     } else {
       const auto from = ChannelCodes::code_bytes_of(block, n, row);
       for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) {
         const int d = i * lanes + lane;
-        to.x[i] = d < dim ? static_cast<float>(Codes::at(from, d) - half) : 0.f;
+        to.x[i] = d < dim ? static_cast<float>(Codes::at(from, d)) : 0.f;
       }
     }
   }
   KVT_HD KVT_INLINE float row_scale(const std::byte*, int) const { return 1.f; }
 
 #if defined(KVT_HOST_AVX2)
+  // As keys.
   using TileRows = typename ChannelCodes::Tiles;
   struct Integers : TileRows {
     static constexpr int size = dim, group = dim, most = half, offset = half;
     static constexpr bool has_least = false, coarse = bits == 2;
-    using TileRows::TileRows;
+    const std::int32_t* offsets;
+    Integers(const std::byte* from, int rows, const std::int32_t* zero) : TileRows(from, rows), offsets(zero) {}
 
     template <int k, int plus>
     KVT_INLINE static __m256i column(const unsigned char* tile) {
-      const __m256i code = Codes::template column<k>(tile, 0);
-      return plus == half ? code : _mm256_add_epi8(code, _mm256_set1_epi8(plus - half));
+      return Codes::template column<k>(tile, 0);
     }
     KVT_INLINE __m256 scales(int, int) const { return _mm256_set1_ps(1); }
   };
@@ -121,40 +122,35 @@ struct PerChannelInt : PlainBasis<dim> {
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {
     each_group(block, n, [&](const std::byte* group, int first, int rows) {
-      if constexpr (Lanes::size == 1) {
-        group_logits(group, rows, prepared, m, out + first, stride);
-      } else {
-        each_row(lanes, group, rows, [&](int row, auto& x) {
-          for (int j = 0; j < m; ++j) {
-            typename Lanes::template Reg<float> part;
-            lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * dim, lane); });
-            const float logit = lanes.sum(part);
-            lanes.once([&] { out[j * stride + first + row] = logit; });
-          }
-        });
-      }
+#if defined(KVT_HOST_AVX2)
+      if constexpr (Lanes::size == 1 && Rows::tiled) return group_logits(group, rows, prepared, m, out + first, stride);
+#endif
+      each_row(lanes, group, rows, [&](int row, auto& x) {
+        for (int j = 0; j < m; ++j) {
+          typename Lanes::template Reg<float> part;
+          lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * dim, lane); });
+          const float logit = lanes.sum(part);
+          lanes.once([&] { out[j * stride + first + row] = logit; });
+        }
+      });
     });
   }
   template <class Lanes>
   KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
                          float* acc) const noexcept {
     each_group(block, n, [&](const std::byte* group, int first, int rows) {
-      if constexpr (Lanes::size == 1) {
-        group_sums(group, rows, weights + first, m, stride, acc);
-      } else {
-        each_row(lanes, group, rows, [&](int row, auto& x) {
-          for (int j = 0; j < m; ++j) {
-            const float weight = weights[j * stride + first + row];
-            float* const to = acc + j * dim;
-            lanes.each([&](int lane) {
-              for (int i = 0; i < LaneRow<dim, Lanes::size>::length; ++i) {
-                const int d = i * Lanes::size + lane;
-                if (dim % Lanes::size == 0 || d < dim) to[d] += weight * x[lane].x[i];
-              }
-            });
-          }
-        });
-      }
+      each_row(lanes, group, rows, [&](int row, auto& x) {
+        for (int j = 0; j < m; ++j) {
+          const float weight = weights[j * stride + first + row];
+          float* const to = acc + j * dim;
+          lanes.each([&](int lane) {
+            for (int i = 0; i < LaneRow<dim, Lanes::size>::length; ++i) {
+              const int d = i * Lanes::size + lane;
+              if (dim % Lanes::size == 0 || d < dim) to[d] += weight * x[lane].x[i];
+            }
+          });
+        }
+      });
     });
   }
 
@@ -196,20 +192,12 @@ struct PerChannelInt : PlainBasis<dim> {
     }
     Lines() = default;
   };
-  // The middle of a channel's levels, where the integers are zero.
-  struct Middle {
-    float x[dim];
-    explicit Middle(const Lines<1>& lines) {
-      for (int d = 0; d < dim; ++d) x[d] = lines.scale.x[d] * Rows::half + lines.least.x[d];
-    }
-  };
   // The product is exact, so it does not matter whether it is fused with the sum.
   template <int lanes>
   KVT_HD KVT_INLINE static void load(const Lines<lanes>& lines, const std::byte* group, int n, int row, int lane,
                                      LaneRow<dim, lanes>& to) {
     Rows{}.template load<lanes>(group + header_bytes, n, row, lane, to);
-    for (int i = 0; i < LaneRow<dim, lanes>::length; ++i)
-      to.x[i] = (to.x[i] + Rows::half) * lines.scale.x[i] + lines.least.x[i];
+    for (int i = 0; i < LaneRow<dim, lanes>::length; ++i) to.x[i] = to.x[i] * lines.scale.x[i] + lines.least.x[i];
   }
   // f(row, Reg<LaneRow>&)
   template <class Lanes, class F>
@@ -223,42 +211,35 @@ struct PerChannelInt : PlainBasis<dim> {
     }
   }
 
-  // On the host the scales meet the queries, or the sums: q (middle + s c) = q middle + (q s) c. From the middle, since q least
-  // can be far larger than the logit where a channel has an outlier, and rounds accordingly.
-  static constexpr int most_vectors = 8;
+#if defined(KVT_HOST_AVX2)
+  // The scales meet the queries: q (zero + s c) = q zero + (q s) c, the second a product of integers. Codes count from the
+  // level nearest to zero, where rows are that an outlier widened the levels of: they feel no rounding.
   static void group_logits(const std::byte* group, int n, const float* queries, int m, float* out, int stride) {
+    constexpr int most_vectors = 8;
     const Lines<1> lines(group, 0);
-    const Middle middle(lines);
+    alignas(32) std::int32_t code[dim];
+    float zero[dim];
+    for (int d = 0; d < dim; ++d) {
+      const float steps = lines.scale.x[d] > 0 ? -lines.least.x[d] / lines.scale.x[d] + 0.5f : 0.f;
+      code[d] = static_cast<int>(std::clamp(steps, 0.f, static_cast<float>((1 << bits) - 1)));
+      zero[d] = static_cast<float>(code[d]) * lines.scale.x[d] + lines.least.x[d];
+    }
+    const typename Rows::Integers rows(group + header_bytes, n, code);
     for (int first = 0; first < m; first += most_vectors) {
       const int count = std::min(most_vectors, m - first);
       alignas(32) float scaled[most_vectors * dim];
-      float shift[most_vectors];
       for (int j = 0; j < count; ++j) {
-        const float* const q = queries + (first + j) * dim;
-        shift[j] = dot<dim>(q, middle.x);
-        for (int d = 0; d < dim; ++d) scaled[j * dim + d] = q[d] * lines.scale.x[d];
+        for (int d = 0; d < dim; ++d) scaled[j * dim + d] = queries[(first + j) * dim + d] * lines.scale.x[d];
       }
       float* const to = out + first * stride;
-      Rows{}.logits(Serial{}, group + header_bytes, n, scaled, count, to, stride);
+      detail::IntegerRows<typename Rows::Integers>::logits(rows, n, scaled, count, to, stride);
       for (int j = 0; j < count; ++j) {
-        for (int row = 0; row < n; ++row) to[j * stride + row] += shift[j];
+        const float shift = dot<dim>(queries + (first + j) * dim, zero);
+        for (int row = 0; row < n; ++row) to[j * stride + row] += shift;
       }
     }
   }
-  static void group_sums(const std::byte* group, int n, const float* weights, int m, int stride, float* acc) {
-    const Lines<1> lines(group, 0);
-    const Middle middle(lines);
-    for (int first = 0; first < m; first += most_vectors) {
-      const int count = std::min(most_vectors, m - first);
-      alignas(32) float sum[most_vectors * dim] = {};
-      Rows{}.accumulate(Serial{}, group + header_bytes, n, weights + first * stride, count, stride, sum);
-      for (int j = 0; j < count; ++j) {
-        const float total = sum_of(weights + (first + j) * stride, n);
-        float* const to = acc + (first + j) * dim;
-        for (int d = 0; d < dim; ++d) to[d] += sum[j * dim + d] * lines.scale.x[d] + total * middle.x[d];
-      }
-    }
-  }
+#endif
 
   static void finish_group(std::byte* group, int rows) {
     const auto stored = static_cast<std::uint16_t>(rows);
