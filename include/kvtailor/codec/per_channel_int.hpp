@@ -219,10 +219,14 @@ struct PerChannelInt : PlainBasis<dim> {
     const Lines<1> lines(group, 0);
     alignas(32) std::int32_t code[dim];
     float zero[dim];
-    for (int d = 0; d < dim; ++d) {
-      const float steps = lines.scale.x[d] > 0 ? -lines.least.x[d] / lines.scale.x[d] + 0.5f : 0.f;
-      code[d] = static_cast<int>(std::clamp(steps, 0.f, static_cast<float>((1 << bits) - 1)));
-      zero[d] = static_cast<float>(code[d]) * lines.scale.x[d] + lines.least.x[d];
+    for (int d = 0; d < dim; d += 8) {
+      const __m256 scale = _mm256_loadu_ps(lines.scale.x + d), least = _mm256_loadu_ps(lines.least.x + d);
+      // No number where all rows are equal: any code will do.
+      const __m256 steps = _mm256_sub_ps(_mm256_set1_ps(0.5f), _mm256_div_ps(least, scale));
+      const __m256 near = _mm256_min_ps(_mm256_max_ps(steps, _mm256_setzero_ps()), _mm256_set1_ps((1 << bits) - 1));
+      const __m256i eight = _mm256_cvttps_epi32(near);
+      _mm256_store_si256(reinterpret_cast<__m256i*>(code + d), eight);
+      _mm256_storeu_ps(zero + d, _mm256_fmadd_ps(_mm256_cvtepi32_ps(eight), scale, least));
     }
     const typename Rows::Integers rows(group + header_bytes, n, code);
     for (int first = 0; first < m; first += most_vectors) {
