@@ -82,7 +82,7 @@ HostUnits host_units() {
   } else if constexpr (requires(Codec c) { c.codec; }) {  // Shifted
     return host_units<decltype(Codec::codec)>();
   } else if constexpr (requires { typename Codec::Rows; }) {  // PerChannelInt
-    return host_units<typename Codec::Rows>();
+    return {host_units<typename Codec::Rows>().query, 0};     // sums are those of decoded rows
   } else if constexpr (requires { typename Codec::Integers; }) {
     if constexpr (!Codec::tiled) return {};
     constexpr double more = std::max(1.0, Codec::Integers::most / 64.0);

@@ -6,7 +6,7 @@
 // Rule:    layers share the total in proportion to the rows they have; in a layer every head is safe for a fraction
 //          `safeguard` of its even share, the rest goes to the highest scores of the layer, whichever head they are in.
 //          Ties go to the lower row, then the lower head.
-// Needs:   scores, comparable between the heads of a layer.  Cost: O(rows log rows); on a device some 70 looks at each score.
+// Needs:   scores, comparable between the heads of a layer.  Cost: O(rows log rows); on a device about 100 looks at each score.
 // Source:  Ada-KV, Feng et al., arXiv 2407.11550; safeguard of the kept count, as kvpress has it.
 #pragma once
 

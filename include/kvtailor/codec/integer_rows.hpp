@@ -14,7 +14,7 @@
 //   column<k, plus>(tile)  integers 4 k .. 4 k + 3 of each row, plus `offset`, so that none is below zero, or plus 0
 //   scales(row, g)         what the integers of group g of rows row .. row + 7 are multiplied by; zeros of rows that are not
 //   leasts(row, g)         there. What is added then, if has_least.
-//   offsets                if keys have an offset for each element: int32 [size]
+//   offsets                instead of `offset`, if keys have one for each element: int32 [size]
 //
 // Products are of 16 bits, sums of 32. Coarse rows are multiplied by bytes where there is no instruction for sums of products,
 // and added up in 16 bits as long as they fit.
@@ -149,11 +149,10 @@ KVT_INLINE __m256 load_eight(const Half* from, int count = 8) {
 }
 
 // What follows knows nothing of codecs, so that one copy of each function serves all of them:
-//   multiply_keys   out[i * out_stride + 8 t + r] = sum over groups g of scale[g * most_integer_rows + 8 t + r] times (row r of
-//              tile t . query i, in group g, less start[i * groups + g]), of `columns` registers of each tile and query
+//   multiply_keys   out[i * out_stride + 8 t + r] = sum over groups g of scale[g * most_integer_rows + 8 t + r] times (row r
+//                   of tile t . query i, in group g, less its start), of `columns` registers of each tile and query
 //   add_values      to[i * to_stride + 4 c ..] += unit[i] * (sum over rows of weight i times column c of the row, less
-//   start[i]),
-//              of columns of most_tiles registers each, as many as weights
+//                   start[i]), of columns of most_tiles registers each, as many as weights
 // Keys have the offset. Values have it for words; for bytes they have not, and are turned.
 // A register of a query or of weights is four elements again and again: what four elements, or four rows, are met by.
 inline constexpr int most_tiles = most_integer_rows / 8;

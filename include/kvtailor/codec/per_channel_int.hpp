@@ -12,6 +12,7 @@
 // Value:   least[channel] + scale[channel] * code
 // Error:   of an element, half a step, and what fp16 does to the levels: 2^-11 (|least| + largest - least) of its channel and
 //          group, or 2^-25 of each fp16 number, times the code, where that is more.
+// Host:    keys are multiplied as integers, which rounds queries: see integer_rows.hpp.
 // Cost:    head_dim * bits / 8 bytes a row, and 4 * head_dim + 2 for each group, however few rows it has left.
 // Source:  KIVI, arXiv 2402.02750. Differs from it: halves round up, not to even.
 #pragma once
@@ -59,7 +60,7 @@ struct ChannelCodes : RowCodec<ChannelCodes<bits, dim>, dim, 0, IntCodes<bits, d
   // As keys.
   using TileRows = typename ChannelCodes::Tiles;
   struct Integers : TileRows {
-    static constexpr int size = dim, group = dim, most = half, offset = half;
+    static constexpr int size = dim, group = dim, most = 2 * half - 1, offset = 0;
     static constexpr bool has_least = false, coarse = bits == 2;
     const std::int32_t* offsets;
     Integers(const std::byte* from, int rows, const std::int32_t* zero) : TileRows(from, rows), offsets(zero) {}
