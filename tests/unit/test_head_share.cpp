@@ -23,12 +23,11 @@ std::vector<int> share_on_device(const Adaptive& budget, const BudgetRequest& wa
   std::vector<int> keep(want.seen.size()), near = dense, body = encoded;
   std::vector<std::int64_t> left(static_cast<std::size_t>(want.num_layers));
   REQUIRE(budget.share_out(want, keep, left).ok());
-  const std::vector<long long> more(left.begin(), left.end());
   std::vector<SafeRows> safe(keep.size());
   const DeviceHeads heads{nullptr, nullptr, near.data(), body.data(), 0, 0};
   REQUIRE(device.launch(SafeRowsWork{heads, keep.data(), scores.data(), stride, safe.data()}, int(keep.size())).ok());
   REQUIRE(device
-              .launch(ShareRowsWork{heads, want.num_kv_heads, safe.data(), more.data(), scores.data(), stride, keep.data()},
+              .launch(ShareRowsWork{heads, want.num_kv_heads, safe.data(), left.data(), scores.data(), stride, keep.data()},
                       want.num_layers)
               .ok());
   return keep;

@@ -182,9 +182,8 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
       if constexpr (LayerSharing<Budget>) {
         std::vector<std::int64_t> left(static_cast<std::size_t>(want.num_layers));
         KVT_TRY(budget_.share_out(want, keep, left));
-        const std::vector<long long> more(left.begin(), left.end());
         KVT_TRY(device_->copy_to(kept_, keep.data(), keep.size_bytes()));
-        KVT_TRY(device_->copy_to(left_.data(), more.data(), more.size() * sizeof(long long)));
+        KVT_TRY(device_->copy_to(left_.data(), left.data(), left.size() * sizeof(std::int64_t)));
         KVT_TRY(device_->launch(SafeRowsWork{heads_, kept_, scores_, stride_, safe_.data()}, static_cast<int>(keep.size())));
         KVT_TRY(device_->launch(ShareRowsWork{heads_, want.num_kv_heads, safe_.data(), left_.data(), scores_, stride_, kept_},
                                 want.num_layers));
@@ -202,7 +201,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     long long stride_ = 0;
     int* kept_ = nullptr;
     DeviceArray<SafeRows, Device> safe_;
-    DeviceArray<long long, Device> left_;
+    DeviceArray<std::int64_t, Device> left_;
   };
 
   // Scores [heads, stride] of all rows, and those of the rows that are there, for an allocator that needs them.

@@ -67,9 +67,9 @@ struct ShareRowsWork {
 
   DeviceHeads heads;
   int num_kv_heads;
-  const SafeRows* safe;   // [heads]
-  const long long* left;  // [layers], rows besides those
-  const float* scores;    // [heads, stride]
+  const SafeRows* safe;      // [heads]
+  const std::int64_t* left;  // [layers], rows besides those
+  const float* scores;       // [heads, stride]
   long long stride;
   int* keep;  // [heads]: rows a head is safe for become those it keeps
 
@@ -89,7 +89,7 @@ struct ShareRowsWork {
       }
       return own;
     };
-    long long free_rows = 0;
+    std::int64_t free_rows = 0;
     int most_rows = 0;
     for (int h = first; h < last; ++h) {
       free_rows += rows_of(h) - keep[h];
