@@ -216,7 +216,11 @@ struct RowCodec : PlainBasis<dim> {
     alignas(4) unsigned char bytes[code_bytes];
     KVT_HD KVT_INLINE OwnCodes(const std::byte* block, int n, int row) {
       const auto from = code_bytes_of(block, n, row);
-      for (int j = 0; j < code_bytes; j += Self::tile_unit) std::memcpy(bytes + j, &from[j], Self::tile_unit);
+      if constexpr (Self::tiled) {
+        for (int j = 0; j < code_bytes; j += Self::tile_unit) std::memcpy(bytes + j, &from[j], Self::tile_unit);
+      } else {
+        std::memcpy(bytes, &from[0], code_bytes);
+      }
     }
   };
 
