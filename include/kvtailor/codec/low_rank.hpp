@@ -64,23 +64,30 @@ struct FactorRun {
   static constexpr int max_bits = 6;
   KVT_HD static constexpr int bytes(int count, int bits) { return (count * bits + 7) / 8; }
   KVT_HD static constexpr int padded(int bytes) { return (bytes + 3) / 4 * 4; }
-  // Lloyd-Max levels of 1 .. 6 bits, one after another.
+  // Lloyd-Max levels of 1 .. 6 bits, one after another, and as whole multiples of a unit.
   struct Levels {
-    float value[126] = {};
+    float value[126] = {}, unit[max_bits + 1] = {};
+    std::int8_t whole[126] = {};
     constexpr Levels() {
-      fill(HalfLevels<128, 1>::whole, HalfLevels<128, 1>::unit, 1);
-      fill(HalfLevels<128, 2>::whole, HalfLevels<128, 2>::unit, 2);
-      fill(HalfLevels<128, 3>::whole, HalfLevels<128, 3>::unit, 4);
-      fill(HalfLevels<128, 4>::whole, HalfLevels<128, 4>::unit, 8);
-      fill(HalfLevels<128, 5>::whole, HalfLevels<128, 5>::unit, 16);
-      fill(HalfLevels<128, 6>::whole, HalfLevels<128, 6>::unit, 32);
+      fill<1>();
+      fill<2>();
+      fill<3>();
+      fill<4>();
+      fill<5>();
+      fill<6>();
     }
-    constexpr void fill(const short* positive, float unit, int half) {
+    template <int b>
+    constexpr void fill() {
+      using Half = HalfLevels<128, b>;
+      constexpr int half = 1 << (b - 1), middle = first(b) + half;
+      unit[b] = Half::unit;
       for (int i = 0; i < half; ++i) {
-        value[2 * half - 2 + half + i] = positive[i] * unit;
-        value[2 * half - 2 + half - 1 - i] = -positive[i] * unit;
+        whole[middle + i] = static_cast<std::int8_t>(Half::whole[i]);
+        whole[middle - 1 - i] = static_cast<std::int8_t>(-Half::whole[i]);
       }
+      for (int c = first(b); c < first(b + 1); ++c) value[c] = whole[c] * unit[b];
     }
+    KVT_HD static constexpr int first(int b) { return (1 << b) - 2; }
   };
 
   KVT_HD KVT_INLINE float operator[](int i) const { return scale * level(i); }
@@ -91,37 +98,21 @@ struct FactorRun {
       return to_float(x);
     }
     static constexpr Levels levels;
-    return levels.value[(1 << bits) - 2 + get(codes, i, bits)];
+    return levels.value[Levels::first(bits) + get(codes, i, bits)];
   }
 
-  // The levels of `count` factors: these without their scale.
-  KVT_HD void decode_levels(int count, float* to) const {
+  // Of at most 6 bits: a factor is unit() times its level.
+  float unit() const {
+    static constexpr Levels levels;
+    return scale * levels.unit[bits];
+  }
+  void decode_levels(int count, std::int8_t* to) const {
+    static constexpr Levels levels;
     int i = 0;
 #if defined(KVT_HOST_AVX2)
-    switch (bits) {
-      case 1:
-        i = decode_whole<1>(count, to);
-        break;
-      case 2:
-        i = decode_whole<2>(count, to);
-        break;
-      case 3:
-        i = decode_whole<3>(count, to);
-        break;
-      case 4:
-        i = decode_whole<4>(count, to);
-        break;
-      case 5:
-        i = decode_whole<5>(count, to);
-        break;
-      case 6:
-        i = decode_whole<6>(count, to);
-        break;
-      default:
-        break;
-    }
+    i = bits <= 4 ? decode_whole<16>(count, to) : bits == 5 ? decode_whole<32>(count, to) : decode_whole<64>(count, to);
 #endif
-    for (; i < count; ++i) to[i] = level(i);
+    for (; i < count; ++i) to[i] = levels.whole[Levels::first(bits) + get(codes, i, bits)];
   }
 
   // Codes x [count] at `bits` into `to`, both memory that all lanes see; the scale, and what comes back in x.
@@ -138,7 +129,7 @@ struct FactorRun {
       return from_float<Half>(1.f);
     }
     static constexpr Levels levels;
-    const float* const level = levels.value + (1 << bits) - 2;
+    const float* const level = levels.value + Levels::first(bits);
     const auto sum = [&](auto f) {
       typename Lanes::template Reg<Real> part;
       lanes.each([&](int lane) {
@@ -181,45 +172,41 @@ struct FactorRun {
     return (codes[at >> 3] | codes[(at >> 3) + 1] << 8) >> (at & 7) & ((1 << bits) - 1);
   }
 #if defined(KVT_HOST_AVX2)
-  // Eight by eight, if there are 32; returns how many.
-  template <int b>
-  int decode_whole(int count, float* to) const {
-    constexpr int num_levels = 1 << b;
+  // 32 by 32, if there are as many; returns how many. Up to 16 levels by the same instructions, since the bits of runs cannot
+  // be foretold.
+  template <int most_levels>
+  int decode_whole(int count, std::int8_t* to) const {
     struct Tables {
-      alignas(32) std::int8_t place[32] = {};   // of the two bytes in which code k begins; sixteen take 2 b bytes
-      alignas(32) std::int16_t times[16] = {};  // moves it to the top of their 16 bits
-      alignas(32) std::int8_t level[num_levels < 16 ? 16 : num_levels] = {};
+      alignas(32) std::int8_t place[max_bits + 1][32] = {};   // of the two bytes in which code k begins; sixteen take 2 b bytes
+      alignas(32) std::int16_t times[max_bits + 1][16] = {};  // moves it to the top of their 16 bits
+      alignas(64) std::int8_t level[max_bits + 1][64] = {};
       constexpr Tables() {
-        for (int k = 0; k < 16; ++k) {
-          const int bit = k * b;
-          place[2 * k] = static_cast<std::int8_t>(bit / 8);
-          place[2 * k + 1] = static_cast<std::int8_t>(bit / 8 + 1);
-          times[k] = static_cast<std::int16_t>(1 << (16 - b - bit % 8));
-        }
-        for (int c = 0; c < num_levels / 2; ++c) {
-          level[num_levels / 2 + c] = static_cast<std::int8_t>(HalfLevels<128, b>::whole[c]);
-          level[num_levels / 2 - 1 - c] = static_cast<std::int8_t>(-HalfLevels<128, b>::whole[c]);
+        constexpr Levels all;
+        for (int b = 1; b <= max_bits; ++b) {
+          for (int k = 0; k < 16; ++k) {
+            const int bit = k * b;
+            place[b][2 * k] = static_cast<std::int8_t>(bit / 8);
+            place[b][2 * k + 1] = static_cast<std::int8_t>(bit / 8 + 1);
+            times[b][k] = static_cast<std::int16_t>(1 << (16 - b - bit % 8));
+          }
+          for (int c = 0; c < 1 << b; ++c) level[b][c] = all.whole[Levels::first(b) + c];
         }
       }
     };
     static constexpr Tables table;
-    const auto sixteen = [&](const unsigned char* at) {
+    const __m256i place = load_bytes(table.place[bits]), times = load_bytes(table.times[bits]);
+    const __m128i down = _mm_cvtsi32_si128(16 - bits);
+    const auto sixteen = [&](const unsigned char* at) KVT_INLINE_LAMBDA {
       const __m256i near = _mm256_broadcastsi128_si256(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
-      const __m256i two_bytes = _mm256_shuffle_epi8(near, load_bytes(table.place));
-      return _mm256_srli_epi16(_mm256_mullo_epi16(two_bytes, load_bytes(table.times)), 16 - b);
+      return _mm256_srl_epi16(_mm256_mullo_epi16(_mm256_shuffle_epi8(near, place), times), down);
     };
     int done = 0;
     while (count >= 32 && done + 8 <= count) {
       const int i = std::min(done, (count - 32) / 8 * 8);  // the last ones may be met twice
-      const unsigned char* const from = codes + i / 8 * b;
-      if (from + 2 * b + 16 > readable) break;
-      const __m256i code = _mm256_permute4x64_epi64(_mm256_packus_epi16(sixteen(from), sixteen(from + 2 * b)), 0xd8);
-      alignas(32) std::int8_t level[32];
-      _mm256_store_si256(reinterpret_cast<__m256i*>(level), look_up_bytes<sizeof table.level>(table.level, code));
-      for (int k = 0; k < 32; k += 8) {
-        const __m256i eight = _mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(level + k)));
-        _mm256_storeu_ps(to + i + k, _mm256_mul_ps(_mm256_cvtepi32_ps(eight), _mm256_set1_ps(HalfLevels<128, b>::unit)));
-      }
+      const unsigned char* const from = codes + i / 8 * bits;
+      if (from + 2 * bits + 16 > readable) break;
+      const __m256i code = _mm256_permute4x64_epi64(_mm256_packus_epi16(sixteen(from), sixteen(from + 2 * bits)), 0xd8);
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(to + i), look_up_bytes<most_levels>(table.level[bits], code));
       done = i + 32;
     }
     return done;
@@ -479,10 +466,9 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     residual.logits(lanes, block + parts.head, n, prepared, m, out, stride);
     if constexpr (Lanes::size == 1) {
       for (Pairs pairs; pairs.next(parts, n);) pairs.add(pairs.right, dim, prepared, dim, pairs.left, n, out, stride, m);
-    } else {
-      for (detail::FactorRun right, left; parts.next(right, left);) {
-        add_pair(lanes, right, dim, prepared, dim, left, n, out, stride, m);
-      }
+    }
+    for (detail::FactorRun right, left; parts.next(right, left);) {
+      add_pair(lanes, right, dim, prepared, dim, left, n, out, stride, m);
     }
   }
   template <class Lanes>
@@ -492,10 +478,9 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     residual.accumulate(lanes, block + parts.head, n, weights, m, stride, acc);
     if constexpr (Lanes::size == 1) {
       for (Pairs pairs; pairs.next(parts, n);) pairs.add(pairs.left, n, weights, stride, pairs.right, dim, acc, dim, m);
-    } else {
-      for (detail::FactorRun right, left; parts.next(right, left);) {
-        add_pair(lanes, left, n, weights, stride, right, dim, acc, dim, m);
-      }
+    }
+    for (detail::FactorRun right, left; parts.next(right, left);) {
+      add_pair(lanes, left, n, weights, stride, right, dim, acc, dim, m);
     }
   }
 
@@ -520,6 +505,8 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
       }
       head = padded(static_cast<int>(left_codes - bytes) + left_bytes);
     }
+    // Of the next pair; 16 after the last.
+    KVT_HD int next_bits() const { return done == rank ? 16 : bytes[2 + 5 * done]; }
     // The next pair of factors; false after the last.
     KVT_HD bool next(detail::FactorRun& right, detail::FactorRun& left) {
       if (done == rank) return false;
@@ -555,29 +542,45 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
       });
     }
   }
-  // One lane decodes up to four pairs and adds them in one pass.
+  // One lane decodes up to four pairs, as far as they have levels, and adds them in one pass.
   struct Pairs {
     int count;
-    float scale[4], right[4][dim], left[4][max_block_rows];
+    float scale[4];
+    std::int8_t right[4][dim], left[4][max_block_rows];
 
     bool next(Parts& parts, int n) {
       detail::FactorRun a, b;
-      for (count = 0; count < 4 && parts.next(a, b); ++count) {
-        scale[count] = a.scale * b.scale;
+      for (count = 0; count < 4 && parts.next_bits() <= detail::FactorRun::max_bits && parts.next(a, b); ++count) {
+        scale[count] = a.unit() * b.unit();
         a.decode_levels(dim, right[count]);
         b.decode_levels(n, left[count]);
       }
+      for (int i = count; i < 4; ++i) scale[i] = 0;
       return count > 0;
     }
+    // to[j] += (from[j] . a) b for m vectors, by twos and threes.
     template <int a_most, int b_most>
-    void add(const float (&a)[4][a_most], int a_size, const float* from, int from_stride, const float (&b)[4][b_most],
-             int b_size, float* to, int to_stride, int m) const {
-      for (int j = 0; j < m; ++j) {
-        float along[4] = {};
-        for (int i = 0; i < count; ++i) along[i] = scale[i] * dot(a[i], from + j * from_stride, a_size);
-        const auto pair = [&](int i) { return b[std::min(i, count - 1)]; };
-        add_rows(to + j * to_stride, along, b[0], pair(1), pair(2), pair(3), b_size);
-      }
+    void add(const std::int8_t (&a)[4][a_most], int a_size, const float* from, int from_stride,
+             const std::int8_t (&b)[4][b_most], int b_size, float* to, int to_stride, int m) const {
+      const auto some = [&]<int many>(int j) {
+        float along[many][4];
+        detail::dot_rows<many>(rows(a), from + j * from_stride, from_stride, a_size, along);
+        for (auto& each : along) {
+          for (int i = 0; i < 4; ++i) each[i] *= scale[i];
+        }
+        detail::add_rows<many>(to + j * to_stride, to_stride, along, rows(b), b_size);
+      };
+      int j = 0;
+      for (; m - j == 2 || m - j > 3; j += 2) some.template operator()<2>(j);
+      if (m - j == 3) some.template operator()<3>(j);
+      if (m - j == 1) some.template operator()<1>(j);
+    }
+
+   private:
+    template <int most>
+    detail::FourRows rows(const std::int8_t (&factors)[4][most]) const {
+      const auto row = [&](int i) { return factors[std::min(i, count - 1)]; };
+      return {row(0), row(1), row(2), row(3)};
     }
   };
 };

@@ -233,7 +233,13 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
 
 #if defined(KVT_HOST_AVX2)
   // The table by bytes. The numbers that belong to the lower and to the upper four bits of a state, joined by exclusive or,
-  // have the number of its size below, and its sign as bit 6. Bit 5, if that number leaves it free, is set.
+  // have the number of its size below, and its sign as bit 6. Bit 5, if that number leaves it free, is set. Of `halves`, bit 4
+  // of that number is bit 7, where it makes a look-up give zero.
+#if defined(KVT_HOST_AVX512)
+  static constexpr bool halves = false;
+#else
+  static constexpr bool halves = bits == 3;
+#endif
   struct Bytes {
     static constexpr int num_sizes = 1 << (bits + 2);
     alignas(16) std::int8_t low[16] = {}, high[16] = {};
@@ -246,7 +252,8 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
       for (int k = 0; k < num_sizes; ++k) size[k] = Table::size[k];
     }
     static constexpr std::int8_t part(int state, int more) {
-      return static_cast<std::int8_t>(index_of(state) + more + (parity(state & Table::sign) ? 64 : 0));
+      const int index = index_of(state), place = halves ? index % 16 + index / 16 * 128 : index;
+      return static_cast<std::int8_t>(place + more + (parity(state & Table::sign) ? 64 : 0));
     }
   };
   // Of elements 4 k .. 4 k + 3 of the rows of a tile, one a byte; more bits than those of a state may be left above them.
@@ -282,7 +289,14 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     const __m256i index = _mm256_xor_si256(low, high);
     __m256i sign = _mm256_add_epi8(index, index);
     if constexpr (bits == 4) sign = _mm256_or_si256(sign, _mm256_set1_epi8(1));  // that of zero is none
-    return _mm256_sign_epi8(detail::look_up_bytes<sizeof table.size>(table.size, index), sign);
+    if constexpr (halves) {
+      const __m256i upper = _mm256_xor_si256(index, _mm256_set1_epi8(-128));
+      return _mm256_sign_epi8(
+          _mm256_or_si256(detail::look_up_bytes<16>(table.size, index), detail::look_up_bytes<16>(table.size + 16, upper)),
+          sign);
+    } else {
+      return _mm256_sign_epi8(detail::look_up_bytes<sizeof table.size>(table.size, index), sign);
+    }
   }
 #endif
 };

@@ -6,7 +6,9 @@
 // length alone.
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 
 #include "kvtailor/core/config.hpp"
@@ -159,16 +161,7 @@ KVT_INLINE void add_eights(float* to, const float (&w)[4], const float* a, const
 }  // namespace detail
 #endif
 
-// to += w[0] * a + w[1] * b + w[2] * c + w[3] * e, any n.
-KVT_HD KVT_INLINE void add_rows(float* to, const float (&w)[4], const float* a, const float* b, const float* c, const float* e,
-                                int n) {
-  int i = 0;
-#if defined(KVT_HOST_VECTORS)
-  for (; i + 8 <= n; i += 8) detail::add_eights(to + i, w, a + i, b + i, c + i, e + i);
-#endif
-  for (; i < n; ++i) to[i] = w[3] * e[i] + (w[2] * c[i] + (w[1] * b[i] + (w[0] * a[i] + to[i])));
-}
-// The same, n a multiple of 8.
+// to += w[0] * a + w[1] * b + w[2] * c + w[3] * e, n a multiple of 8.
 template <int n>
 KVT_HD KVT_INLINE void add_rows(float* to, const float (&w)[4], const float* a, const float* b, const float* c,
                                 const float* e) {
@@ -177,7 +170,7 @@ KVT_HD KVT_INLINE void add_rows(float* to, const float (&w)[4], const float* a, 
   KVT_UNROLL
   for (int i = 0; i < n; i += 8) detail::add_eights(to + i, w, a + i, b + i, c + i, e + i);
 #else
-  add_rows(to, w, a, b, c, e, n);
+  for (int i = 0; i < n; ++i) to[i] = w[3] * e[i] + (w[2] * c[i] + (w[1] * b[i] + (w[0] * a[i] + to[i])));
 #endif
 }
 
@@ -204,6 +197,89 @@ KVT_INLINE Float8 join_eights(const float* x, int n, Join join) {
   return all;
 }
 #endif
+
+}  // namespace detail
+
+namespace detail {
+
+// Rows of small integers.
+struct FourRows {
+  const std::int8_t* row[4];
+};
+#if defined(KVT_HOST_VECTORS)
+KVT_INLINE void load(const std::int8_t* from, Float8& to) {
+#if defined(KVT_HOST_AVX2)
+  to = _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(from))));
+#else
+  using Byte8 __attribute__((vector_size(8))) = std::int8_t;
+  Byte8 x;
+  std::memcpy(&x, from, sizeof x);
+  to = __builtin_convertvector(x, Float8);
+#endif
+}
+#endif
+// out[j][i] = x[j * stride] [n] . row i, of `many` vectors.
+template <int many>
+KVT_INLINE void dot_rows(const FourRows& rows, const float* x, int stride, int n, float (&out)[many][4]) {
+  int k = 0;
+#if defined(KVT_HOST_VECTORS)
+  Float8 sum[many][4] = {};
+  for (; k + 8 <= n; k += 8) {
+    Float8 by[many];
+    KVT_UNROLL
+    for (int j = 0; j < many; ++j) load(x + j * stride + k, by[j]);
+    KVT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      Float8 row;
+      load(rows.row[i] + k, row);
+      KVT_UNROLL
+      for (int j = 0; j < many; ++j) sum[j][i] = row * by[j] + sum[j][i];
+    }
+  }
+  KVT_UNROLL
+  for (int j = 0; j < many; ++j) {
+#if defined(__AVX__)
+    const __m256 four = _mm256_hadd_ps(_mm256_hadd_ps(sum[j][0], sum[j][1]), _mm256_hadd_ps(sum[j][2], sum[j][3]));
+    _mm_storeu_ps(out[j], _mm_add_ps(_mm256_castps256_ps128(four), _mm256_extractf128_ps(four, 1)));
+#else
+    for (int i = 0; i < 4; ++i) out[j][i] = detail::sum(sum[j][i]);
+#endif
+  }
+#else
+  for (auto& each : out) std::fill_n(each, 4, 0.f);
+#endif
+  for (; k < n; ++k) {
+    for (int j = 0; j < many; ++j) {
+      for (int i = 0; i < 4; ++i) out[j][i] += x[j * stride + k] * rows.row[i][k];
+    }
+  }
+}
+// to[j * stride] [n] += w[j][i] times row i, of `many` vectors.
+template <int many>
+KVT_INLINE void add_rows(float* to, int stride, const float (&w)[many][4], const FourRows& rows, int n) {
+  int k = 0;
+#if defined(KVT_HOST_VECTORS)
+  for (; k + 8 <= n; k += 8) {
+    Float8 sum[many];
+    KVT_UNROLL
+    for (int j = 0; j < many; ++j) load(to + j * stride + k, sum[j]);
+    KVT_UNROLL
+    for (int i = 0; i < 4; ++i) {
+      Float8 row;
+      load(rows.row[i] + k, row);
+      KVT_UNROLL
+      for (int j = 0; j < many; ++j) sum[j] = w[j][i] * row + sum[j];
+    }
+    KVT_UNROLL
+    for (int j = 0; j < many; ++j) std::memcpy(to + j * stride + k, &sum[j], sizeof sum[j]);
+  }
+#endif
+  for (; k < n; ++k) {
+    for (int j = 0; j < many; ++j) {
+      for (int i = 0; i < 4; ++i) to[j * stride + k] += w[j][i] * rows.row[i][k];
+    }
+  }
+}
 
 }  // namespace detail
 
