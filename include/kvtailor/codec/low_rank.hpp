@@ -69,23 +69,21 @@ struct FactorRun {
     float value[126] = {}, unit[max_bits + 1] = {};
     std::int8_t whole[126] = {};
     constexpr Levels() {
-      fill<1>();
-      fill<2>();
-      fill<3>();
-      fill<4>();
-      fill<5>();
-      fill<6>();
+      fill(1, HalfLevels<128, 1>::whole, HalfLevels<128, 1>::unit);
+      fill(2, HalfLevels<128, 2>::whole, HalfLevels<128, 2>::unit);
+      fill(3, HalfLevels<128, 3>::whole, HalfLevels<128, 3>::unit);
+      fill(4, HalfLevels<128, 4>::whole, HalfLevels<128, 4>::unit);
+      fill(5, HalfLevels<128, 5>::whole, HalfLevels<128, 5>::unit);
+      fill(6, HalfLevels<128, 6>::whole, HalfLevels<128, 6>::unit);
     }
-    template <int b>
-    constexpr void fill() {
-      using Half = HalfLevels<128, b>;
-      constexpr int half = 1 << (b - 1), middle = first(b) + half;
-      unit[b] = Half::unit;
+    constexpr void fill(int b, const short* positive, float one) {
+      const int half = 1 << (b - 1), middle = first(b) + half;
+      unit[b] = one;
       for (int i = 0; i < half; ++i) {
-        whole[middle + i] = static_cast<std::int8_t>(Half::whole[i]);
-        whole[middle - 1 - i] = static_cast<std::int8_t>(-Half::whole[i]);
+        whole[middle + i] = static_cast<std::int8_t>(positive[i]);
+        whole[middle - 1 - i] = static_cast<std::int8_t>(-positive[i]);
       }
-      for (int c = first(b); c < first(b + 1); ++c) value[c] = whole[c] * unit[b];
+      for (int c = first(b); c < first(b + 1); ++c) value[c] = whole[c] * one;
     }
     KVT_HD static constexpr int first(int b) { return (1 << b) - 2; }
   };
