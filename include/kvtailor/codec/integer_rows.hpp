@@ -415,7 +415,7 @@ struct IntegerRows {
     Size(const float* x, int n) {
       __m256 sum = _mm256_setzero_ps(), most = sum;
       for (int i = 0; i < n; i += 8) {
-        const __m256 size = magnitude(_mm256_load_ps(x + i));
+        const __m256 size = magnitude(_mm256_loadu_ps(x + i));
         sum = _mm256_add_ps(sum, size);
         most = _mm256_max_ps(most, size);
       }
@@ -514,10 +514,13 @@ struct IntegerRows {
   static void some_sums(const R& rows, int first, int n, const float* weights, int m, int stride, float* acc) {
     const Lines scale = scales(rows, first, n);
     const int tiles = (n + 7) / 8;
-    alignas(32) float own[most_vectors][most_rows];
+    float filled[most_vectors][most_rows];  // with zeros, up to a whole tile
+    const float* own[most_vectors];
     for (int j = 0; j < m; ++j) {
-      std::copy_n(weights + j * stride, n, own[j]);
-      std::fill_n(own[j] + n, 8 * tiles - n, 0.f);
+      own[j] = weights + j * stride;
+      if (n % 8 == 0) continue;
+      std::fill_n(std::copy_n(own[j], n, filled[j]), 8 * tiles - n, 0.f);
+      own[j] = filled[j];
     }
     if constexpr (R::has_least) {
       const Lines least = leasts(rows, first, n);
@@ -573,7 +576,7 @@ struct IntegerRows {
     const __m256 by = _mm256_set1_ps(factor);
     __m256i whole = _mm256_setzero_si256();
     for (int t = 0; t < tiles; ++t) {
-      const __m256 x = _mm256_mul_ps(_mm256_load_ps(weights + 8 * t), _mm256_load_ps(scale + 8 * t));
+      const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(weights + 8 * t), _mm256_load_ps(scale + 8 * t));
       const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(x, by));
       whole = _mm256_add_epi32(whole, eight);
       to.of[j][t] = Factors::eight_weights(to_words(eight));
@@ -600,7 +603,7 @@ struct IntegerRows {
     __m256 total = _mm256_setzero_ps(), most = total, least = total;
     alignas(32) float product[most_rows];
     for (int row = 0; row < 8 * tiles; row += 8) {
-      const __m256 x = _mm256_mul_ps(_mm256_load_ps(weights + row), _mm256_load_ps(scale + row));
+      const __m256 x = _mm256_mul_ps(_mm256_loadu_ps(weights + row), _mm256_load_ps(scale + row));
       total = _mm256_add_ps(total, x);
       most = _mm256_max_ps(x, most);
       least = _mm256_min_ps(x, least);
