@@ -101,13 +101,7 @@ struct RowCodec : PlainBasis<dim> {
   }
   KVT_HD void copy_row(const std::byte* from, int n, int row, std::byte* to, int to_n, int to_row) const noexcept {
     std::memcpy(to + scale_bytes * to_row, from + scale_bytes * row, scale_bytes);
-    const auto source = code_bytes_of(from, n, row);
-    const auto target = code_bytes_of(to, to_n, to_row);
-    if constexpr (Self::tiled) {
-      for (int j = 0; j < code_bytes; j += Self::tile_unit) std::memcpy(&target[j], &source[j], Self::tile_unit);
-    } else {
-      std::memcpy(target, source, code_bytes);
-    }
+    copy_codes(code_bytes_of(from, n, row), code_bytes_of(to, to_n, to_row));
   }
   // The same by all lanes.
   template <class Lanes>
@@ -211,17 +205,16 @@ struct RowCodec : PlainBasis<dim> {
   KVT_HD KVT_INLINE static auto code_bytes_of(std::byte* block, int n, int row) {
     return bytes_of(reinterpret_cast<unsigned char*>(block), n, row);
   }
+  // The codes of a row, by units; in one piece where there are no tiles, whose bytes need not be whole units.
+  template <class From, class To>
+  KVT_HD KVT_INLINE static void copy_codes(const From& from, const To& to) {
+    constexpr int unit = Self::tiled ? Self::tile_unit : code_bytes;
+    for (int j = 0; j < code_bytes; j += unit) std::memcpy(&to[j], &from[j], unit);
+  }
   // The codes of a row in one piece.
   struct OwnCodes {
     alignas(4) unsigned char bytes[code_bytes];
-    KVT_HD KVT_INLINE OwnCodes(const std::byte* block, int n, int row) {
-      const auto from = code_bytes_of(block, n, row);
-      if constexpr (Self::tiled) {
-        for (int j = 0; j < code_bytes; j += Self::tile_unit) std::memcpy(bytes + j, &from[j], Self::tile_unit);
-      } else {
-        std::memcpy(bytes, &from[0], code_bytes);
-      }
-    }
+    KVT_HD KVT_INLINE OwnCodes(const std::byte* block, int n, int row) { copy_codes(code_bytes_of(block, n, row), +bytes); }
   };
 
 #if defined(KVT_HOST_AVX2)

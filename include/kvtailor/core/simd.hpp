@@ -198,10 +198,6 @@ KVT_INLINE Float8 join_eights(const float* x, int n, Join join) {
 }
 #endif
 
-}  // namespace detail
-
-namespace detail {
-
 // Rows of small integers.
 struct FourRows {
   const std::int8_t* row[4];
