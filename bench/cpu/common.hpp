@@ -7,58 +7,38 @@
 #include <benchmark/benchmark.h>
 
 #include <cmath>
+#include <cstdio>
+#include <cstdlib>
 #include <random>
+#include <string>
 
-#include "kvtailor/codec/kivi.hpp"
-#include "kvtailor/codec/low_rank.hpp"
-#include "kvtailor/codec/shifted.hpp"
-#include "kvtailor/codec/trellis.hpp"
-#include "kvtailor/codec/turbo_quant_unbiased.hpp"
+#include "kvtailor/compose.hpp"
 #include "kvtailor/kvtailor.hpp"
 
 namespace bench {
 
 template <class Codec>
 using Cache = kvt::KvCache<kvt::Uniform, kvt::SinkRecent, Codec>;
-
 template <int dim>
 using Fp16 = kvt::KvCodec<kvt::Dense<kvt::Half, dim>>;
+// Every codec that has a name.
 template <int dim>
-using BFloat16 = kvt::KvCodec<kvt::Dense<kvt::BFloat16, dim>>;
-template <int bits>
-struct Turbo {
-  template <int dim>
-  using Codec = kvt::KvCodec<kvt::TurboQuant<bits, dim>>;
-};
-template <int dim>
-using Turbo3Turbo2 = kvt::KvCodec<kvt::TurboQuant<3, dim>, kvt::TurboQuant<2, dim>>;
-template <int dim>
-using Turbo2Unbiased = kvt::KvCodec<kvt::TurboQuantUnbiased<2, dim>>;
-template <int dim>
-using Q8 = kvt::KvCodec<kvt::Q8_0<dim>>;
-template <int dim>
-using Q5 = kvt::KvCodec<kvt::Q5_0<dim>>;
-template <int dim>
-using Q4WithZero = kvt::KvCodec<kvt::Q4_1<dim>>;
-template <int dim>
-using RotatedQ4 = kvt::KvCodec<kvt::Rotated<kvt::Q4_0<dim>>>;
-template <int dim>
-using Kivi2 = kvt::KvCodec<kvt::KiviKeys<2, dim>, kvt::KiviValues<2, dim>>;
-template <int dim>
-using Kivi4 = kvt::KvCodec<kvt::KiviKeys<4, dim>, kvt::Q4_1<dim>>;
-template <int bits>
-struct Trellis {
-  template <int dim>
-  using Codec = kvt::KvCodec<kvt::Rotated<kvt::Trellis<bits, dim>>>;
-};
-template <int dim>
-using ShortLloydMax2 = kvt::LloydMax<2, dim, kvt::NormCorrection::least_squares, kvt::LogScale>;
-template <int dim>
-using MeanTurbo2 = kvt::KvCodec<kvt::Rotated<kvt::Shifted<ShortLloydMax2<dim>>>>;
-template <int dim>
-using LowRankTurbo2 = kvt::KvCodec<kvt::Rotated<kvt::LowRank<ShortLloydMax2<dim>>>>;
-template <int dim>
-using LowRankTrellis2 = kvt::KvCodec<kvt::Rotated<kvt::LowRank<kvt::Trellis<2, dim>>>>;
+using Any = kvt::KvCodec<kvt::detail::AnyCodec<dim>, kvt::detail::AnyCodec<dim>, kvt::Half>;
+
+template <class Codec>
+Cache<Codec> make_cache(const std::string& name) {
+  Codec codec;
+  if constexpr (std::is_same_v<Codec, Any<Codec::head_dim>>) {
+    kvt::detail::KvChoice choice;
+    if (const auto wrong = kvt::detail::parse_codecs(name, choice); !wrong.empty()) {
+      std::fprintf(stderr, "%s\n", wrong.c_str());
+      std::abort();
+    }
+    choice.keys.apply(codec.keys);
+    choice.values.apply(codec.values);
+  }
+  return Cache<Codec>({}, {}, codec);
+}
 
 inline constexpr kvt::Geometry shape_a{1, 3, 9, 64};    // SmolLM2-135M
 inline constexpr kvt::Geometry shape_b{1, 8, 32, 128};  // Llama-3.1-8B

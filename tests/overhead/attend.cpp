@@ -34,12 +34,10 @@ float max_of(__m256 x) {
   return _mm_cvtss_f32(_mm_max_ss(y, _mm_movehdup_ps(y)));
 }
 
-// 4 KiB ahead of the first of `count` rows, unless that is behind the last of `left`. GCC leaves calls of such a function out,
-// since it computes nothing.
+// 4 KiB ahead of `count` rows. GCC leaves calls of such a function out, since it computes nothing.
 template <int dim>
-[[gnu::always_inline]] inline void prefetch(const kvt::Half* row, int count, int left) {
+[[gnu::always_inline]] inline void prefetch(const kvt::Half* row, int count) {
   constexpr int ahead = 4096 / (2 * dim);
-  if (ahead + count > left) return;
   for (int i = 0; i < count * dim; i += 32) __builtin_prefetch(row + ahead * dim + i);
 }
 
@@ -63,7 +61,7 @@ template <int dim>
       const kvt::Half* key = cache.keys.data() + (head * cache.rows + first) * dim;
       const kvt::Half* value = cache.values.data() + (head * cache.rows + first) * dim;
       for (int r = 0; r < n; ++r, key += dim) {
-        prefetch<dim>(key, 1, n - r);
+        prefetch<dim>(key, 1);
         float x[dim];
         kvt::load_floats<dim>(key, x);
         for (int j = 0; j < group; ++j) {
@@ -101,7 +99,7 @@ template <int dim>
       }
       int r = 0;
       for (; r + 4 <= n; r += 4, value += 4 * dim) {
-        prefetch<dim>(value, 4, n - r);
+        prefetch<dim>(value, 4);
         float x[4][dim];
         for (int i = 0; i < 4; ++i) kvt::load_floats<dim>(value + i * dim, x[i]);
         for (int j = 0; j < group; ++j) {

@@ -24,10 +24,14 @@ class Attention {
   static constexpr int head_dim = Codec::head_dim;
 
   // A run of rows in one zone: a block, or up to max_block_rows_limit dense rows.
+  struct Bytes {
+    const std::byte* from;
+    int count;
+  };
   struct Segment {
     bool near;
-    const std::byte *keys, *values;
-    int rows, key_bytes, value_bytes;
+    int rows;
+    Bytes keys, values;
   };
   static int num_segments(const Head& store) {
     return pieces(store.sink().rows()) + static_cast<int>(store.blocks().size()) + pieces(store.recent().rows());
@@ -36,13 +40,13 @@ class Attention {
     const int sinks = pieces(store.sink().rows()), blocks = static_cast<int>(store.blocks().size());
     if (index >= sinks && index < sinks + blocks) {
       const BlockRef& block = store.blocks()[static_cast<std::size_t>(index - sinks)];
-      return {false, block.keys(), block.values(), block.rows, block.key_bytes, block.value_bytes};
+      return {false, block.rows, {block.keys(), block.key_bytes}, {block.values(), block.value_bytes}};
     }
     const auto& zone = index < sinks ? store.sink() : store.recent();
     const int first = (index < sinks ? index : index - sinks - blocks) * max_block_rows_limit;
     const auto at = static_cast<std::ptrdiff_t>(first) * Near::row_bytes;
     const int rows = std::min(max_block_rows_limit, zone.rows() - first), bytes = rows * Near::row_bytes;
-    return {true, zone.keys.data() + at, zone.values.data() + at, rows, bytes, bytes};
+    return {true, rows, {zone.keys.data() + at, bytes}, {zone.values.data() + at, bytes}};
   }
 
   // Adds the tasks of one head to a plan; throws what the plan's resource throws. Room for partial results is made here.
@@ -108,32 +112,39 @@ class Attention {
     tile.value_dim = value_dim;
     const int* where = store.positions().data() + task.first_row;
     for (int i = task.first_segment; i < task.last_segment;) {
-      const int first_segment = i;
-      int rows = segment(store, i++).rows;
+      int begin = i, rows = segment(store, i++).rows;
       while (i < task.last_segment && (rows + segment(store, i).rows) * m <= logits_at_once) rows += segment(store, i++).rows;
       const auto visible = tile.see(where, rows);
-      const auto each_visible = [&](auto visit) {
-        for (int k = first_segment, at = 0; k < i; ++k) {
+      where += rows;
+      if (visible.from >= visible.to) continue;
+      int end = begin, skipped = 0;  // of the segments with visible rows, and what comes before them
+      for (int at = 0; end < i && at < visible.to; ++end) {
+        at += segment(store, end).rows;
+        if (at <= visible.from) {
+          begin = end + 1;
+          skipped = at;
+        }
+      }
+      // `then` is what the last segment is followed by.
+      const auto each_visible = [&](Bytes Segment::*part, Bytes then, auto f) {
+        for (int k = begin, at = skipped; k < end; ++k) {
           const Segment s = segment(store, k);
-          if (at < visible.to && at + s.rows > visible.from) visit(s, at, k);
+          const Bytes next = k + 1 < end ? segment(store, k + 1).*part : then;
+          f(s, at, SerialReader((s.*part).from, (s.*part).count, next.from));
           at += s.rows;
         }
       };
-      where += rows;
-      if (visible.from >= visible.to) continue;
-      each_visible([&](const Segment& s, int at, int k) {
+      each_visible(&Segment::keys, segment(store, begin).values, [&](const Segment& s, int at, const SerialReader& reader) {
         float* const to = tile.logits + at;
-        prefetch(s.values, s.value_bytes);
-        if (k + 1 < task.last_segment) {
-          const Segment next = segment(store, k + 1);
-          prefetch(next.keys, next.key_bytes);
-        }
-        s.near ? add_logits(near, s, near_query, m, to, rows) : add_logits(codec.keys, s, body_query, m, to, rows);
+        s.near ? add_logits(reader, near, s, near_query, m, to, rows)
+               : add_logits(reader, codec.keys, s, body_query, m, to, rows);
       });
       tile.to_weights(rows);
-      each_visible([&](const Segment& s, int at, int) {
+      const Bytes then = i < task.last_segment ? segment(store, i).keys : Bytes{};
+      each_visible(&Segment::values, then, [&](const Segment& s, int at, const SerialReader& reader) {
         const float* const from = tile.logits + at;
-        s.near ? add_values(near, s, from, m, rows, tile.near_sum) : add_values(codec.values, s, from, m, rows, tile.body_sum);
+        s.near ? add_values(reader, near, s, from, m, rows, tile.near_sum)
+               : add_values(reader, codec.values, s, from, m, rows, tile.body_sum);
       });
     }
     if (body) {
@@ -179,24 +190,16 @@ class Attention {
   }
 
  private:
-  // Blocks of few bytes are over before the hardware sees where reading goes.
-  static void prefetch([[maybe_unused]] const std::byte* from, [[maybe_unused]] int bytes) {
-#if defined(__GNUC__)
-    constexpr int most = 13 << 10, line = 64, near_cache = 2;
-    if (bytes > most) return;
-    for (int i = 0; i < bytes; i += line) __builtin_prefetch(from + i, 0, near_cache);
-#endif
-  }
   // Functions of their own: inside others their loops get fewer registers.
   template <class Keys>
-  [[gnu::noinline]] static void add_logits(const Keys& codec, const Segment& s, const float* query, int m, float* to,
-                                           int stride) {
-    codec.logits(Serial{}, s.keys, s.rows, query, m, to, stride);
+  [[gnu::noinline]] static void add_logits(const SerialReader& reader, const Keys& codec, const Segment& s, const float* query,
+                                           int m, float* to, int stride) {
+    codec.logits(reader, s.keys.from, s.rows, query, m, to, stride);
   }
   template <class Values>
-  [[gnu::noinline]] static void add_values(const Values& codec, const Segment& s, const float* weights, int m, int stride,
-                                           float* sum) {
-    codec.accumulate(Serial{}, s.values, s.rows, weights, m, stride, sum);
+  [[gnu::noinline]] static void add_values(const SerialReader& reader, const Values& codec, const Segment& s,
+                                           const float* weights, int m, int stride, float* sum) {
+    codec.accumulate(reader, s.values.from, s.rows, weights, m, stride, sum);
   }
 
   static constexpr int logits_at_once = 2048;  // unless one segment has more; they stay in the nearest cache

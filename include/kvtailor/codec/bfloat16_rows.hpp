@@ -16,31 +16,36 @@ struct BFloat16Rows {
   static_assert(dim % 16 == 0);
 
   // out[j * stride + row] = query j . row, of rows [n, dim]
-  static void logits(const BFloat16* rows, int n, const float* queries, int m, float* out, int stride) {
+  template <class Lanes>
+  static void logits(const Lanes& lanes, const BFloat16* rows, int n, const float* queries, int m, float* out, int stride) {
     each_batch<4>(m, [&]<int many>(int j) KVT_INLINE_LAMBDA {
-      some_logits<many>(rows, n, queries + j * dim, out + j * stride, stride, j == 0);
+      some_logits<many>(lanes, j == 0, rows, n, queries + j * dim, out + j * stride, stride);
     });
   }
   // acc[j] += sum over rows of weights[j * stride + row] * row
-  static void accumulate(const BFloat16* rows, int n, const float* weights, int m, int stride, float* acc) {
-    each_batch<4>(m, [&]<int many>(int j)
-                         KVT_INLINE_LAMBDA { some_sums<many>(rows, n, weights + j * stride, stride, acc + j * dim, j == 0); });
+  template <class Lanes>
+  static void accumulate(const Lanes& lanes, const BFloat16* rows, int n, const float* weights, int m, int stride, float* acc) {
+    each_batch<4>(m, [&]<int many>(int j) KVT_INLINE_LAMBDA {
+      some_sums<many>(lanes, j == 0, rows, n, weights + j * stride, stride, acc + j * dim);
+    });
   }
 
  private:
-  // As many rows at a time as there are `together`, then one by one: f<count>(row). The first to read them asks for them ahead.
-  template <int together, class F>
-  KVT_INLINE static void each_row(const BFloat16* rows, int n, bool first, F f) {
+  // As many rows at a time as there are `together`, then one by one: f<count>(row). The first vectors to read
+  // them say so.
+  template <int together, class Lanes, class F>
+  KVT_INLINE static void each_row(const Lanes& lanes, bool first, const BFloat16* rows, int n, F f) {
     int row = 0;
     for (; row + together <= n; row += together) {
-      if (first) prefetch_rows<2 * dim, together>(reinterpret_cast<const std::byte*>(rows), n, row);
+      if (first) lanes.template reads_rows<2 * dim * together>(rows + row * dim);
       f.template operator()<together>(row);
     }
     for (; row < n; ++row) f.template operator()<1>(row);
   }
-  template <int many>
-  [[gnu::noinline]] static void some_logits(const BFloat16* rows, int n, const float* q, float* out, int stride, bool first) {
-    each_row<2>(rows, n, first, [&]<int count>(int row) KVT_INLINE_LAMBDA {
+  template <int many, class Lanes>
+  [[gnu::noinline]] static void some_logits(const Lanes& lanes, bool first, const BFloat16* rows, int n, const float* q,
+                                            float* out, int stride) {
+    each_row<2>(lanes, first, rows, n, [&]<int count>(int row) KVT_INLINE_LAMBDA {
       __m256 sum[many][count];
       each<many>([&]<int i>()
                      KVT_INLINE_LAMBDA { each<count>([&]<int r>() KVT_INLINE_LAMBDA { sum[i][r] = _mm256_setzero_ps(); }); });
@@ -67,10 +72,10 @@ struct BFloat16Rows {
       });
     });
   }
-  template <int many>
-  [[gnu::noinline]] static void some_sums(const BFloat16* rows, int n, const float* weights, int stride, float* acc,
-                                          bool first) {
-    each_row<4>(rows, n, first, [&]<int count>(int row) KVT_INLINE_LAMBDA {
+  template <int many, class Lanes>
+  [[gnu::noinline]] static void some_sums(const Lanes& lanes, bool first, const BFloat16* rows, int n, const float* weights,
+                                          int stride, float* acc) {
+    each_row<4>(lanes, first, rows, n, [&]<int count>(int row) KVT_INLINE_LAMBDA {
       KVT_UNROLL
       for (int d = 0; d < dim; d += 16) {
         __m256 x[count][2];

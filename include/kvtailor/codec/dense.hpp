@@ -59,7 +59,7 @@ struct Dense : RowCodec<Dense<T, dim>, dim, 0, dim* static_cast<int>(sizeof(T))>
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {
     if constexpr (std::is_same_v<T, BFloat16> && Lanes::size == 1 && dim % 16 == 0) {
-      detail::BFloat16Rows<dim>::logits(reinterpret_cast<const BFloat16*>(block), n, prepared, m, out, stride);
+      detail::BFloat16Rows<dim>::logits(lanes, reinterpret_cast<const BFloat16*>(block), n, prepared, m, out, stride);
     } else {
       Rows::logits(lanes, block, n, prepared, m, out, stride);
     }
@@ -68,7 +68,7 @@ struct Dense : RowCodec<Dense<T, dim>, dim, 0, dim* static_cast<int>(sizeof(T))>
   KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
                          float* acc) const noexcept {
     if constexpr (std::is_same_v<T, BFloat16> && Lanes::size == 1 && dim % 16 == 0) {
-      detail::BFloat16Rows<dim>::accumulate(reinterpret_cast<const BFloat16*>(block), n, weights, m, stride, acc);
+      detail::BFloat16Rows<dim>::accumulate(lanes, reinterpret_cast<const BFloat16*>(block), n, weights, m, stride, acc);
     } else {
       Rows::accumulate(lanes, block, n, weights, m, stride, acc);
     }

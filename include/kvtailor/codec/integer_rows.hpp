@@ -355,20 +355,22 @@ struct IntegerRows {
   static_assert(R::group % 8 == 0 && dim % R::group == 0);
 
   // out[j * stride + row] = query j . row
-  static void logits(const R& rows, int n, const float* queries, int m, float* out, int stride) {
+  template <class Lanes>
+  static void logits(const Lanes& lanes, const R& rows, int n, const float* queries, int m, float* out, int stride) {
     for (int first = 0; first < m; first += most_vectors) {
       const Queries some(rows, queries + first * dim, std::min(most_vectors, m - first));
       for (int row = 0; row < n; row += most_rows) {
-        some_logits(rows, row, std::min(most_rows, n - row), some, out + first * stride + row, stride);
+        some_logits(lanes, first == 0, rows, row, std::min(most_rows, n - row), some, out + first * stride + row, stride);
       }
     }
   }
   // acc[j] += sum over rows of weights[j * stride + row] * row
-  static void accumulate(const R& rows, int n, const float* weights, int m, int stride, float* acc) {
+  template <class Lanes>
+  static void accumulate(const Lanes& lanes, const R& rows, int n, const float* weights, int m, int stride, float* acc) {
     for (int first = 0; first < m; first += most_vectors) {
       for (int row = 0; row < n; row += most_rows) {
-        some_sums(rows, row, std::min(most_rows, n - row), weights + first * stride + row, std::min(most_vectors, m - first),
-                  stride, acc + first * dim);
+        some_sums(lanes, first == 0, rows, row, std::min(most_rows, n - row), weights + first * stride + row,
+                  std::min(most_vectors, m - first), stride, acc + first * dim);
       }
     }
   }
@@ -383,12 +385,6 @@ struct IntegerRows {
   static constexpr int weight_most = bytes ? std::min(255, pair / (2 * R::most)) : 32767;
   static constexpr int queries_fit = fit(pair / (4 * R::most * query_most));
   static constexpr int weights_fit = fit(pair / (2 * R::most * weight_most));
-
-  // Blocks of up to 13 KiB are asked for before (see attention.hpp). In larger ones, what is read next is asked for.
-  static constexpr bool large = R::tile_bytes * most_tiles > 13 << 10;
-  KVT_INLINE static void prefetch(const unsigned char* from, int count) {
-    for (int i = 0; large && i < count; i += 64) __builtin_prefetch(from + i);
-  }
 
   // Scales, or least elements, of up to most_rows rows from `first` on.
   struct Lines {
@@ -465,7 +461,9 @@ struct IntegerRows {
     return std::accumulate(eight, eight + 8, std::uint32_t{0});
   }
 
-  static void some_logits(const R& rows, int first, int n, const Queries& query, float* out, int stride) {
+  template <class Lanes>
+  static void some_logits(const Lanes& lanes, bool first_time, const R& rows, int first, int n, const Queries& query,
+                          float* out, int stride) {
     const Lines scale = scales(rows, first, n);
     constexpr int strip = std::max(1, std::min(most_tiles, 256 / columns));  // tiles at once: 8 KiB of them
     for (int from = 0; from < n; from += 8 * strip) {
@@ -473,7 +471,7 @@ struct IntegerRows {
       __m256i x[strip][columns];
       for (int t = 0; t < tiles; ++t) {
         const unsigned char* const tile = rows.tile(first + from + 8 * t);
-        if (first + from + 8 * (t + strip) < n) prefetch(rows.tile(first + from + 8 * (t + strip)), R::tile_bytes);
+        if (first_time) lanes.template reads_tile<R::tile_bytes>(tile);
         each<columns>([&]<int k>() KVT_INLINE_LAMBDA { x[t][k] = R::template column<k, R::offset>(tile); });
       }
       alignas(32) float product[most_vectors][8 * strip];
@@ -511,7 +509,9 @@ struct IntegerRows {
     float unit[most_vectors];
   };
 
-  static void some_sums(const R& rows, int first, int n, const float* weights, int m, int stride, float* acc) {
+  template <class Lanes>
+  static void some_sums(const Lanes& lanes, bool first_time, const R& rows, int first, int n, const float* weights, int m,
+                        int stride, float* acc) {
     const Lines scale = scales(rows, first, n);
     const int tiles = (n + 7) / 8;
     float filled[most_vectors][most_rows];  // with zeros, up to a whole tile
@@ -545,13 +545,13 @@ struct IntegerRows {
       if constexpr (bytes) {
         for (int j = 0; j < m && below; ++j) weights_to_bytes(own[j], scale.of[g], tiles, -1, weight[1], j);
       }
-      constexpr int some = std::gcd(group_columns, 8);
+      constexpr int some = std::gcd(group_columns, 8), parts = columns / some;
       each<group_columns / some>([&]<int part>() {
         constexpr int from = g * group_columns + part * some;
         __m256i x[some][most_tiles];
         for (int t = 0; t < tiles; ++t) {
           const unsigned char* const tile = rows.tile(first + 8 * t);
-          if constexpr (large) prefetch(tile + (from + some) * R::tile_bytes / columns, some * R::tile_bytes / columns);
+          if (first_time) lanes.template reads_tile<R::tile_bytes / parts>(tile + from / some * (R::tile_bytes / parts));
           each<some>([&]<int c>() KVT_INLINE_LAMBDA {
             if constexpr (bytes) {
               x[c][t] = turned(R::template column<from + c, 0>(tile));

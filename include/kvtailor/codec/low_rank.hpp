@@ -461,6 +461,9 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {
     Parts parts(block, n);
+    if constexpr (Lanes::size == 1) {
+      for (int i = 0; i < parts.head; i += 64) lanes.template reads_tile<64>(block + i);
+    }
     residual.logits(lanes, block + parts.head, n, prepared, m, out, stride);
     if constexpr (Lanes::size == 1) {
       for (Pairs pairs; pairs.next(parts, n);) pairs.add(pairs.right, dim, prepared, dim, pairs.left, n, out, stride, m);
@@ -473,6 +476,9 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
                          float* acc) const noexcept {
     Parts parts(block, n);
+    if constexpr (Lanes::size == 1) {
+      for (int i = 0; i < parts.head; i += 64) lanes.template reads_tile<64>(block + i);
+    }
     residual.accumulate(lanes, block + parts.head, n, weights, m, stride, acc);
     if constexpr (Lanes::size == 1) {
       for (Pairs pairs; pairs.next(parts, n);) pairs.add(pairs.left, n, weights, stride, pairs.right, dim, acc, dim, m);

@@ -123,6 +123,7 @@ struct PerChannelInt : PlainBasis<dim> {
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {
     each_group(block, n, [&](const std::byte* group, int first, int rows) {
+      if constexpr (Lanes::size == 1) lanes.template reads_tile<group_bytes(group_rows)>(group);
 #if defined(KVT_HOST_AVX2)
       if constexpr (Lanes::size == 1 && Rows::tiled) return group_logits(group, rows, prepared, m, out + first, stride);
 #endif
@@ -140,6 +141,7 @@ struct PerChannelInt : PlainBasis<dim> {
   KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
                          float* acc) const noexcept {
     each_group(block, n, [&](const std::byte* group, int first, int rows) {
+      if constexpr (Lanes::size == 1) lanes.template reads_tile<group_bytes(group_rows)>(group);
       each_row(lanes, group, rows, [&](int row, auto& x) {
         for (int j = 0; j < m; ++j) {
           const float weight = weights[j * stride + first + row];
@@ -237,7 +239,7 @@ struct PerChannelInt : PlainBasis<dim> {
         for (int d = 0; d < dim; ++d) scaled[j * dim + d] = queries[(first + j) * dim + d] * lines.scale.x[d];
       }
       float* const to = out + first * stride;
-      detail::IntegerRows<typename Rows::Integers>::logits(rows, n, scaled, count, to, stride);
+      detail::IntegerRows<typename Rows::Integers>::logits(Serial{}, rows, n, scaled, count, to, stride);
       for (int j = 0; j < count; ++j) {
         const float shift = dot<dim>(queries + (first + j) * dim, zero);
         for (int row = 0; row < n; ++row) to[j * stride + row] += shift;

@@ -10,8 +10,10 @@
 
 #include <cmath>
 #include <cstdint>
+#include <cstring>
 
 #include "kvtailor/core/lanes.hpp"
+#include "kvtailor/core/simd.hpp"
 
 namespace kvt::inline v0 {
 
@@ -63,6 +65,46 @@ struct Paley {
   }
 };
 
+#if defined(KVT_HOST_VECTORS)
+// a + b and a - b of x[i] and x[i + step]; `swapped` has them taken for each other.
+KVT_INLINE void butterfly(Float8& x, const Float8& swapped, int step) {
+  Float8 sign;
+  KVT_UNROLL
+  for (int i = 0; i < 8; ++i) sign[i] = i & step ? -1.f : 1.f;
+  x = swapped + sign * x;
+}
+// Of each `power` of n numbers, not scaled: from `step` on.
+template <int power, int n, int step = 8>
+KVT_INLINE void far_butterflies(float* x) {
+  if constexpr (step < power) {
+    for (int base = 0; base < n; base += 2 * step) {
+      for (int i = base; i < base + step; i += 8) {
+        Float8 a, b;
+        load(x + i, a);
+        load(x + i + step, b);
+        const Float8 sum = a + b, difference = a - b;
+        std::memcpy(x + i, &sum, sizeof sum);
+        std::memcpy(x + i + step, &difference, sizeof difference);
+      }
+    }
+    far_butterflies<power, n, 2 * step>(x);
+  }
+}
+template <int power, int n>
+KVT_INLINE void walsh_hadamard(float* x) {
+  static_assert(n % 8 == 0);
+  for (int i = 0; i < n; i += 8) {
+    Float8 v;
+    load(x + i, v);
+    if constexpr (power > 1) butterfly(v, Float8{v[1], v[0], v[3], v[2], v[5], v[4], v[7], v[6]}, 1);
+    if constexpr (power > 2) butterfly(v, Float8{v[2], v[3], v[0], v[1], v[6], v[7], v[4], v[5]}, 2);
+    if constexpr (power > 4) butterfly(v, Float8{v[4], v[5], v[6], v[7], v[0], v[1], v[2], v[3]}, 4);
+    std::memcpy(x + i, &v, sizeof v);
+  }
+  far_butterflies<power, n>(x);
+}
+#endif
+
 }  // namespace detail
 
 template <int head_dim, std::uint64_t seed = 0x6b76746169ull>
@@ -106,36 +148,37 @@ struct Rotation {
     static constexpr Signs table;  // not static, it would be copied to the local memory of every thread
     return table.value[d];
   }
-  static constexpr double inverse_root() {
+  static constexpr double root() {
     double root = head_dim;
     for (int i = 0; i < 64; ++i) root = 0.5 * (root + head_dim / root);
-    return 1.0 / root;
+    return root;
   }
 
   template <bool transposed, class Lanes>
   KVT_HD static void transform(const Lanes& lanes, float* x) {
+    constexpr auto scale = static_cast<float>(1.0 / root());
+#if defined(KVT_HOST_VECTORS)
+    if constexpr (Lanes::size == 1) {
+      detail::walsh_hadamard<power, head_dim>(x);
+      if constexpr (order == 1) {
+        for (int d = 0; d < head_dim; ++d) x[d] = 0.f + x[d] * scale;
+      } else {
+        for (int column = 0; column < power; ++column) mix_eights<transposed>(x + column);
+      }
+      return;
+    }
+#endif
     for (int step = 1; step < power; step *= 2) {
       lanes.each([&](int lane) {
-        if constexpr (Lanes::size == 1) {
-          for (int base = 0; base < head_dim; base += 2 * step) {
-            for (int i = base; i < base + step; ++i) {
-              const float a = x[i], b = x[i + step];
-              x[i] = a + b;
-              x[i + step] = a - b;
-            }
-          }
-        } else {
-          for (int pair = lane; pair < head_dim / 2; pair += Lanes::size) {
-            const int i = pair / step * 2 * step + pair % step;
-            const float a = x[i], b = x[i + step];
-            x[i] = a + b;
-            x[i + step] = a - b;
-          }
+        for (int pair = lane; pair < head_dim / 2; pair += Lanes::size) {
+          const int i = pair / step * 2 * step + pair % step;
+          const float a = x[i], b = x[i + step];
+          x[i] = a + b;
+          x[i + step] = a - b;
         }
       });
     }
     lanes.each([&](int lane) {
-      constexpr float scale = static_cast<float>(inverse_root());
       static constexpr detail::Paley<order> paley;
       for (int column = lane; column < power; column += Lanes::size) {
         float in[order];
@@ -148,6 +191,34 @@ struct Rotation {
       }
     });
   }
+#if defined(KVT_HOST_VECTORS)
+  // The Paley matrix and a column, eight rows of the matrix at a time.
+  template <bool transposed>
+  KVT_INLINE static void mix_eights(float* x) {
+    struct Columns {
+      float of[order][(order + 7) / 8 * 8] = {};
+      constexpr Columns() {
+        constexpr detail::Paley<order> paley;
+        for (int i = 0; i < order; ++i) {
+          for (int j = 0; j < order; ++j) of[j][i] = transposed ? paley.sign[j][i] : paley.sign[i][j];
+        }
+      }
+    };
+    static constexpr Columns matrix;
+    constexpr auto scale = static_cast<float>(1.0 / root());
+    float in[order];
+    for (int j = 0; j < order; ++j) in[j] = x[j * power] * scale;
+    for (int i = 0; i < order; i += 8) {
+      detail::Float8 total = {};
+      for (int j = 0; j < order; ++j) {
+        detail::Float8 signs;
+        detail::load(matrix.of[j] + i, signs);
+        total += signs * in[j];
+      }
+      for (int k = 0; k < 8 && i + k < order; ++k) x[(i + k) * power] = total[k];
+    }
+  }
+#endif
 };
 
 }  // namespace kvt::inline v0

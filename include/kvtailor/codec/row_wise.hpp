@@ -129,12 +129,13 @@ struct RowCodec : PlainBasis<dim> {
 #if defined(KVT_HOST_AVX2)
     if constexpr (Lanes::size == 1 && Self::tiled && requires { typename Self::Integers; }) {
       using Integers = typename Self::Integers;
-      return detail::IntegerRows<Integers>::logits(Integers{block, n}, n, prepared, m, out, stride);
+      lanes.template reads_tile<scale_bytes * detail::most_integer_rows>(block);
+      return detail::IntegerRows<Integers>::logits(lanes, Integers{block, n}, n, prepared, m, out, stride);
     }
 #endif
     if (m < 1) return;  // and compilers need not ask again for each row
     for (int row = 0; row < n; ++row) {
-      if constexpr (Lanes::size == 1) prefetch_rows<code_bytes, 1>(block + scale_bytes * n, n, row);
+      if constexpr (Lanes::size == 1) lanes.template reads_rows<code_bytes>(block + scale_bytes * n + row * code_bytes);
       typename Lanes::template Reg<LaneRow<basis, Lanes::size>> x;
       lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
       const float scale = self().row_scale(block, row);
@@ -152,7 +153,8 @@ struct RowCodec : PlainBasis<dim> {
 #if defined(KVT_HOST_AVX2)
     if constexpr (Lanes::size == 1 && Self::tiled && requires { typename Self::Integers; }) {
       using Integers = typename Self::Integers;
-      return detail::IntegerRows<Integers>::accumulate(Integers{block, n}, n, weights, m, stride, acc);
+      lanes.template reads_tile<scale_bytes * detail::most_integer_rows>(block);
+      return detail::IntegerRows<Integers>::accumulate(lanes, Integers{block, n}, n, weights, m, stride, acc);
     }
 #endif
     if (m < 1) return;
@@ -160,7 +162,7 @@ struct RowCodec : PlainBasis<dim> {
     if constexpr (Lanes::size == 1) {
       // Four rows for each pass over the sums, which are read and written less often.
       for (; row + 4 <= n; row += 4) {
-        prefetch_rows<code_bytes, 4>(block + scale_bytes * n, n, row);
+        lanes.template reads_rows<4 * code_bytes>(block + scale_bytes * n + row * code_bytes);
         alignas(64) LaneRow<basis, 1> x[4];
         KVT_UNROLL
         for (int r = 0; r < 4; ++r) self().template load<1>(block, n, row + r, 0, x[r]);

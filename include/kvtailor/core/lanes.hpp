@@ -11,6 +11,7 @@
 // value a warp owns is a PerWarp<T>.
 #pragma once
 
+#include <cstddef>
 #include <cstdint>
 
 #include "kvtailor/core/config.hpp"
@@ -51,6 +52,45 @@ struct Serial {
   template <class T>
   KVT_HD KVT_INLINE T shuffle(Reg<T>& x, int) const {
     return x.value;
+  }
+  // Says where a block is being read: see SerialReader.
+  template <int>
+  KVT_HD KVT_INLINE void reads_rows(const void*) const {}
+  template <int>
+  KVT_HD KVT_INLINE void reads_tile(const void*) const {}
+};
+
+// One lane that knows which block is read after this one, and while it works asks for what it will need: bit by bit, since
+// memory answers some dozen requests at once, and whoever makes more has to wait.
+class SerialReader : public Serial {
+  std::uintptr_t end_, bytes_, jump_;
+
+ public:
+  // Of a block, and the one that follows, or null.
+  SerialReader(const std::byte* block, int bytes, const std::byte* next)
+      : end_(address(block) + static_cast<std::uintptr_t>(bytes)),
+        bytes_(static_cast<std::uintptr_t>(bytes)),
+        jump_(next == nullptr ? 0 : address(next) - end_) {}
+  // `count` bytes of rows that are read one after the other: what follows soon.
+  template <int count>
+  KVT_INLINE void reads_rows(const void* at) const {
+    ask<count, 3>(address(at) + 4096);
+  }
+  // `count` bytes of a block that is read more than once: the same place of the next one.
+  template <int count>
+  KVT_INLINE void reads_tile(const void* at) const {
+    ask<count, 2>(address(at) + bytes_);
+  }
+
+ private:
+  static std::uintptr_t address(const void* at) { return reinterpret_cast<std::uintptr_t>(at); }
+  template <int count, int locality>
+  KVT_INLINE void ask([[maybe_unused]] std::uintptr_t at) const {
+#if defined(__GNUC__)
+    at += at < end_ ? 0 : jump_;
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): nothing need be there.
+    for (std::uintptr_t i = 0; i < count; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(at + i), 0, locality);
+#endif
   }
 };
 

@@ -68,18 +68,6 @@ KVT_INLINE __m256 look_up(const float* table, __m256i code) {
 
 }  // namespace detail
 
-// Asks for `count` of n rows that lie 4 KiB after those at `row`. The hardware sees where reading goes, but not that far.
-template <int row_bytes, int count>
-KVT_HD KVT_INLINE void prefetch_rows([[maybe_unused]] const std::byte* rows, [[maybe_unused]] int n, [[maybe_unused]] int row) {
-#if defined(KVT_HOST_VECTORS)
-  constexpr int ahead = 4096 / row_bytes;
-  if (row + ahead + count > n) return;
-  for (int i = 0; i < count * row_bytes; i += 64) {
-    __builtin_prefetch(rows + static_cast<long long>(row + ahead) * row_bytes + i);
-  }
-#endif
-}
-
 // a . b, n a multiple of 8.
 template <int n>
 KVT_HD KVT_INLINE float dot(const float* a, const float* b) {
