@@ -4,7 +4,9 @@
 // Every kernel as an engine would instantiate it, for tools/kernel_report to look at. Nothing runs. On the host a list of their
 // names: list_kernel<Work>() is there before.
 #include "kvtailor/codec/group_int.hpp"
+#include "kvtailor/codec/kivi.hpp"
 #include "kvtailor/codec/low_rank_work.hpp"
+#include "kvtailor/codec/shifted.hpp"
 #include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/codec/turbo_quant_unbiased.hpp"
@@ -100,6 +102,26 @@ void use_odd_dim(const void** kernels) {
   use_pair<16, 16, dim>(kernels);
 }
 
+// In blocks.
+template <class Key, class Value = Key>
+void use_blocks(const void** kernels) {
+  using Codec = KvCodec<Key, Value, Half>;
+  using Pages = typename LayoutOf<Key, Value>::Pages;
+  use<CountWork<Half, Pages>>(kernels);
+  use<DecodeWork<Key, Value, false, 8, Half>>(kernels);
+  use<DecodeWork<Key, Value, true, 8, Half>>(kernels);
+  use<FinishWork<Value, Half, Pages>>(kernels);
+  use<AppendBlocksWork<Codec, Half>>(kernels);
+  use<CutBlocksWork<Codec>>(kernels);
+  use<TruncateBlocksWork<Codec>>(kernels);
+  use<ForkBlocksWork<Codec>>(kernels);
+  use_scores<Codec>(kernels);
+}
+// Every kind of codec that heads may choose from.
+template <int dim>
+using Chosen = OneOf<Rotated<LowRank<Trellis<3, dim>>>, TurboQuantUnbiased<3, dim>,
+                     Rotated<Shifted<LloydMax<2, dim, NormCorrection::least_squares, LogScale>>>, Q8_0<dim>>;
+
 template <class Residual>
 void use_low_rank(const void** kernels) {
   use<EncodeLowRankWork<Rotated<LowRank<Residual>>, 128, Half>>(kernels);
@@ -132,4 +154,7 @@ void use_kernels(const void** kernels) {
   use_plain<TurboQuant<4, 40>>(kernels);
   use_plain<TurboQuantUnbiased<3, 256>>(kernels);
   use_decode<Rotated<Trellis<2, 128>>, Rotated<Trellis<3, 128>>>(kernels);
+  use_blocks<Rotated<LowRank<Trellis<2, 128>>>>(kernels);
+  use_blocks<KiviKeys<2, 64>, KiviValues<2, 64>>(kernels);
+  use_blocks<Chosen<256>>(kernels);
 }

@@ -54,7 +54,7 @@ struct Instance {
                           std::regex(", (true, \\d+|KeyDiff|SinkRecent|SnapKv)|, [\\w:]*::(KeyDiff|SinkRecent|SnapKv)"))) {
       kind += ", " + found[1].str() + found[2].str();
     }
-    const std::regex codec("(LloydMax|Trellis|GroupInt|TurboQuantUnbiased|Dense)<(?:[\\w:]*::)?(\\w+), (\\d+)");
+    const std::regex codec("(LloydMax|Trellis|GroupInt|PerChannelInt|TurboQuantUnbiased|Dense)<(?:[\\w:]*::)?(\\w+), (\\d+)");
     for (std::sregex_iterator i(name.begin(), name.end(), codec), end; i != end; ++i) {
       codecs += (codecs.empty() ? "" : " ") + (*i)[1].str() + (*i)[2].str();
       dim = std::stoi((*i)[3]);
@@ -213,6 +213,12 @@ TEST_CASE("caches of every codec and every head dim") {
   run<KvCodec<TurboQuantUnbiased<3, 256>>>();
   run<KvCodec<Rotated<Trellis<2, 64>>>, KeyDiff, Adaptive>();
   run<KvCodec<TurboQuantUnbiased<3, 256>>, SnapKv>();
+  run<KvCodec<Rotated<LowRank<Trellis<2, 128>>>>>();
+  run<KvCodec<Rotated<LowRank<Trellis<2, 128>>>>, SnapKv>();
+  run<KvCodec<KiviKeys<2, 64>, KiviValues<2, 64>>>();
+  run<KvCodec<KiviKeys<2, 64>, KiviValues<2, 64>>, SnapKv>();
+  run<KvCodec<Chosen<256>>>();
+  run<KvCodec<Chosen<256>>, SnapKv>();
   run_from_host<KvCodec<Rotated<Trellis<2, 128>>, Rotated<Trellis<3, 128>>>>();
 }
 

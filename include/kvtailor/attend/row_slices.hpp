@@ -25,6 +25,7 @@ struct RowSlices {
   static_assert(KeyCodec::head_dim == ValueCodec::head_dim);
   using Key = KeyCodec;
   using Value = ValueCodec;
+  using Pages = SlicePages;
   static constexpr bool fragments = false;
   static constexpr int dim = Key::head_dim, table_bytes = 0;
   static constexpr int values_at = (slice_rows * Key::row_bytes + 63) / 64 * 64;

@@ -22,6 +22,7 @@
 namespace kvt::inline v0 {
 
 inline constexpr int slice_rows = 32;
+struct SlicePages;
 
 // Where a half of a fragment's register lies in a slice.
 struct SlicePlace {
@@ -274,6 +275,7 @@ struct SliceLayout {
   static_assert(KeyFragments::dim == ValueFragments::dim);
   using Keys = KeyFragments;
   using Values = ValueFragments;
+  using Pages = SlicePages;
   static constexpr bool fragments = true;
   static constexpr int dim = Keys::dim;
   static constexpr int word_bytes = 4 * 32;

@@ -11,6 +11,7 @@
 // alone, and partial results are joined in the order of blocks, so the output does not depend on who finishes first.
 #pragma once
 
+#include "kvtailor/attend/block_stream.hpp"
 #include "kvtailor/attend/decode_warp.hpp"
 #include "kvtailor/attend/row_slices.hpp"
 #include "kvtailor/codec/kv_codec.hpp"
@@ -110,32 +111,73 @@ concept HasFragments = Codec::head_dim % 16 == 0 && requires {
 namespace detail {
 
 template <class Key, class Value>
-struct SlicesOf {
+struct LayoutFor {
+  using type = BlockLayout<Key, Value>;
+};
+template <LaneRowCodec Key, LaneRowCodec Value>
+struct LayoutFor<Key, Value> {
   using type = RowSlices<Key, Value>;
 };
-template <HasFragments Key, HasFragments Value>
-struct SlicesOf<Key, Value> {
+template <LaneRowCodec Key, LaneRowCodec Value>
+requires HasFragments<Key> && HasFragments<Value>
+struct LayoutFor<Key, Value> {
   using type = SliceLayout<typename FragmentsOf<Key>::type, typename FragmentsOf<Value>::type>;
 };
 
+// What a warp attends to a layout with.
+template <class Layout>
+struct WarpFor {
+  template <class Lanes, bool limited, int width>
+  using type = BlockWarp<Layout, Lanes, limited>;
+};
+template <class Key, class Value>
+struct WarpFor<RowSlices<Key, Value>> {
+  template <class Lanes, bool limited, int width>
+  using type = RowWarp<RowSlices<Key, Value>, Lanes, limited, width>;
+};
+template <class Keys, class Values>
+struct WarpFor<SliceLayout<Keys, Values>> {
+  template <class Lanes, bool limited, int width>
+  using type = DecodeWarp<SliceLayout<Keys, Values>, Lanes, limited, width>;
+};
+
+// The codec of the rows of an entry: a stream of blocks knows its own.
+template <class Codec, class Pages>
+KVT_HD Codec key_codec(const Pages& pages) {
+  if constexpr (requires { pages.keys; }) {
+    return pages.keys;
+  } else {
+    return {};
+  }
+}
+template <class Codec, class Pages>
+KVT_HD Codec value_codec(const Pages& pages) {
+  if constexpr (requires { pages.values; }) {
+    return pages.values;
+  } else {
+    return {};
+  }
+}
+
 }  // namespace detail
 
-// Fragments where keys and values have them.
+// Fragments where keys and values have them, slices of rows where these decode one by one, and elsewhere blocks.
 template <class Key, class Value>
-using LayoutOf = typename detail::SlicesOf<Key, Value>::type;
+using LayoutOf = typename detail::LayoutFor<Key, Value>::type;
 template <class Plain>
 using DenseLayoutOf = LayoutOf<Plain, Plain>;
 
 // Query vectors at a time at most, where registers allow.
 template <class Key, class Value>
-inline constexpr int widest_decode = max_basis_dim<Key> <= 128 && max_basis_dim<Value> <= 128 ? 16 : 8;
+inline constexpr int widest_decode =
+    LaneRowCodec<Key>&& LaneRowCodec<Value>&& max_basis_dim<Key> <= 128 && max_basis_dim<Value> <= 128 ? 16 : 8;
 
 // `n` queries of each sequence, of `group` query heads for each entry: vector v of an entry is of query v / group. Those are
 // taken `width` at a time.
-template <class T>
+template <class T, class Pages = SlicePages>
 struct DecodeStep {
-  const SlicePages* entry;  // [entries]
-  int entries, kv_heads;    // kv_heads: entries of a sequence
+  const Pages* entry;     // [entries]
+  int entries, kv_heads;  // kv_heads: entries of a sequence
   SplitDecode split;
   SeenSlices* seen;  // [items]
   DecodePartials partials;
@@ -192,16 +234,22 @@ struct DecodeShared {
 template <class Key, class Value, bool limited, int width, class T>
 struct DecodeWork {
   using Layout = LayoutOf<Key, Value>;
+  using Pages = typename Layout::Pages;
   static constexpr int dim = Key::head_dim, dynamic_bytes = Layout::table_bytes;
   static constexpr int key_basis = max_basis_dim<Key>, basis = max_basis_dim<Value>;
   static constexpr bool light =
       Layout::fragments ? dim <= 128 && dynamic_bytes == 0 && !limited : key_basis <= 64 && basis <= 64 && width == 8;
   static constexpr bool middling = Layout::fragments ? dim <= 64 && dynamic_bytes > 0 && width == 8
                                                      : !light && key_basis <= 128 && basis <= 128 && width == 8;
-  static constexpr int warps = middling ? 12 : 8, blocks = light ? 2 : 1;
+  static constexpr bool in_blocks = !std::is_same_v<Pages, SlicePages>;
+  static constexpr int warps = [] {
+    if constexpr (in_blocks) return Layout::warps;
+    return middling ? 12 : 8;
+  }();
+  static constexpr int blocks = light && !in_blocks ? 2 : 1;
   using Shared = DecodeShared<Key, Value, warps, width>;
 
-  DecodeStep<T> step;
+  DecodeStep<T, Pages> step;
 
   template <class Block>
   KVT_HD void operator()(const Block& block, int index, Shared& shared, std::byte* table) const {
@@ -210,7 +258,7 @@ struct DecodeWork {
     const SplitDecode& split = step.split;
     const int from = split.start(index), to = split.start(index + 1);
     if (from >= to) return;
-    if constexpr (dynamic_bytes > 0) {
+    if constexpr (Layout::fragments && dynamic_bytes > 0) {
       block.each_warp([&](const Lanes& lanes, int warp) {
         lanes.each([&](int lane) { Layout::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
       });
@@ -219,14 +267,16 @@ struct DecodeWork {
       const SplitDecode::Range share = split.share(index, x);
       if (share.empty()) continue;
       const int m = step.vectors(x);
+      const Pages& pages = step.entry[x / step.tiles()];
       block.each_warp([&](const Lanes& lanes, int warp) {
+        const Key key = detail::key_codec<Key>(pages);
         for (int j = warp; j < m; j += warps) {
           const T* const query = step.queries + step.row(x, j) * dim;
           float* const plain = shared.rows + j * dim;
           lanes.each([&](int lane) {
             for (int d = lane; d < dim; d += Lanes::size) plain[d] = to_float(query[d]);
           });
-          Key{}.prepare(lanes, plain, step.scale * log2e, shared.prepared + j * key_basis);
+          key.prepare(lanes, plain, step.scale * log2e, shared.prepared + j * basis_dim(key));
           if constexpr (limited)
             lanes.once([&] {
               shared.position[j] = step.position != nullptr ? step.position[step.query(x, j)] : std::numeric_limits<int>::max();
@@ -240,15 +290,15 @@ struct DecodeWork {
           }
         });
       }
-      using WarpWork = std::conditional_t<Layout::fragments, DecodeWarp<Layout, Lanes, limited, width>,
-                                          RowWarp<Layout, Lanes, limited, width>>;
+      using WarpWork = typename detail::WarpFor<Layout>::template type<Lanes, limited, width>;
       typename Block::template PerWarp<WarpWork> work;
       block.each_warp([&](const Lanes& lanes, int warp) {
         const auto [skipped, whole] = step.seen[x];
         const typename WarpWork::Queries query{shared.vectors(), shared.position, m,       step.cap * log2e,
                                                step.window,      whole.from,      whole.to};
-        work[warp].run(lanes, step.entry[x / step.tiles()], query, table, skipped + share.from + warp, skipped + share.to,
-                       warps);
+        std::byte* memory = table;
+        if constexpr (in_blocks) memory += warp * Layout::warp_bytes;
+        work[warp].run(lanes, pages, query, memory, skipped + share.from + warp, skipped + share.to, warps);
         work[warp].store_state(lanes, shared.max[warp], shared.sum[warp]);
       });
       // The warps' results at one maximum. Each adds its rows in turn, so that sums are always the same.
@@ -289,8 +339,8 @@ struct DecodeWork {
 struct DecodeState {
   float max, sum;
 };
-template <int size, class Lanes, class T>
-KVT_HD DecodeState join_blocks(const Lanes& lanes, const DecodeStep<T>& step, int x, int vector, float* rows) {
+template <int size, class Lanes, class T, class Pages>
+KVT_HD DecodeState join_blocks(const Lanes& lanes, const DecodeStep<T, Pages>& step, int x, int vector, float* rows) {
   constexpr float none = -std::numeric_limits<float>::infinity();
   const SplitDecode& split = step.split;
   const int from = split.first_slice[x], to = split.first_slice[x + 1];
@@ -317,13 +367,14 @@ KVT_HD DecodeState join_blocks(const Lanes& lanes, const DecodeStep<T>& step, in
 }
 
 // Joins what the blocks of DecodeWork found, of encoded rows and of dense ones: a warp for each vector, items * width blocks.
-template <class Value, class T>
+template <class Value, class T, class Pages = SlicePages>
 struct FinishWork {
   static constexpr int dim = Value::head_dim, basis = max_basis_dim<Value>, warps = 1, blocks = 1, dynamic_bytes = 0;
   struct Shared {
     float scratch[basis], row[dim];
   };
-  DecodeStep<T> body, near;
+  DecodeStep<T, Pages> body;
+  DecodeStep<T> near;
   T* out;  // as queries
 
   template <class Block>
@@ -356,7 +407,7 @@ struct FinishWork {
       for (int d = lane; d < dim; d += Lanes::size) row[d] *= of_dense * inverse;
       for (int d = lane; d < basis; d += Lanes::size) scratch[d] *= of_coded * inverse;
     });
-    Value{}.finish(lanes, scratch, row);
+    detail::value_codec<Value>(body.entry[x / body.tiles()]).finish(lanes, scratch, row);
     lanes.each([&](int lane) {
       for (int d = lane; d < dim; d += Lanes::size) to[d] = from_float<T>(row[d]);
     });
@@ -365,20 +416,30 @@ struct FinishWork {
 
 // Counts the slices of items before a step: those that hold a row which one of the item's queries may see. Two blocks: one for
 // encoded rows, one for dense ones. Positions of either rise.
-template <class T>
+template <class T, class Pages = SlicePages>
 struct CountWork {
   static constexpr int warps = 8, blocks = 1, dynamic_bytes = 0;
   struct Shared {
     int total[warps];
   };
-  DecodeStep<T> body, near;
+  DecodeStep<T, Pages> body;
+  DecodeStep<T> near;
   int body_bytes, near_bytes;  // of a slice
 
   template <class Block>
   KVT_HD void operator()(const Block& block, int index, Shared& shared, std::byte*) const {
+    if (index == 0) {
+      count_items(block, body, body_bytes, shared);
+    } else {
+      count_items(block, near, near_bytes, shared);
+    }
+  }
+
+ private:
+  template <class Block, class Step>
+  KVT_HD static void count_items(const Block& block, const Step& step, int slice_bytes, Shared& shared) {
     using Lanes = typename Block::Lanes;
-    const DecodeStep<T>& step = index == 0 ? body : near;
-    const int slice_bytes = index == 0 ? body_bytes : near_bytes, items = step.split.items;
+    const int items = step.split.items;
     int* const count = step.split.first_slice + 1;
     typename Block::template PerWarp<int> before;
     block.each_warp([&](const Lanes& lanes, int warp) {
@@ -417,7 +478,13 @@ struct CountWork {
     }
   }
 
- private:
+  // Returns how many pages of blocks there are; a record that nobody sees is skipped when it is met.
+  template <class Key, class Value>
+  KVT_HD static int look(const DecodeStep<T, BlockStream<Key, Value>>& step, int x, int) {
+    const BlockStream<Key, Value>& stream = step.entry[x / step.tiles()];
+    step.seen[x] = {0, {0, 0}};
+    return step.vectors(x) > 0 ? stream.pages_of(*stream.bytes) : 0;
+  }
   // Returns how many slices there are.
   KVT_HD static int look(const DecodeStep<T>& step, int x, int slice_bytes) {
     const SlicePages& pages = step.entry[x / step.tiles()];
@@ -469,21 +536,25 @@ struct CountWork {
 };
 
 // Launches a step: near is that of the dense rows. width, items and what is counted are set here.
-template <class Codec, bool limited, int width = 8, class Device, class T>
-Status launch_decode(Device& device, DecodeStep<T> body, DecodeStep<T> near, T* out) {
+template <class Codec, bool limited, int width = 8, class Device, class T, class Pages>
+Status launch_decode(Device& device, DecodeStep<T, Pages> body, DecodeStep<T> near, T* out) {
   using Key = typename Codec::key_type;
   using Value = typename Codec::value_type;
   using Plain = typename Codec::near_type;
-  for (DecodeStep<T>* step : {&body, &near}) {
-    step->width = width;
-    step->split.items = step->entries * step->tiles();
-  }
+  const auto set_width = [](auto& step) {
+    step.width = width;
+    step.split.items = step.entries * step.tiles();
+  };
+  set_width(body);
+  set_width(near);
   const int items = body.split.items;
   if (items == 0) return success();
-  KVT_TRY(device.launch(CountWork<T>{body, near, LayoutOf<Key, Value>::bytes, DenseLayoutOf<Plain>::bytes}, 2));
+  int slice_bytes = 0;
+  if constexpr (std::is_same_v<Pages, SlicePages>) slice_bytes = LayoutOf<Key, Value>::bytes;
+  KVT_TRY(device.launch(CountWork<T, Pages>{body, near, slice_bytes, DenseLayoutOf<Plain>::bytes}, 2));
   KVT_TRY(device.launch(DecodeWork<Key, Value, limited, width, T>{body}, body.split.blocks));
   KVT_TRY(device.launch(DecodeWork<Plain, Plain, limited, width, T>{near}, near.split.blocks));
-  return device.launch(FinishWork<Value, T>{body, near, out}, items * width);
+  return device.launch(FinishWork<Value, T, Pages>{body, near, out}, items * width);
 }
 
 }  // namespace kvt::inline v0

@@ -7,6 +7,7 @@
 
 #include "kvtailor/codec/integer_rows.hpp"
 #include "kvtailor/core/half.hpp"
+#include "kvtailor/core/lanes.hpp"
 #if defined(KVT_HOST_AVX2) && defined(__F16C__)
 
 namespace kvt::inline v0::detail {
@@ -31,14 +32,17 @@ struct BFloat16Rows {
   }
 
  private:
-  // As many rows at a time as there are `together`, then one by one: f<count>(row). The first vectors to read
-  // them say so.
+  // As many rows at a time as there are `together`, then one by one: f<count>(row). The first vectors to read them ask for
+  // others.
   template <int together, class Lanes, class F>
   KVT_INLINE static void each_row(const Lanes& lanes, bool first, const BFloat16* rows, int n, F f) {
+    const ReadAhead<Lanes, 2 * dim> ahead(lanes, rows, n / together * together);
     int row = 0;
-    for (; row + together <= n; row += together) {
-      if (first) lanes.template reads_rows<2 * dim * together>(rows + row * dim);
-      f.template operator()<together>(row);
+    for (int stretch = 0; stretch < ahead.stretches; ++stretch) {
+      for (; row < ahead.end[stretch]; row += together) {
+        if (first) ahead.template ask<together>(rows + row * dim, stretch);
+        f.template operator()<together>(row);
+      }
     }
     for (; row < n; ++row) f.template operator()<1>(row);
   }

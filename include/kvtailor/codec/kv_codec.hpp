@@ -79,10 +79,10 @@ struct OneOf {
   int erased_bytes_bound(const std::byte* block, int n, int left) const {
     return visit([&](const auto& c) { return kvt::erased_bytes_bound(c, block, n, left); });
   }
-  int basis_dim() const {
+  KVT_HD int basis_dim() const {
     return visit([](const auto& c) { return kvt::basis_dim(c); });
   }
-  int max_block_bytes(int n) const {
+  KVT_HD int max_block_bytes(int n) const {
     return visit([&](const auto& c) { return c.max_block_bytes(n); });
   }
   double max_row_norm() const {
@@ -91,41 +91,49 @@ struct OneOf {
   int encode(const float* rows, int n, std::byte* block) const {
     return visit([&](const auto& c) { return c.encode(rows, n, block); });
   }
-  void decode(const std::byte* block, int n, int row, float* out) const noexcept {
+  KVT_HD void decode(const std::byte* block, int n, int row, float* out) const noexcept {
     visit([&](const auto& c) { c.decode(block, n, row, out); });
   }
   int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
-    return visit([&](const auto& c) { return c.erase(block, n, keep, to); });
+    return erase(Serial{}, block, n, keep, to);
+  }
+  template <class Lanes>
+  KVT_HD int erase(const Lanes& lanes, const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
+    return visit([&](const auto& c) { return c.erase(lanes, block, n, keep, to); });
   }
   // Only while row_wise().
-  void copy_row(const std::byte* from, int n, int row, std::byte* to, int to_n, int to_row) const noexcept
+  KVT_HD void copy_row(const std::byte* from, int n, int row, std::byte* to, int to_n, int to_row) const noexcept
       requires(RowWiseCodec<Codecs> || ...) {
     visit([&](const auto& c) {
       if constexpr (RowWiseCodec<std::remove_cvref_t<decltype(c)>>) c.copy_row(from, n, row, to, to_n, to_row);
     });
   }
   template <class Lanes>
-  void prepare(const Lanes& lanes, const float* q, float scale, float* prepared) const noexcept {
+  KVT_HD void row_of(const Lanes& lanes, const std::byte* block, int n, int row, float* out) const noexcept {
+    visit([&](const auto& c) { c.row_of(lanes, block, n, row, out); });
+  }
+  template <class Lanes>
+  KVT_HD void prepare(const Lanes& lanes, const float* q, float scale, float* prepared) const noexcept {
     visit([&](const auto& c) { c.prepare(lanes, q, scale, prepared); });
   }
   template <class Lanes>
-  void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
-              int stride) const noexcept {
+  KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
+                     int stride) const noexcept {
     visit([&](const auto& c) { c.logits(lanes, block, n, prepared, m, out, stride); });
   }
   template <class Lanes>
-  void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
-                  float* acc) const noexcept {
+  KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
+                         float* acc) const noexcept {
     visit([&](const auto& c) { c.accumulate(lanes, block, n, weights, m, stride, acc); });
   }
   template <class Lanes>
-  void finish(const Lanes& lanes, float* acc, float* out) const noexcept {
+  KVT_HD void finish(const Lanes& lanes, float* acc, float* out) const noexcept {
     visit([&](const auto& c) { c.finish(lanes, acc, out); });
   }
 
- private:
+  // f(the chosen codec)
   template <int i = 0, class F>
-  decltype(auto) visit(F&& f) const {
+  KVT_HD KVT_INLINE decltype(auto) visit(F&& f) const {
     if constexpr (i + 1 < size) {
       if (index != i) return visit<i + 1>(std::forward<F>(f));
     }

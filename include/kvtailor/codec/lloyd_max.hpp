@@ -35,7 +35,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   static constexpr int num_levels = 1 << bits;
 
   // A corrected scale is at most |x| / |levels of its codes|, largest for a row along one axis, and must fit.
-  static double max_row_norm() { return static_cast<double>(Scale::max) / 8.188 * std::sqrt(static_cast<double>(dim)); }
+  KVT_HD static double max_row_norm() { return static_cast<double>(Scale::max) / 8.188 * std::sqrt(static_cast<double>(dim)); }
 
   static constexpr float unit = HalfLevels<dim, bits>::unit;
   // What a code stands for, in units.

@@ -210,11 +210,6 @@ struct FactorRun {
     return done;
   }
 #endif
-  static void put(unsigned char* codes, int i, int bits, int code) {
-    const int at = i * bits, shifted = code << (at & 7);
-    codes[at >> 3] = static_cast<unsigned char>(codes[at >> 3] | (shifted & 255));
-    if (shifted > 255) codes[(at >> 3) + 1] = static_cast<unsigned char>(codes[(at >> 3) + 1] | shifted >> 8);
-  }
 };
 
 // Adds bits to pairs of factors, best first, while the error they save is worth more than their bits on the residual: bits
@@ -423,30 +418,35 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     }
   }
   int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
-    const auto* const from = reinterpret_cast<const unsigned char*>(block);
-    auto* const bytes = reinterpret_cast<unsigned char*>(to);
-    int kept = 0;
-    for (int row = 0; row < n; ++row) kept += keep[row] != 0;
+    return erase(Serial{}, block, n, keep, to);
+  }
+  template <class Lanes>
+  KVT_HD int erase(const Lanes& lanes, const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
     const Parts parts(block, n);
-    int at = static_cast<int>(parts.left_codes - from), at_from = at;
-    std::memcpy(bytes, from, static_cast<std::size_t>(at));
-    for (int i = 0; i < parts.rank; ++i) {
-      const int b = from[2 + 5 * i];
-      std::memset(bytes + at, 0, static_cast<std::size_t>(detail::FactorRun::bytes(kept, b)));
-      int next = 0;
-      for (int row = 0; row < n; ++row) {
-        if (keep[row] == 0) continue;
-        if (b == 16) {
-          std::memcpy(bytes + at + 2 * next++, from + at_from + 2 * row, 2);
-        } else {
-          detail::FactorRun::put(bytes + at, next++, b, detail::FactorRun::get(from + at_from, row, b));
-        }
-      }
-      at += detail::FactorRun::bytes(kept, b);
-      at_from += detail::FactorRun::bytes(n, b);
+    const int kept = detail::count_marked(lanes, keep, n), shared = static_cast<int>(parts.left_codes - parts.bytes);
+    detail::copy_bytes(lanes, block, shared, to);
+    struct Place {
+      int row, kept;  // so many of the rows before it
+    };
+    typename Lanes::template Reg<Place> place;
+    lanes.each([&](int lane) { place[lane] = {0, 0}; });
+    for (int first = 0; first < kept; first += 8 * Lanes::size) {
+      // Eight codes are whole bytes.
+      lanes.each([&](int lane) {
+        const int begin = first + 8 * lane, count = kept - begin < 8 ? kept - begin : 8;
+        if (count <= 0) return;
+        Place& at = place[lane];
+        while (at.kept < begin) at.kept += keep[at.row++] != 0 ? 1 : 0;
+        copy_left(parts, at.row, keep, count, reinterpret_cast<unsigned char*>(to) + shared, kept, begin);
+      });
     }
-    while (at % 4 != 0) bytes[at++] = 0;
-    return at + residual.erase(block + parts.head, n, keep, to + at);
+    int left_bytes = 0;
+    for (int i = 0; i < parts.rank; ++i) left_bytes += detail::FactorRun::bytes(kept, parts.bytes[2 + 5 * i]);
+    const int head = padded(shared + left_bytes);
+    lanes.once([&] {
+      for (int i = shared + left_bytes; i < head; ++i) to[i] = std::byte{0};
+    });
+    return head + residual.erase(lanes, block + parts.head, n, keep, to + head);
   }
 
   // All survivors cost the same.
@@ -455,6 +455,18 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     int bytes = static_cast<int>(parts.left_codes - parts.bytes);
     for (int i = 0; i < parts.rank; ++i) bytes += detail::FactorRun::bytes(left, parts.bytes[2 + 5 * i]);
     return padded(bytes) + residual.max_block_bytes(left);
+  }
+
+  template <class Lanes>
+  KVT_HD void row_of(const Lanes& lanes, const std::byte* block, int n, int row, float* out) const noexcept {
+    Parts parts(block, n);
+    residual.row_of(lanes, block + parts.head, n, row, out);
+    for (detail::FactorRun right, left; parts.next(right, left);) {
+      lanes.each([&](int lane) {
+        const float weight = left[row];
+        for (int d = lane; d < dim; d += Lanes::size) out[d] += weight * right[d];
+      });
+    }
   }
 
   template <class Lanes>
@@ -528,6 +540,31 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
       return true;
     }
   };
+
+  // The left codes of `count` marked rows from `row` on, of each pair, into runs of `kept` codes: from place `begin` on, a
+  // multiple of eight.
+  KVT_HD static void copy_left(const Parts& parts, int row, const unsigned char* keep, int count, unsigned char* to, int kept,
+                               int begin) {
+    const unsigned char* from = parts.left_codes;
+    for (int i = 0; i < parts.rank; ++i) {
+      const int b = parts.bytes[2 + 5 * i];
+      unsigned char* out = to + begin / 8 * b;
+      unsigned word = 0;
+      int filled = 0;
+      for (int next = row, done = 0; done < count; ++next) {
+        if (keep[next] == 0) continue;
+        ++done;
+        word |= static_cast<unsigned>(detail::FactorRun::get(from, next, b)) << filled;
+        for (filled += b; filled >= 8; filled -= 8) {
+          *out++ = static_cast<unsigned char>(word);
+          word >>= 8;
+        }
+      }
+      if (filled > 0) *out = static_cast<unsigned char>(word);
+      from += detail::FactorRun::bytes(parts.n, b);
+      to += detail::FactorRun::bytes(kept, b);
+    }
+  }
 
   // to[j] += (from[j] . a) b for m vectors. Lanes decode what they need when they need it.
   template <class Lanes>

@@ -471,19 +471,7 @@ struct EncodeLowRankWork {
     using Lanes = typename Block::Lanes;
     Memory& memory = *reinterpret_cast<Memory*>(dynamic);
     const long long first = static_cast<long long>(index) * n * dim;
-    block.each_warp([&](const Lanes& lanes, int warp) {
-      if (warp >= Encoder::row_warps) return;
-      float* const x = memory.factors.row[warp];
-      for (int row = warp; row < n; row += Encoder::row_warps) {
-        lanes.each([&](int lane) {
-          for (int d = lane; d < dim; d += Lanes::size) x[d] = to_float(rows[first + row * dim + d]);
-        });
-        if constexpr (!Codec::plain) Codec::Rotate::forward(lanes, x);
-        lanes.each([&](int lane) {
-          for (int d = lane; d < dim; d += Lanes::size) plain[first + row * dim + d] = x[d];
-        });
-      }
-    });
+    detail::load_rows<Codec>(block, rows + first, n, memory.factors.row, plain + first);
     const Encoder encoder{codec, max_row_norm, plain + first, n, out + index * stride, shared, memory};
     const int size = encoder.encode(block);
     block.each_warp([&](const Lanes& lanes, int warp) {

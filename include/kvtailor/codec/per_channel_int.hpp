@@ -98,6 +98,29 @@ struct PerChannelInt : PlainBasis<dim> {
     }
     return static_cast<int>(to - block);
   }
+  // The same by a block of threads; rows [n, head_dim] are memory that all see, and become codes.
+  template <class Block>
+  KVT_HD int encode(const Block& block, float* rows, int n, std::byte* to) const {
+    using Lanes = typename Block::Lanes;
+    const auto group = [=](int row) { return to + row / group_rows * group_bytes(group_rows); };
+    const auto rows_of = [=](int first) { return n - first < group_rows ? n - first : group_rows; };
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      lanes.each([&](int lane) {
+        for (int i = warp * Lanes::size + lane; i < (n + group_rows - 1) / group_rows * dim; i += Block::warps * Lanes::size) {
+          const int first = i / dim * group_rows;
+          encode_channel(rows + first * dim, rows_of(first), i % dim, group(first));
+        }
+      });
+    });
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      for (int row = warp; row < n; row += Block::warps) {
+        const int first = row / group_rows * group_rows;
+        Rows{}.encode_row(lanes, rows + row * dim, group(row) + header_bytes, rows_of(first), row - first);
+        if (row == first) lanes.once([&] { finish_group(group(row), rows_of(first)); });
+      }
+    });
+    return n / group_rows * group_bytes(group_rows) + (n % group_rows == 0 ? 0 : group_bytes(n % group_rows));
+  }
   KVT_HD void decode(const std::byte* block, int n, int row, float* out) const noexcept {
     each_group(block, n, [&](const std::byte* group, int first, int rows) {
       if (row < first || row >= first + rows) return;
@@ -107,16 +130,32 @@ struct PerChannelInt : PlainBasis<dim> {
     });
   }
   int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
+    return erase(Serial{}, block, n, keep, to);
+  }
+  template <class Lanes>
+  KVT_HD int erase(const Lanes& lanes, const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
     std::byte* const begin = to;
     each_group(block, n, [&](const std::byte* group, int first, int rows) {
-      const int kept = static_cast<int>(std::count_if(keep + first, keep + first + rows, [](int k) { return k != 0; }));
+      const int kept = detail::count_marked(lanes, keep + first, rows);
       if (kept == 0) return;
-      std::memcpy(to, group, header_bytes);
-      Rows{}.erase(group + header_bytes, rows, keep + first, to + header_bytes);
-      finish_group(to, kept);
+      detail::copy_bytes(lanes, group, header_bytes, to);
+      Rows{}.erase(lanes, group + header_bytes, rows, keep + first, to + header_bytes);
+      lanes.once([&] { finish_group(to, kept); });
       to += group_bytes(kept);
     });
     return static_cast<int>(to - begin);
+  }
+
+  template <class Lanes>
+  KVT_HD void row_of(const Lanes& lanes, const std::byte* block, int n, int row, float* out) const noexcept {
+    each_group(block, n, [&](const std::byte* group, int first, int rows) {
+      if (row < first || row >= first + rows) return;
+      lanes.each([&](int lane) {
+        LaneRow<dim, Lanes::size> x;
+        load(Lines<Lanes::size>(group, lane), group, rows, row - first, lane, x);
+        for (int d = lane; d < dim; d += Lanes::size) out[d] = x.x[d / Lanes::size];
+      });
+    });
   }
 
   template <class Lanes>
@@ -248,13 +287,32 @@ struct PerChannelInt : PlainBasis<dim> {
   }
 #endif
 
-  static void finish_group(std::byte* group, int rows) {
+  KVT_HD static void finish_group(std::byte* group, int rows) {
     const auto stored = static_cast<std::uint16_t>(rows);
     std::memcpy(group, &stored, sizeof stored);
     if (rows * row_bytes % 2 != 0) group[header_bytes + rows * row_bytes] = std::byte{0};
   }
+  using Levels = detail::IntLevels<bits>;
+  // Of channel d, into the header of a group.
+  KVT_HD static Levels store_levels(float least, float largest, int d, std::byte* group) {
+    const Levels levels = Levels::between(least, largest);
+    const Half scale = from_float<Half>(levels.scale), stored = from_float<Half>(least);
+    std::memcpy(group + 2 + 2 * d, &scale, sizeof scale);
+    std::memcpy(group + 2 + 2 * (dim + d), &stored, sizeof stored);
+    return levels;
+  }
+  // Channel d of x [n, head_dim] becomes codes.
+  KVT_HD static void encode_channel(float* x, int n, int d, std::byte* group) {
+    float least = x[d], largest = x[d];
+    for (int row = 1; row < n; ++row) {
+      const float v = x[row * dim + d];
+      least = v < least ? v : least;
+      largest = v > largest ? v : largest;
+    }
+    const Levels levels = store_levels(least, largest, d, group);
+    for (int row = 0; row < n; ++row) x[row * dim + d] = static_cast<float>(levels.nearest(x[row * dim + d]));
+  }
   static void encode_group(const float* x, int n, std::byte* to) {
-    using Levels = detail::IntLevels<bits>;
     float least[dim], largest[dim];
     std::copy_n(x, dim, least);
     std::copy_n(x, dim, largest);
@@ -266,13 +324,7 @@ struct PerChannelInt : PlainBasis<dim> {
       }
     }
     Levels levels[dim];
-    Half stored[2 * dim];
-    for (int d = 0; d < dim; ++d) {
-      levels[d] = Levels::between(least[d], largest[d]);
-      stored[d] = from_float<Half>(levels[d].scale);
-      stored[dim + d] = from_float<Half>(least[d]);
-    }
-    std::memcpy(to + 2, stored, sizeof stored);
+    for (int d = 0; d < dim; ++d) levels[d] = store_levels(least[d], largest[d], d, to);
     for (int row = 0; row < n; ++row) {
       float code[dim];
       for (int d = 0; d < dim; ++d) code[d] = static_cast<float>(levels[d].nearest(x[row * dim + d]));

@@ -18,6 +18,33 @@
 
 namespace kvt::inline v0 {
 
+namespace detail {
+
+// rows [n, head_dim] of a type that to_float() takes, to fp32 rows in the basis of a codec, by a block of threads; `to` may be
+// where they are. Each warp has a row of `scratch`, memory that all its lanes see; warps beyond those do nothing.
+template <class Codec, class Block, class T, int row_warps, int row_floats>
+KVT_HD void load_rows(const Block& block, const T* rows, int n, float (&scratch)[row_warps][row_floats], float* to) {
+  constexpr int dim = Codec::head_dim;
+  static_assert(row_floats >= dim);
+  using Lanes = typename Block::Lanes;
+  constexpr int warps = row_warps < Block::warps ? row_warps : Block::warps;
+  block.each_warp([&](const Lanes& lanes, int warp) {
+    if (warp >= warps) return;
+    float* const x = scratch[warp];
+    for (int row = warp; row < n; row += warps) {
+      lanes.each([&](int lane) {
+        for (int d = lane; d < dim; d += Lanes::size) x[d] = to_float(rows[row * dim + d]);
+      });
+      if constexpr (!Codec::plain) Codec::Rotate::forward(lanes, x);
+      lanes.each([&](int lane) {
+        for (int d = lane; d < dim; d += Lanes::size) to[row * dim + d] = x[d];
+      });
+    }
+  });
+}
+
+}  // namespace detail
+
 template <PlainCodec Codec>
 struct Rotated : Codec {
   static constexpr bool plain = false;

@@ -6,7 +6,9 @@
 //   RowCodec    of those whose rows decode one by one: the layout of a block, and attention on it, on every lane group
 #pragma once
 
+#include <bit>
 #include <cstddef>
+#include <cstdint>
 #include <cstring>
 
 #include "kvtailor/codec/integer_rows.hpp"
@@ -38,6 +40,47 @@ KVT_HD KVT_INLINE float lane_dot(const LaneRow<head_dim, lanes>& row, const floa
     return total;
   }
 }
+
+namespace detail {
+
+KVT_HD KVT_INLINE int count_bits(std::uint32_t x) {
+#if defined(__CUDA_ARCH__)
+  return __popc(x);
+#else
+  return std::popcount(x);
+#endif
+}
+
+template <class Lanes>
+KVT_HD KVT_INLINE void copy_bytes(const Lanes& lanes, const std::byte* from, int count, std::byte* to) {
+  if constexpr (Lanes::size == 1) {
+    std::memcpy(to, from, static_cast<std::size_t>(count));
+  } else {
+    lanes.each([&](int lane) {
+      for (int i = lane; i < count; i += Lanes::size) to[i] = from[i];
+    });
+  }
+}
+
+// f(row, how many marked rows are before it) of each marked row of n, a lane each; returns how many there are.
+template <class Lanes, class F>
+KVT_HD KVT_INLINE int each_marked(const Lanes& lanes, const unsigned char* marks, int n, F&& f) {
+  int done = 0;
+  for (int first = 0; first < n; first += Lanes::size) {
+    const std::uint32_t marked = lanes.ballot([&](int lane) { return first + lane < n && marks[first + lane] != 0; });
+    lanes.each([&](int lane) {
+      if ((marked >> lane & 1) != 0) f(first + lane, done + count_bits(marked & ((1u << lane) - 1)));
+    });
+    done += count_bits(marked);
+  }
+  return done;
+}
+template <class Lanes>
+KVT_HD KVT_INLINE int count_marked(const Lanes& lanes, const unsigned char* marks, int n) {
+  return each_marked(lanes, marks, n, [](int, int) {});
+}
+
+}  // namespace detail
 
 template <int dim>
 struct PlainBasis {
@@ -115,12 +158,26 @@ struct RowCodec : PlainBasis<dim> {
   }
   // Packs the marked rows of a block into `to`; returns the bytes they take.
   int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
-    int kept = 0, next = 0;
-    for (int row = 0; row < n; ++row) kept += keep[row] != 0;
-    for (int row = 0; row < n; ++row) {
-      if (keep[row] != 0) copy_row(block, n, row, to, kept, next++);
-    }
+    return erase(Serial{}, block, n, keep, to);
+  }
+  // The same by all lanes, which see both blocks. Each copies rows of its own: in tiles those of eight lanes lie side by side.
+  template <class Lanes>
+  KVT_HD int erase(const Lanes& lanes, const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
+    const int kept = detail::count_marked(lanes, keep, n);
+    detail::each_marked(lanes, keep, n, [&](int row, int next) { copy_row(block, n, row, to, kept, next); });
     return kept * row_bytes;
+  }
+
+  // A row in the codec's basis, out [basis]: its first dim elements are the row turned, if at all.
+  template <class Lanes>
+  KVT_HD void row_of(const Lanes& lanes, const std::byte* block, int n, int row, float* out) const noexcept {
+    const float scale = self().row_scale(block, row);
+    lanes.each([&](int lane) {
+      LaneRow<basis, Lanes::size> x;
+      self().template load<Lanes::size>(block, n, row, lane, x);
+      for (int d = lane; d < basis; d += Lanes::size) out[d] = scale * x.x[d / Lanes::size];
+    });
+    if constexpr (basis != dim) self().to_rotated(lanes, out);
   }
 
   template <class Lanes>
@@ -134,16 +191,21 @@ struct RowCodec : PlainBasis<dim> {
     }
 #endif
     if (m < 1) return;  // and compilers need not ask again for each row
-    for (int row = 0; row < n; ++row) {
-      if constexpr (Lanes::size == 1) lanes.template reads_rows<code_bytes>(block + scale_bytes * n + row * code_bytes);
-      typename Lanes::template Reg<LaneRow<basis, Lanes::size>> x;
-      lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
-      const float scale = self().row_scale(block, row);
-      for (int j = 0; j < m; ++j) {
-        typename Lanes::template Reg<float> part;
-        lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * basis, lane); });
-        const float logit = lanes.sum(part) * scale;
-        lanes.once([&] { out[j * stride + row] = logit; });
+    const std::byte* const codes = block + scale_bytes * n;
+    const ReadAhead<Lanes, code_bytes> ahead(lanes, codes, n);
+    int row = 0;
+    for (int stretch = 0; stretch < ahead.stretches; ++stretch) {
+      for (; row < ahead.end[stretch]; ++row) {
+        ahead.template ask<1>(codes + static_cast<long long>(row) * code_bytes, stretch);
+        typename Lanes::template Reg<LaneRow<basis, Lanes::size>> x;
+        lanes.each([&](int lane) { self().template load<Lanes::size>(block, n, row, lane, x[lane]); });
+        const float scale = self().row_scale(block, row);
+        for (int j = 0; j < m; ++j) {
+          typename Lanes::template Reg<float> part;
+          lanes.each([&](int lane) { part[lane] = lane_dot(x[lane], prepared + j * basis, lane); });
+          const float logit = lanes.sum(part) * scale;
+          lanes.once([&] { out[j * stride + row] = logit; });
+        }
       }
     }
   }
@@ -161,17 +223,21 @@ struct RowCodec : PlainBasis<dim> {
     int row = 0;
     if constexpr (Lanes::size == 1) {
       // Four rows for each pass over the sums, which are read and written less often.
-      for (; row + 4 <= n; row += 4) {
-        lanes.template reads_rows<4 * code_bytes>(block + scale_bytes * n + row * code_bytes);
-        alignas(64) LaneRow<basis, 1> x[4];
-        KVT_UNROLL
-        for (int r = 0; r < 4; ++r) self().template load<1>(block, n, row + r, 0, x[r]);
-        float scale[4];
-        for (int r = 0; r < 4; ++r) scale[r] = self().row_scale(block, row + r);
-        for (int j = 0; j < m; ++j) {
-          const float* const w = weights + j * stride + row;
-          const float weight[4] = {w[0] * scale[0], w[1] * scale[1], w[2] * scale[2], w[3] * scale[3]};
-          add_rows<basis>(acc + j * basis, weight, x[0].x, x[1].x, x[2].x, x[3].x);
+      const std::byte* const codes = block + scale_bytes * n;
+      const ReadAhead<Lanes, code_bytes> ahead(lanes, codes, n / 4 * 4);
+      for (int stretch = 0; stretch < ahead.stretches; ++stretch) {
+        for (; row < ahead.end[stretch]; row += 4) {
+          ahead.template ask<4>(codes + static_cast<long long>(row) * code_bytes, stretch);
+          alignas(64) LaneRow<basis, 1> x[4];
+          KVT_UNROLL
+          for (int r = 0; r < 4; ++r) self().template load<1>(block, n, row + r, 0, x[r]);
+          float scale[4];
+          for (int r = 0; r < 4; ++r) scale[r] = self().row_scale(block, row + r);
+          for (int j = 0; j < m; ++j) {
+            const float* const w = weights + j * stride + row;
+            const float weight[4] = {w[0] * scale[0], w[1] * scale[1], w[2] * scale[2], w[3] * scale[3]};
+            add_rows<basis>(acc + j * basis, weight, x[0].x, x[1].x, x[2].x, x[3].x);
+          }
         }
       }
     }

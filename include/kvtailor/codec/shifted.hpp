@@ -33,23 +33,37 @@ struct Shifted : PlainBasis<Codec::head_dim> {
   int encode(const float* rows, int n, std::byte* block) const {
     const auto size = static_cast<std::size_t>(n) * dim;
     std::vector<float> rest(rows, rows + size);
-    for (int d = 0; d < dim; ++d) {
-      double sum = 0;
-      for (std::size_t at = static_cast<std::size_t>(d); at < size; at += dim) sum += static_cast<double>(rows[at]);
-      const bool fits = std::fabs(sum / n) <= static_cast<double>(Half::max);  // false for NaN, which no cache lets in
-      const Half mean = from_float<Half>(fits ? static_cast<float>(sum / n) : 0.f);
-      std::memcpy(block + 2 * d, &mean, 2);
-      for (std::size_t at = static_cast<std::size_t>(d); at < size; at += dim) rest[at] -= to_float(mean);
-    }
+    for (int d = 0; d < dim; ++d) shift(rest.data(), n, d, block);
     return mean_bytes + codec.encode(rest.data(), n, block + mean_bytes);
+  }
+  // Takes the mean of channel d out of rows [n, head_dim], and into a block.
+  KVT_HD static void shift(float* rows, int n, int d, std::byte* block) {
+    double sum = 0;
+    for (int row = 0; row < n; ++row) sum += static_cast<double>(rows[row * dim + d]);
+    const bool fits = std::fabs(sum / n) <= static_cast<double>(Half::max);  // false for NaN, which no cache lets in
+    const Half mean = from_float<Half>(fits ? static_cast<float>(sum / n) : 0.f);
+    std::memcpy(block + 2 * d, &mean, 2);
+    for (int row = 0; row < n; ++row) rows[row * dim + d] -= to_float(mean);
   }
   KVT_HD void decode(const std::byte* block, int n, int row, float* out) const noexcept {
     codec.decode(block + mean_bytes, n, row, out);
     for (int d = 0; d < dim; ++d) out[d] += mean(block, d);
   }
   int erase(const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
-    std::memcpy(to, block, mean_bytes);
-    return mean_bytes + codec.erase(block + mean_bytes, n, keep, to + mean_bytes);
+    return erase(Serial{}, block, n, keep, to);
+  }
+  template <class Lanes>
+  KVT_HD int erase(const Lanes& lanes, const std::byte* block, int n, const unsigned char* keep, std::byte* to) const noexcept {
+    detail::copy_bytes(lanes, block, mean_bytes, to);
+    return mean_bytes + codec.erase(lanes, block + mean_bytes, n, keep, to + mean_bytes);
+  }
+
+  template <class Lanes>
+  KVT_HD void row_of(const Lanes& lanes, const std::byte* block, int n, int row, float* out) const noexcept {
+    codec.row_of(lanes, block + mean_bytes, n, row, out);
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) out[d] += mean(block, d);
+    });
   }
 
   template <class Lanes>

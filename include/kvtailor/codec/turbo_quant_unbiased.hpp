@@ -138,7 +138,7 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
 
   KVT_HD static constexpr int basis_dim() { return 2 * dim; }
   // Norms have to fit fp16.
-  static double max_row_norm() { return static_cast<double>(Half::max); }
+  KVT_HD static double max_row_norm() { return static_cast<double>(Half::max); }
 
   template <class Lanes>
   KVT_HD void encode_row(const Lanes& lanes, const float* x, std::byte* block, int n, int row, float* scratch) const {

@@ -59,6 +59,9 @@ concept StorageCodec = requires(const C c, const float* in, float* out, std::byt
   // keeps the rows whose mark is not zero, bit for bit; returns the bytes written
   { c.erase(block, n, keep, bytes) }
   noexcept->std::same_as<int>;
+  // the same by all lanes, on every one of them; block and bytes are memory that all see
+  { c.erase(lanes, block, n, keep, bytes) }
+  noexcept->std::same_as<int>;
   // one query into the codec's basis, multiplied by a scale; out [basis_dim]
   { c.prepare(lanes, in, 1.f, out) }
   noexcept;

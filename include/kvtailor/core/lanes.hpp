@@ -13,6 +13,7 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <type_traits>
 
 #include "kvtailor/core/config.hpp"
 
@@ -55,8 +56,6 @@ struct Serial {
   }
   // Says where a block is being read: see SerialReader.
   template <int>
-  KVT_HD KVT_INLINE void reads_rows(const void*) const {}
-  template <int>
   KVT_HD KVT_INLINE void reads_tile(const void*) const {}
 };
 
@@ -71,25 +70,52 @@ class SerialReader : public Serial {
       : end_(address(block) + static_cast<std::uintptr_t>(bytes)),
         bytes_(static_cast<std::uintptr_t>(bytes)),
         jump_(next == nullptr ? 0 : address(next) - end_) {}
-  // `count` bytes of rows that are read one after the other: what follows soon.
-  template <int count>
-  KVT_INLINE void reads_rows(const void* at) const {
-    ask<count, 3>(address(at) + 4096);
+  // Of n rows that are read one after the other: see ReadAhead.
+  template <int row_bytes>
+  KVT_INLINE void plan(const void* rows, int n, int (&end)[2], std::ptrdiff_t (&distance)[2]) const {
+    constexpr int ahead = 4096;
+    const auto own = static_cast<std::ptrdiff_t>(end_ - address(rows)) - ahead;
+    const std::ptrdiff_t split = own <= 0 ? 0 : own / row_bytes;
+    end[0] = split < n ? static_cast<int>(split) : n;
+    distance[0] = ahead;
+    distance[1] = ahead + static_cast<std::ptrdiff_t>(jump_);
   }
   // `count` bytes of a block that is read more than once: the same place of the next one.
   template <int count>
-  KVT_INLINE void reads_tile(const void* at) const {
-    ask<count, 2>(address(at) + bytes_);
+  KVT_INLINE void reads_tile([[maybe_unused]] const void* at) const {
+#if defined(__GNUC__)
+    std::uintptr_t next = address(at) + bytes_;
+    next += next < end_ ? 0 : jump_;
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): nothing need be there.
+    for (std::uintptr_t i = 0; i < count; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(next + i), 0, 2);
+#endif
   }
 
  private:
   static std::uintptr_t address(const void* at) { return reinterpret_cast<std::uintptr_t>(at); }
-  template <int count, int locality>
-  KVT_INLINE void ask([[maybe_unused]] std::uintptr_t at) const {
-#if defined(__GNUC__)
-    at += at < end_ ? 0 : jump_;
-    // NOLINTNEXTLINE(performance-no-int-to-ptr): nothing need be there.
-    for (std::uintptr_t i = 0; i < count; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(at + i), 0, locality);
+};
+
+// How far ahead memory is asked for rows that are read one after the other: rows up to end[0], then those up to end[1], if any,
+// by a distance each, so that nothing is decided for each row.
+template <class Lanes, int row_bytes>
+struct ReadAhead {
+  static constexpr bool knows = std::is_base_of_v<SerialReader, Lanes>;
+  static constexpr int stretches = knows ? 2 : 1;
+  int end[stretches];
+  std::ptrdiff_t distance[stretches] = {};
+
+  KVT_HD KVT_INLINE ReadAhead([[maybe_unused]] const Lanes& lanes, [[maybe_unused]] const void* rows, int n) {
+    for (int& each : end) each = n;
+    if constexpr (knows) lanes.template plan<row_bytes>(rows, n, end, distance);
+  }
+  // Before `count` rows of a stretch are read.
+  template <int count>
+  KVT_HD KVT_INLINE void ask([[maybe_unused]] const void* row, [[maybe_unused]] int stretch) const {
+#if defined(__GNUC__) && !defined(__CUDA_ARCH__)
+    if constexpr (knows) {
+      const char* const at = static_cast<const char*>(row) + distance[stretch];
+      for (int i = 0; i < count * row_bytes; i += 64) __builtin_prefetch(at + i);
+    }
 #endif
   }
 };

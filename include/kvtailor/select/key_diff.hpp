@@ -53,13 +53,12 @@ struct KeyDiff {
       lanes.each([&](int lane) {
         for (int d = lane; d < dim; d += Lanes::size) sum[d] = 0;
       });
-      for (int r = warp; r < rows.count; r += warps) {
-        rows.key(lanes, r, key);
+      rows.each_key(lanes, warp, key, [&](int) {
         const float inverse = inverse_norm<dim>(lanes, key);
         lanes.each([&](int lane) {
           for (int d = lane; d < dim; d += Lanes::size) sum[d] += key[d] * inverse;
         });
-      }
+      });
     });
     block.each_warp([&](const Lanes& lanes, int warp) {
       if (warp != 0) return;
@@ -74,11 +73,10 @@ struct KeyDiff {
     block.each_warp([&](const Lanes& lanes, int warp) {
       float* const key = shared.key[warp];
       const float mean_inverse = inverse_norm<dim>(lanes, shared.mean);
-      for (int r = warp; r < rows.count; r += warps) {
-        rows.key(lanes, r, key);
+      rows.each_key(lanes, warp, key, [&](int r) {
         const float cosine = product<dim>(lanes, key, shared.mean) * inverse_norm<dim>(lanes, key) * mean_inverse;
         lanes.once([&] { score[r] = -cosine; });
-      }
+      });
     });
   }
 

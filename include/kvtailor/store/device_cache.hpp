@@ -20,8 +20,10 @@
 // can be said there of elements that are not finite or do not fit the type of dense rows: the engine must not give such.
 // Failure: every call that returns a Status other than success leaves the cache as it was, unless a kernel failed.
 //
-// Codecs: those whose rows decode one by one (LaneRowCodec). Where keys and values have fragments for tensor cores (LayoutOf),
-// queries and weights are rounded to fp16; elsewhere all products and sums are fp32.
+// Codecs: any. Rows that decode one by one (LaneRowCodec) lie in pages of 128; where keys and values have fragments for tensor
+// cores (LayoutOf), queries and weights are rounded to fp16, elsewhere all products and sums are fp32. Where rows share
+// something in a block, and where each head has its own codec (OneOf), the blocks are those of the host, byte for byte, one
+// after another in pages of 8 KiB.
 #pragma once
 
 #include <algorithm>
@@ -35,6 +37,7 @@
 #include "kvtailor/core/geometry.hpp"
 #include "kvtailor/store/head_work.hpp"
 #include "kvtailor/store/host_pages.hpp"
+#include "kvtailor/store/stream_work.hpp"
 
 namespace kvt::inline v0 {
 
@@ -54,13 +57,32 @@ inline Status check_options(const Geometry& geometry, const AttendOptions& optio
 
 }  // namespace detail
 
+namespace detail {
+
+template <class Codec, bool in_blocks>
+struct ScratchOf {
+  using type = std::byte;  // none is allocated
+};
+template <class Codec>
+struct ScratchOf<Codec, true> {
+  using type = StreamScratch<Codec>;
+};
+
+}  // namespace detail
+
 template <class Codec, class Device>
 class PagePool {
  public:
   using Layout = LayoutOf<typename Codec::key_type, typename Codec::value_type>;
-  static constexpr long long page_bytes = SlicePages::bytes_of_page(Layout::bytes);
+  static constexpr long long page_bytes = [] {
+    if constexpr (requires { Layout::bytes; }) {
+      return SlicePages::bytes_of_page(Layout::bytes);
+    } else {
+      return static_cast<long long>(Layout::Pages::page_bytes);
+    }
+  }();
 
-  // `pages` of 128 rows of one head each; what was in the pool is gone.
+  // `pages` of page_bytes each: 128 rows of one head, or of a stream of blocks; what was in the pool is gone.
   Status init(Device& device, int pages) {
     if (pages < 1) return error(Errc::bad_shape, "a pool of {} pages holds nothing", pages);
     std::vector<int> free;
@@ -96,17 +118,20 @@ class DeviceCache {
   using Key = typename Codec::key_type;
   using Value = typename Codec::value_type;
   static constexpr int head_dim = Codec::head_dim;
-  static_assert(LaneRowCodec<Key> && LaneRowCodec<Value>, "a device encodes and reads rows one by one; this codec cannot");
   using Plain = typename Codec::near_type;
   using Pool = PagePool<Codec, Device>;
+  using Body = typename LayoutOf<Key, Value>::Pages;  // SlicePages or BlockStream
+  static constexpr bool in_blocks = !std::is_same_v<Body, SlicePages>;
 
   DeviceCache() = default;
   DeviceCache(const DeviceCache&) = delete;
   DeviceCache& operator=(const DeviceCache&) = delete;
   ~DeviceCache() { release(); }
 
-  // Device and pool must outlive the cache.
-  Status init(Device& device, Pool& pool, const Geometry& geometry, const DeviceCacheOptions& options = {}) {
+  // Device and pool must outlive the cache. Heads may have codecs of their own, where rows lie in blocks: head_codecs
+  // [num_layers, num_kv_heads], or empty for the one codec of the cache.
+  Status init(Device& device, Pool& pool, const Geometry& geometry, const DeviceCacheOptions& options = {},
+              const Codec& codec = {}, std::span<const Codec> head_codecs = {}) {
     KVT_TRY(geometry.validate());
     if (geometry.head_dim != head_dim) {
       return error(Errc::bad_shape, "head_dim is {}; this cache was composed for {}", geometry.head_dim, head_dim);
@@ -121,25 +146,48 @@ class DeviceCache {
     if (options.max_rows < 1 || options.max_rows > 1 << 24) {
       return error(Errc::bad_shape, "max_rows is {}; it must be from 1 to {}", options.max_rows, 1 << 24);
     }
-    constexpr int page = SlicePages::page_rows;
     const auto heads = static_cast<std::size_t>(geometry.num_heads());
+    if (!head_codecs.empty() && (!in_blocks || head_codecs.size() != heads)) {
+      return error(Errc::bad_shape, "there are codecs for {} heads; the cache has {}, and only blocks are of one's own codec",
+                   static_cast<double>(head_codecs.size()), geometry.num_heads());
+    }
+    if constexpr (in_blocks) {
+      KVT_TRY(check_block(codec));
+      for (const Codec& each : head_codecs) KVT_TRY(check_block(each));
+      // A record's place is an int.
+      if (static_cast<double>(options.max_rows) / SlicePages::page_rows * most_record_bytes() > 1 << 30) {
+        return error(Errc::bad_shape, "max_rows is {}; that many rows of a head may take a gibibyte", options.max_rows);
+      }
+    }
     const auto near_pages = static_cast<std::size_t>(DeviceCache::near_pages(options));
-    const auto table = static_cast<std::size_t>((options.max_rows + page - 1) / page);
+    const std::size_t table = table_pages(options);
     DeviceArray<std::byte, Device> dense;
     DeviceArray<int, Device> counts, tables;
-    DeviceArray<SlicePages, Device> entries;
+    DeviceArray<SlicePages, Device> near_entries;
+    DeviceArray<Body, Device> entries;
+    DeviceArray<Scratch, Device> scratch;
     KVT_TRY(dense.allocate(device, heads * near_pages * static_cast<std::size_t>(near_page_bytes)));
-    KVT_TRY(counts.allocate(device, 2 * heads));
+    KVT_TRY(counts.allocate(device, num_counts * heads));
     KVT_TRY(tables.allocate(device, heads * table));
-    KVT_TRY(entries.allocate(device, 2 * heads));
-    std::vector<SlicePages> host(2 * heads);
+    KVT_TRY(near_entries.allocate(device, heads));
+    KVT_TRY(entries.allocate(device, heads));
+    if constexpr (in_blocks) KVT_TRY(scratch.allocate(device, static_cast<std::size_t>(geometry.num_kv_heads)));
+    std::vector<SlicePages> host_near(heads);
+    std::vector<Body> host(heads);
     for (std::size_t h = 0; h < heads; ++h) {
-      host[h] = {dense.data() + h * near_pages * static_cast<std::size_t>(near_page_bytes), nullptr, counts.data() + h,
-                 near_page_bytes};
-      host[heads + h] = {pool.data(), tables.data() + h * table, counts.data() + heads + h, Pool::page_bytes};
+      host_near[h] = {dense.data() + h * near_pages * static_cast<std::size_t>(near_page_bytes), nullptr, counts.data() + h,
+                      near_page_bytes};
+      int* const pages = tables.data() + h * table;
+      if constexpr (in_blocks) {
+        const Codec& own = head_codecs.empty() ? codec : head_codecs[h];
+        host[h] = {pool.data(), pages, counts.data() + 2 * heads + h, own.keys, own.values};
+      } else {
+        host[h] = {pool.data(), pages, counts.data() + heads + h, Pool::page_bytes};
+      }
     }
-    KVT_TRY(device.clear(counts.data(), 2 * heads * sizeof(int)));
-    KVT_TRY(device.copy_to(entries.data(), host.data(), host.size() * sizeof(SlicePages)));
+    KVT_TRY(device.clear(counts.data(), num_counts * heads * sizeof(int)));
+    KVT_TRY(device.copy_to(near_entries.data(), host_near.data(), heads * sizeof(SlicePages)));
+    KVT_TRY(device.copy_to(entries.data(), host.data(), heads * sizeof(Body)));
     release();
     device_ = &device;
     pool_ = &pool;
@@ -148,14 +196,20 @@ class DeviceCache {
     dense_ = std::move(dense);
     counts_ = std::move(counts);
     tables_ = std::move(tables);
+    near_entries_ = std::move(near_entries);
     entries_ = std::move(entries);
+    scratch_ = std::move(scratch);
+    host_near_ = std::move(host_near);
     host_entries_ = std::move(host);
+    codec_ = codec;
     pages_.assign(heads, {});
     bound_.assign(heads, 0);
     room_.assign(heads, 0);
     appended_.assign(static_cast<std::size_t>(geometry.num_layers), 0);
     short_ends_.assign(heads, {});
-    uneven_ = false;
+    encoded_.assign(heads, 0);
+    stream_bytes_.assign(heads, 0);
+    uneven_ = 0;
     return success();
   }
 
@@ -195,8 +249,14 @@ class DeviceCache {
                      room_[h]);
       }
     }
-    KVT_TRY(device_->launch(AppendWork<Codec, T>{heads(layer), keys, values, positions, n, geometry_.num_kv_heads},
-                            geometry_.num_kv_heads));
+    if constexpr (in_blocks) {
+      KVT_TRY(
+          device_->launch(AppendBlocksWork<Codec, T>{stream_heads(layer), keys, values, positions, n, geometry_.num_kv_heads},
+                          geometry_.num_kv_heads));
+    } else {
+      KVT_TRY(device_->launch(AppendWork<Codec, T>{heads(layer), keys, values, positions, n, geometry_.num_kv_heads},
+                              geometry_.num_kv_heads));
+    }
     count(layer, n);
     return success();
   }
@@ -214,26 +274,26 @@ class DeviceCache {
     const int most = *std::max_element(bound_.begin(), bound_.end());
     if (stride < most)
       return error(Errc::bad_shape, "there are marks for {} rows; a head may have {}", static_cast<double>(stride), most);
-    const bool before = uneven_;
-    uneven_ = true;
-    if (const Status status = take_pages(0); !status.ok()) {
-      uneven_ = before;
-      return status;
-    }
-    forget_blocks();
-    return device_->launch(CutWork<Codec>{heads(0), keep, stride}, geometry_.num_heads());
+    KVT_TRY(make_uneven());
+    return each_layer([&](int layer, int count) {
+      if constexpr (in_blocks) {
+        return device_->launch(CutBlocksWork<Codec>{stream_heads(layer), keep + layer * count * stride, stride}, count);
+      } else {
+        return device_->launch(CutWork<Codec>{heads(layer), keep, stride}, count);
+      }
+    });
   }
   // Drops the rows at `position` and after it. What a head may have stays as it was until refresh().
   Status truncate(int position) {
     KVT_TRY(check_layer(0));
-    const bool before = uneven_;
-    uneven_ = true;
-    if (const Status status = take_pages(0); !status.ok()) {
-      uneven_ = before;
-      return status;
-    }
-    forget_blocks();
-    return device_->launch(TruncateWork<Codec>{heads(0), position}, geometry_.num_heads());
+    KVT_TRY(make_uneven());
+    return each_layer([&](int layer, int count) {
+      if constexpr (in_blocks) {
+        return device_->launch(TruncateBlocksWork<Codec>{stream_heads(layer), position}, count);
+      } else {
+        return device_->launch(TruncateWork<Codec>{heads(layer), position}, count);
+      }
+    });
   }
   // Makes `child` a copy that lives on its own, with pages of the same pool; what was reserved is not copied. The child's own
   // rows are gone then; it keeps them if there is no room for the copy.
@@ -245,22 +305,35 @@ class DeviceCache {
     const bool same_pool = child.pool_ == pool_;
     for (const auto& pages : child.pages_) more -= same_pool ? static_cast<long long>(pages.size()) : 0;
     if (more > pool_->free_pages()) return no_pages(more);
-    KVT_TRY(child.init(*device_, *pool_, geometry_, options_));
+    KVT_TRY(child.init(*device_, *pool_, geometry_, options_, codec_, head_codecs()));
     child.uneven_ = uneven_;
+    child.encoded_ = encoded_;
+    child.stream_bytes_ = stream_bytes_;
     child.appended_ = appended_;
     child.short_ends_ = short_ends_;
     for (std::size_t h = 0; h < pages_.size(); ++h) KVT_TRY(child.take_pages(h, pages_[h].size()));
     child.bound_ = child.room_ = bound_;
-    return device_->launch(ForkWork<Codec>{heads(0), child.heads(0)}, geometry_.num_heads());
+    return each_layer([&](int layer, int count) {
+      if constexpr (in_blocks) {
+        return device_->launch(ForkBlocksWork<Codec>{stream_heads(layer), child.stream_heads(layer)}, count);
+      } else {
+        return device_->launch(ForkWork<Codec>{heads(layer), child.heads(layer)}, count);
+      }
+    });
   }
   // Waits for the device, reads how many rows heads have, and gives the pages back that they do not need. What was reserved and
   // not used is gone.
   Status refresh() {
     std::vector<int> near, body;
     KVT_TRY(read_rows(near, body));
+    if constexpr (in_blocks) {
+      KVT_TRY(device_->copy_from(stream_bytes_.data(), stream_bytes(), stream_bytes_.size() * sizeof(int)));
+      encoded_ = body;
+      uneven_ = 0;
+    }
     for (std::size_t h = 0; h < bound_.size(); ++h) {
       bound_[h] = room_[h] = near[h] + body[h];
-      const auto pages = std::max(pages_for(bound_[h]), pages_of(body[h]));
+      const auto pages = std::max(pages_for(h, bound_[h]), in_blocks ? 0 : pages_of(body[h]));
       if (pages_[h].size() <= pages) continue;
       pool_->give_back(std::span(pages_[h]).subspan(pages));
       pages_[h].resize(pages);
@@ -277,10 +350,10 @@ class DeviceCache {
     KVT_TRY(check_counterpart(host));
     return guarded([&] {
       const std::size_t heads = pages_.size();
-      std::vector<int> rows(2 * heads), table(tables_.size());  // rows: dense [heads], encoded [heads]
+      std::vector<int> rows(num_counts * heads), table(tables_.size());  // rows: as counts_
       std::vector<std::vector<int>> near_pages(heads), body_pages = pages_, ends(heads);
       long long more = 0;
-      bool uneven = uneven_;
+      int uneven = uneven_;
       for (std::size_t h = 0; h < heads; ++h) {
         const auto& store = store_of(host, h);
         const int encoded = store.body_rows(), dense = store.num_rows() - encoded;
@@ -294,8 +367,24 @@ class DeviceCache {
         rows[h] = dense;
         rows[heads + h] = encoded;
         near_pages[h] = near_numbers(h, dense);
-        more += std::max(0LL, static_cast<long long>(pages_of(encoded)) - static_cast<long long>(pages_[h].size()));
-        uneven = uneven || encoded % SlicePages::page_rows != 0;
+        if constexpr (in_blocks) {
+          long long bytes = 0;
+          for (const BlockRef& block : store.blocks()) {
+            if (block.rows > BlockRecord::most_rows) {
+              return error(Errc::bad_shape, "a block has {} rows; on a device at most {} are together", block.rows,
+                           BlockRecord::most_rows);
+            }
+            bytes += BlockRecord{block.rows, block.key_bytes, block.value_bytes, 0}.bytes();
+          }
+          if (bytes > 1 << 30 || static_cast<std::size_t>(Body::pages_of(static_cast<int>(bytes))) > table.size() / heads) {
+            return error(Errc::bad_shape, "blocks of a head take {} bytes, too many for max_rows {}",
+                         static_cast<double>(bytes), options_.max_rows);
+          }
+          rows[2 * heads + h] = static_cast<int>(bytes);
+        } else if (encoded % SlicePages::page_rows != 0) {
+          uneven = 1;
+        }
+        more += std::max(0LL, static_cast<long long>(pages_with(rows, h)) - static_cast<long long>(pages_[h].size()));
         int end = 0;
         for (const BlockRef& block : store.blocks()) {
           end += block.rows;
@@ -312,7 +401,7 @@ class DeviceCache {
       taken.pages.reserve(static_cast<std::size_t>(more));
       for (std::size_t h = 0; h < heads; ++h) {
         const std::size_t had = pages_[h].size();
-        body_pages[h].resize(pages_of(rows[heads + h]));
+        body_pages[h].resize(pages_with(rows, h));
         for (std::size_t i = had; i < body_pages[h].size(); ++i) {
           taken.pages.push_back(pool_->take());
           body_pages[h][i] = taken.pages.back();
@@ -323,8 +412,25 @@ class DeviceCache {
         std::copy(body_pages[h].begin(), body_pages[h].end(), entry);
       }
       HostPages near(near_pages, near_page_bytes), body(body_pages, Pool::page_bytes);
-      for (std::size_t h = 0; h < heads; ++h) rows_to_slices(store_of(host, h), near.head(h), body.head(h));
+      for (std::size_t h = 0; h < heads; ++h) {
+        if constexpr (in_blocks) {
+          int bytes = 0;
+          const Codec& own = store_of(host, h).codec();
+          dense_to_slices(store_of(host, h), near.head(h));
+          blocks_to_stream(store_of(host, h), Body{body.head(h).pool, body.head(h).page, &bytes, own.keys, own.values});
+        } else {
+          rows_to_slices(store_of(host, h), near.head(h), body.head(h));
+        }
+      }
       KVT_TRY(device_->copy_to(tables_.data(), table.data(), table.size() * sizeof(int)));
+      if constexpr (in_blocks) {
+        std::vector<Body> entries = host_entries_;
+        for (std::size_t h = 0; h < heads; ++h) {
+          entries[h].keys = store_of(host, h).codec().keys;
+          entries[h].values = store_of(host, h).codec().values;
+        }
+        KVT_TRY(device_->copy_to(entries_.data(), entries.data(), heads * sizeof(Body)));
+      }
       KVT_TRY(near.write(*device_, dense_.data()));
       KVT_TRY(body.write(*device_, pool_->data()));
       KVT_TRY(device_->copy_to(counts_.data(), rows.data(), rows.size() * sizeof(int)));
@@ -336,8 +442,18 @@ class DeviceCache {
       }
       for (std::size_t l = 0; l < appended_.size(); ++l) appended_[l] = static_cast<int>(host.appended(static_cast<int>(l)));
       pages_.swap(body_pages);
-      short_ends_.swap(ends);
-      uneven_ = uneven;
+      if constexpr (in_blocks) {
+        uneven_ = 0;
+        std::copy_n(rows.begin() + static_cast<std::ptrdiff_t>(heads), heads, encoded_.begin());
+        std::copy_n(rows.begin() + static_cast<std::ptrdiff_t>(2 * heads), heads, stream_bytes_.begin());
+        for (std::size_t h = 0; h < heads; ++h) {
+          host_entries_[h].keys = store_of(host, h).codec().keys;
+          host_entries_[h].values = store_of(host, h).codec().values;
+        }
+      } else {
+        short_ends_.swap(ends);
+        uneven_ = uneven;
+      }
       return success();
     });
   }
@@ -346,20 +462,36 @@ class DeviceCache {
   template <class Host>
   Status download(Host& host) const noexcept {
     KVT_TRY(check_counterpart(host));
+    if constexpr (in_blocks) {
+      for (std::size_t h = 0; h < pages_.size(); ++h) {
+        const Codec& other = store_of(host, h).codec();
+        if (same_choice(other.keys, host_entries_[h].keys) && same_choice(other.values, host_entries_[h].values)) continue;
+        return error(Errc::bad_value, "head {} has another codec on the host than on the device", static_cast<double>(h));
+      }
+    }
     return guarded([&] {
       const std::size_t heads = pages_.size();
       std::vector<int> dense, encoded;
       KVT_TRY(read_rows(dense, encoded));
+      std::vector<int> counts(num_counts * heads);
+      KVT_TRY(device_->copy_from(counts.data(), counts_.data(), counts.size() * sizeof(int)));
       std::vector<std::vector<int>> near_pages(heads), body_pages = pages_;
       for (std::size_t h = 0; h < heads; ++h) {
         near_pages[h] = near_numbers(h, dense[h]);
-        body_pages[h].resize(pages_of(encoded[h]));
+        body_pages[h].resize(pages_with(counts, h));
       }
       HostPages near(near_pages, near_page_bytes), body(body_pages, Pool::page_bytes);
       KVT_TRY(near.read(*device_, dense_.data()));
       KVT_TRY(body.read(*device_, pool_->data()));
       return host.assign(std::vector<long long>(appended_.begin(), appended_.end()), [&](std::size_t h, auto& store) {
-        rows_from_slices(near.head(h), dense[h], body.head(h), encoded[h], short_ends_[h], host.options(), store);
+        if constexpr (in_blocks) {
+          const Body& own = host_entries_[h];
+          rows_from_stream(near.head(h), dense[h],
+                           Body{body.head(h).pool, body.head(h).page, &counts[2 * heads + h], own.keys, own.values},
+                           host.options(), store);
+        } else {
+          rows_from_slices(near.head(h), dense[h], body.head(h), encoded[h], short_ends_[h], host.options(), store);
+        }
         return success();
       });
     });
@@ -373,14 +505,13 @@ class DeviceCache {
   }
 
   // Heads of a layer, on the device and as the host remembers them.
-  const SlicePages* near(int layer) const { return entries_.data() + layer * geometry_.num_kv_heads; }
-  const SlicePages* body(int layer) const { return near(layer) + geometry_.num_heads(); }
+  const SlicePages* near(int layer) const { return near_entries_.data() + layer * geometry_.num_kv_heads; }
+  const Body* body(int layer) const { return entries_.data() + layer * geometry_.num_kv_heads; }
   std::span<const SlicePages> host_near(int layer) const {
-    return std::span(host_entries_).subspan(static_cast<std::size_t>(layer * geometry_.num_kv_heads), kv_heads());
+    return std::span(host_near_).subspan(static_cast<std::size_t>(layer) * kv_heads(), kv_heads());
   }
-  std::span<const SlicePages> host_body(int layer) const {
-    return std::span(host_entries_)
-        .subspan(static_cast<std::size_t>(geometry_.num_heads() + layer * geometry_.num_kv_heads), kv_heads());
+  std::span<const Body> host_body(int layer) const {
+    return std::span(host_entries_).subspan(static_cast<std::size_t>(layer) * kv_heads(), kv_heads());
   }
 
  protected:
@@ -389,7 +520,13 @@ class DeviceCache {
     return error(Errc::bad_shape, "layer is {}; the cache has {}", layer, geometry_.num_layers);
   }
   Device* device() const { return device_; }
-  DeviceHeads all_heads() const { return heads(0); }
+  HeadsOf<Codec> all_heads() const {
+    if constexpr (in_blocks) {
+      return stream_heads(0);
+    } else {
+      return heads(0);
+    }
+  }
   int most_rows(int head) const { return bound_[static_cast<std::size_t>(head)]; }
   static std::size_t pages_of(int rows) {
     return static_cast<std::size_t>((rows + SlicePages::page_rows - 1) / SlicePages::page_rows);
@@ -397,7 +534,7 @@ class DeviceCache {
   Memory memory_with_pages(std::size_t pages) const {
     Memory m;
     m.payload_bytes = dense_.bytes() + static_cast<long long>(pages) * Pool::page_bytes;
-    m.index_bytes = counts_.bytes() + tables_.bytes() + entries_.bytes();
+    m.index_bytes = counts_.bytes() + tables_.bytes() + near_entries_.bytes() + entries_.bytes() + scratch_.bytes();
     for (const int rows : appended_) {
       m.dense_fp16_bytes += static_cast<long long>(rows) * geometry_.num_kv_heads * head_dim * 2 * 2;
     }
@@ -415,6 +552,8 @@ class DeviceCache {
   }
 
  private:
+  using Scratch = typename detail::ScratchOf<Codec, in_blocks>::type;
+  static constexpr std::size_t num_counts = in_blocks ? 3 : 2;
   static constexpr long long near_page_bytes = SlicePages::bytes_of_page(DenseLayoutOf<Plain>::bytes);
 
   // Dense rows of a head at most, and pages for them.
@@ -457,26 +596,109 @@ class DeviceCache {
   // Heads from the first of a layer on.
   DeviceHeads heads(int layer) const {
     const int first = layer * geometry_.num_kv_heads;
-    return {near(layer),        body(layer),         counts_.data() + first, counts_.data() + geometry_.num_heads() + first,
-            options_.sink_rows, options_.recent_rows};
+    const SlicePages* pages = nullptr;
+    if constexpr (!in_blocks) pages = body(layer);
+    return {
+        near(layer),         pages, counts_.data() + first, counts_.data() + geometry_.num_heads() + first, options_.sink_rows,
+        options_.recent_rows};
   }
+  StreamHeads<Codec> stream_heads(int layer) const requires in_blocks { return {heads(layer), body(layer), scratch_.data()}; }
+  // Launches for all heads: f(layer, heads). Streams are changed a layer at a time, which scratch memory is enough for.
+  template <class F>
+  Status each_layer(F&& f) const {
+    if (!in_blocks) return f(0, geometry_.num_heads());
+    for (int layer = 0; layer < geometry_.num_layers; ++layer) KVT_TRY(f(layer, geometry_.num_kv_heads));
+    return success();
+  }
+  std::vector<Codec> head_codecs() const {
+    std::vector<Codec> all;
+    if constexpr (in_blocks) {
+      for (const Body& each : host_entries_) all.push_back({each.keys, each.values});
+    }
+    return all;
+  }
+  static constexpr int most_record_bytes() {
+    if constexpr (in_blocks) {
+      return BlockRecord{SlicePages::page_rows, Body::most_part_bytes, Body::most_part_bytes, 0}.bytes();
+    } else {
+      return 0;
+    }
+  }
+  // Whether blocks of a codec have room where a device works on them.
+  static Status check_block(const Codec& codec) {
+    const int keys = codec.keys.max_block_bytes(SlicePages::page_rows),
+              values = codec.values.max_block_bytes(SlicePages::page_rows);
+    if (std::max(keys, values) <= Body::most_part_bytes) return success();
+    return error(Errc::bad_value, "a block of 128 rows may take {} bytes, and a device has room for {}: factors of 16 bits?",
+                 std::max(keys, values), static_cast<double>(Body::most_part_bytes));
+  }
+  template <class Part>
+  static bool same_choice(const Part& a, const Part& b) {
+    if constexpr (requires { a.index; }) {
+      return a.index == b.index;
+    } else {
+      return true;
+    }
+  }
+  int* stream_bytes() const { return counts_.data() + 2 * geometry_.num_heads(); }
   void count(int layer, int n) {
     appended_[static_cast<std::size_t>(layer)] += n;
     for (std::size_t h = 0; h < kv_heads(); ++h) bound_[static_cast<std::size_t>(layer) * kv_heads() + h] += n;
   }
-  // Pages of a head with so many rows. While only whole blocks have been encoded, there is no page that is not full.
-  std::size_t pages_for(int rows) const {
+  // Pages of a head with so many rows. While only whole blocks have been encoded, there is no page that is not full; a cut
+  // makes a block that is shorter. Of a stream there is what was counted, and room for what may have been encoded since.
+  std::size_t pages_for(std::size_t h, int rows) const {
     const int body = std::max(0, rows - options_.sink_rows - options_.recent_rows);
-    return uneven_ ? pages_of(body) : static_cast<std::size_t>(body / SlicePages::page_rows);
+    if constexpr (in_blocks) {
+      const long long blocks = std::max(0, body - encoded_[h]) / SlicePages::page_rows + uneven_;
+      const long long bytes = stream_bytes_[h] + blocks * most_record_bytes();
+      return static_cast<std::size_t>((bytes + Body::room - 1) / Body::room);
+    } else {
+      return uneven_ != 0 ? pages_of(body) : static_cast<std::size_t>(body / SlicePages::page_rows);
+    }
+  }
+  // Pages of head h with such counts.
+  std::size_t pages_with(const std::vector<int>& counts, std::size_t h) const {
+    const std::size_t heads = pages_.size();
+    if constexpr (in_blocks) {
+      return static_cast<std::size_t>(Body::pages_of(counts[2 * heads + h]));
+    } else {
+      return pages_of(counts[heads + h]);
+    }
+  }
+  static std::size_t table_pages(const DeviceCacheOptions& options) {
+    if constexpr (in_blocks) {
+      const long long blocks = options.max_rows / SlicePages::page_rows + 8;
+      return static_cast<std::size_t>(blocks * most_record_bytes() / Body::room + 1);
+    } else {
+      return pages_of(options.max_rows);
+    }
+  }
+  // Takes the pages that a cut may need, which can end with a block that is not whole.
+  Status make_uneven() {
+    const int before = uneven_;
+    uneven_ = in_blocks ? uneven_ + 1 : 1;
+    if (const Status status = take_pages(0); !status.ok()) {
+      uneven_ = before;
+      return status;
+    }
+    forget_blocks();
+    return success();
   }
   // Those for `rows` more rows of every head, or none.
   Status take_pages(int rows) {
     long long more = 0;
+    const std::size_t table = tables_.size() / pages_.size();
     for (std::size_t h = 0; h < pages_.size(); ++h) {
-      more += std::max(0LL, static_cast<long long>(pages_for(bound_[h] + rows)) - static_cast<long long>(pages_[h].size()));
+      const std::size_t wanted = pages_for(h, bound_[h] + rows);
+      if (in_blocks && wanted > table) {
+        return error(Errc::out_of_memory, "a head may have {} pages then, and its table has room for {}; refresh() counts them",
+                     static_cast<double>(wanted), static_cast<double>(table));
+      }
+      more += std::max(0LL, static_cast<long long>(wanted) - static_cast<long long>(pages_[h].size()));
     }
     if (more > pool_->free_pages()) return no_pages(more);
-    for (std::size_t h = 0; h < pages_.size(); ++h) KVT_TRY(take_pages(h, pages_for(bound_[h] + rows)));
+    for (std::size_t h = 0; h < pages_.size(); ++h) KVT_TRY(take_pages(h, pages_for(h, bound_[h] + rows)));
     return success();
   }
   // As many pages of a head as are wanted. One that is taken for nothing, since a copy fails, goes back.
@@ -509,14 +731,19 @@ class DeviceCache {
   Geometry geometry_ = {};
   DeviceCacheOptions options_ = {};
   DeviceArray<std::byte, Device> dense_;
-  DeviceArray<int, Device> counts_;          // dense rows [heads], encoded rows [heads]
-  DeviceArray<int, Device> tables_;          // [heads, max_rows / 128]
-  DeviceArray<SlicePages, Device> entries_;  // dense [heads], encoded [heads]
-  std::vector<SlicePages> host_entries_;
+  DeviceArray<int, Device> counts_;               // dense rows [heads], encoded rows [heads], bytes of a stream [heads]
+  DeviceArray<int, Device> tables_;               // [heads, table_pages()]
+  DeviceArray<SlicePages, Device> near_entries_;  // [heads]
+  DeviceArray<Body, Device> entries_;             // [heads]
+  DeviceArray<Scratch, Device> scratch_;          // [num_kv_heads], of streams
+  std::vector<SlicePages> host_near_;
+  std::vector<Body> host_entries_;
+  Codec codec_ = {};
   std::vector<std::vector<int>> pages_;       // [heads]
   std::vector<int> bound_, room_;             // rows of a head [heads] at most, and those there are pages for
   std::vector<int> appended_;                 // rows of a layer [layers], ever
-  bool uneven_ = false;                       // the last page of a head may not be full
+  int uneven_ = 0;                            // the last page of a head may not be full; of streams, cuts since refresh()
+  std::vector<int> encoded_, stream_bytes_;   // of streams [heads] at the last refresh()
   std::vector<std::vector<int>> short_ends_;  // [heads] rows after which short blocks of the host ended, until rows are dropped
 };
 
@@ -528,6 +755,7 @@ class DecodePlan {
   using Key = typename Codec::key_type;
   using Value = typename Codec::value_type;
   using Plain = typename Cache::Plain;
+  using Pages = typename Cache::Body;
   static constexpr int head_dim = Codec::head_dim;
 
   // The caches of a batch, of one geometry; they must outlive the plan, and init() comes again after theirs. max_queries: of a
@@ -555,27 +783,32 @@ class DecodePlan {
       return error(Errc::bad_shape, "{} queries of each sequence may read {} slices of 32 rows; there must be fewer",
                    max_queries, slices);
     }
-    std::vector<SlicePages> host;  // dense [layers, entries], encoded
-    for (const bool near : {true, false}) {
-      for (int layer = 0; layer < geometry.num_layers; ++layer) {
-        for (const Cache* cache : caches) {
-          const auto own = near ? cache->host_near(layer) : cache->host_body(layer);
-          host.insert(host.end(), own.begin(), own.end());
-        }
+    std::vector<SlicePages> host_near;  // [layers, entries]
+    std::vector<Pages> host;
+    for (int layer = 0; layer < geometry.num_layers; ++layer) {
+      for (const Cache* cache : caches) {
+        const auto own_near = cache->host_near(layer);
+        const auto own = cache->host_body(layer);
+        host_near.insert(host_near.end(), own_near.begin(), own_near.end());
+        host.insert(host.end(), own.begin(), own.end());
       }
     }
-    DeviceArray<SlicePages, Device> pages;
+    DeviceArray<SlicePages, Device> near_pages;
+    DeviceArray<Pages, Device> pages;
     Side body, near;
     KVT_TRY(body.template count_blocks<Key, Value>(device));
     KVT_TRY(near.template count_blocks<Plain, Plain>(device));
-    KVT_TRY(pages.allocate(device, 2 * layers * entries));
+    KVT_TRY(near_pages.allocate(device, layers * entries));
+    KVT_TRY(pages.allocate(device, layers * entries));
     KVT_TRY(body.init(device, items, static_cast<std::size_t>(width), max_basis_dim<Value>));
     KVT_TRY(near.init(device, items, static_cast<std::size_t>(width), head_dim));
-    KVT_TRY(device.copy_to(pages.data(), host.data(), host.size() * sizeof(SlicePages)));
+    KVT_TRY(device.copy_to(near_pages.data(), host_near.data(), host_near.size() * sizeof(SlicePages)));
+    KVT_TRY(device.copy_to(pages.data(), host.data(), host.size() * sizeof(Pages)));
     device_ = &device;
     geometry_ = geometry;
     entries_ = static_cast<int>(entries);
     max_queries_ = max_queries;
+    near_pages_ = std::move(near_pages);
     pages_ = std::move(pages);
     body_ = std::move(body);
     near_ = std::move(near);
@@ -604,9 +837,9 @@ class DecodePlan {
     KVT_TRY(detail::check_options(geometry_, options));
     if (positions == nullptr && options.window > 0) return error(Errc::bad_shape, "a window needs positions");
     if (positions == nullptr && n > 1) return error(Errc::bad_shape, "a chunk of {} queries needs positions", n);
-    const auto step = [&](const Side& side, bool near, int blocks) {
-      return DecodeStep<T>{
-          .entry = pages_.data() + ((near ? 0 : geometry_.num_layers) + layer) * static_cast<std::ptrdiff_t>(entries_),
+    const auto step = [&](const auto* pages, const Side& side, int blocks) {
+      return DecodeStep<T, std::remove_cvref_t<decltype(*pages)>>{
+          .entry = pages + layer * static_cast<std::ptrdiff_t>(entries_),
           .entries = entries_,
           .kv_heads = geometry_.num_kv_heads,
           .split = {side.first_slice.data(), 0, blocks},
@@ -626,13 +859,15 @@ class DecodePlan {
     const auto launch = [&](auto kind) {
       constexpr Kind k = decltype(kind)::value;
       return launch_decode < Codec, k != all_seen,
-             k == wide ? widest : 8 > (*device_, step(body_, false, body_.blocks[k]), step(near_, true, near_.blocks[k]), out);
+             k == wide ? widest
+                       : 8 > (*device_, step(pages_.data(), body_, body_.blocks[k]),
+                              step(near_pages_.data(), near_, near_.blocks[k]), out);
     };
     if (widest > 8 && static_cast<long long>(n) * geometry_.group_size() > 8) return launch(Is<wide>{});
     if (positions != nullptr || options.soft_cap > 0) return launch(Is<limited>{});
     return launch(Is<all_seen>{});
   }
-  long long workspace_bytes() const { return pages_.bytes() + body_.bytes() + near_.bytes(); }
+  long long workspace_bytes() const { return near_pages_.bytes() + pages_.bytes() + body_.bytes() + near_.bytes(); }
 
  private:
   // Kernels: for vectors that see all rows, for up to eight vectors, and for more.
@@ -669,7 +904,8 @@ class DecodePlan {
   Device* device_ = nullptr;
   Geometry geometry_ = {};
   int entries_ = 0, max_queries_ = 0;
-  DeviceArray<SlicePages, Device> pages_;
+  DeviceArray<SlicePages, Device> near_pages_;  // [layers, entries]
+  DeviceArray<Pages, Device> pages_;
   Side body_, near_;
 };
 

@@ -44,12 +44,13 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
  public:
   // Queries are kept only if the selector needs them: fp32, for the life of the cache.
   Status init(Device& device, typename Rows::Pool& pool, const Geometry& geometry, const DeviceCacheOptions& options = {},
-              const Budget& budget = {}, const Selector& selector = {}) {
+              const Budget& budget = {}, const Selector& selector = {}, const Codec& codec = {},
+              std::span<const Codec> head_codecs = {}) {
     if constexpr (requires { selector.check(); }) KVT_TRY(selector.check());
     Window window;
     KVT_TRY(geometry.validate());
     if constexpr (needs_queries) KVT_TRY(window.init(device, geometry, window_of(selector)));
-    KVT_TRY(Rows::init(device, pool, geometry, options));
+    KVT_TRY(Rows::init(device, pool, geometry, options, codec, head_codecs));
     budget_ = budget;
     selector_ = selector;
     window_ = std::move(window);
@@ -79,8 +80,12 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
 
   // Keeps so many rows: the budget allocator says how many of each head, the token selector which. Sink rows and the newest
   // recent_rows always stay, in number as in kind. A budget of rows or a ratio is met exactly; bytes are not exceeded: what
-  // falls is pages of 128 rows of a head, and the dense zone and tables stay as they are. Observed queries are used up.
+  // falls is pages of 128 rows of a head, and the dense zone and tables stay as they are; where rows lie in blocks, what a row
+  // takes depends on others, and a budget in bytes is refused. Observed queries are used up.
   Status compress(Retain retain) {
+    if (Rows::in_blocks && retain.unit == Retain::Unit::bytes) {
+      return error(Errc::bad_value, "blocks of rows take a budget of rows or a ratio, not of bytes");
+    }
     std::vector<int> near, body;
     KVT_TRY(this->read_rows(near, body));
     const Geometry& geometry = this->geometry();

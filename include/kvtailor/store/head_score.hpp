@@ -17,26 +17,37 @@
 
 #include "kvtailor/core/evidence.hpp"
 #include "kvtailor/core/half.hpp"
-#include "kvtailor/store/head_work.hpp"
+#include "kvtailor/store/stream_work.hpp"
 #include "kvtailor/store/window_mass.hpp"
 
 namespace kvt::inline v0 {
 
 // The rows of a head in the order of their positions, wherever they are stored.
-template <class Codec>
+template <class KvCodec>
 struct ScoredRows {
+  using Codec = KvCodec;
   using Key = typename Codec::key_type;
   using Plain = typename Codec::near_type;
   using Body = LayoutOf<Key, typename Codec::value_type>;
   using Near = DenseLayoutOf<Plain>;
+  static constexpr bool in_blocks = InBlocks<Codec>;
   static constexpr int dim = Key::head_dim, basis = max_basis_dim<Key>, warps = 8;
 
-  const SlicePages &near, &body;
+  const SlicePages& near;
+  const typename Body::Pages& body;
+  std::byte* memory;  // where rows lie in blocks: WarpBlock [warps]
   int sinks, encoded, count;
 
-  KVT_HD ScoredRows(const DeviceHeads& heads, int h)
+  KVT_HD ScoredRows(const HeadsOf<Codec>& heads, int h, std::byte* dynamic)
       : near(heads.near[h]),
-        body(heads.body[h]),
+        body([&]() -> const auto& {
+          if constexpr (in_blocks) {
+            return heads.stream[h];
+          } else {
+            return heads.body[h];
+          }
+        }()),
+        memory(dynamic),
         sinks(heads.near_rows[h] < heads.sink_rows ? heads.near_rows[h] : heads.sink_rows),
         encoded(heads.body_rows[h]),
         count(heads.near_rows[h] + heads.body_rows[h]) {}
@@ -45,8 +56,13 @@ struct ScoredRows {
   KVT_HD int place(int r) const { return is_encoded(r) ? r - sinks : r < sinks ? r : r - encoded; }
   KVT_HD int position(int r) const {
     const int at = place(r), slice = at / slice_rows;
-    return is_encoded(r) ? body.positions(slice, Body::bytes)[at % slice_rows]
-                         : near.positions(slice, Near::bytes)[at % slice_rows];
+    if (!is_encoded(r)) return near.positions(slice, Near::bytes)[at % slice_rows];
+    if constexpr (in_blocks) {
+      const int offset = body.find(at);
+      return body.position(offset, at - body.record(offset).first_row);
+    } else {
+      return body.positions(slice, Body::bytes)[at % slice_rows];
+    }
   }
   // How many rows come before a position.
   KVT_HD int rows_before(int at) const {
@@ -61,27 +77,48 @@ struct ScoredRows {
     }
     return first;
   }
-  // Key r to `to` [dim], and more that has no meaning up to [basis], as the key codec turns rows: angles and lengths are those
-  // of keys as they came.
-  template <class Lanes>
-  KVT_HD void key(const Lanes& lanes, int r, float* to) const {
-    const int slice = place(r) / slice_rows, row = place(r) % slice_rows;
-    if (is_encoded(r)) {
-      encoded_key(lanes, body.at(slice, Body::bytes), row, to);
-    } else {
-      const std::byte* const from = near.at(slice, Near::bytes);
-      lanes.each([&](int lane) {
-        for (int d = lane; d < dim; d += Lanes::size) {
-          typename Plain::Element x;
-          std::memcpy(&x, from + Near::template dense_at<true>(row, d), sizeof x);
-          to[d] = to_float(x);
-        }
-      });
-      Key{}.prepare(lanes, to, 1.f, to);
+  // f(r) of a warp's share of the rows, with key r at `to` [dim], and more that has no meaning up to [basis], as the key codec
+  // turns rows: angles and lengths are those of keys as they came.
+  template <class Lanes, class F>
+  KVT_HD void each_key(const Lanes& lanes, int warp, float* to, F&& f) const {
+    for (int r = warp; r < count; r += warps) {
+      const int slice = place(r) / slice_rows, row = place(r) % slice_rows;
+      if (!is_encoded(r)) {
+        dense_key(lanes, near.at(slice, Near::bytes), row, to);
+      } else if constexpr (in_blocks) {
+        continue;
+      } else {
+        encoded_key(lanes, body.at(slice, Body::bytes), row, to);
+      }
+      f(r);
+    }
+    if constexpr (in_blocks) {
+      std::byte* const block = WarpBlock<Codec>::of(memory, warp).block;
+      const int pages = body.pages_of(*body.bytes);
+      for (int p = warp; p < pages; p += warps) {
+        body.each_record(p, [&](int offset, const BlockRecord& record) {
+          body.read(lanes, offset + record.keys_at(), record.key_bytes, block);
+          for (int i = 0; i < record.rows; ++i) {
+            body.keys.row_of(lanes, block, record.rows, i, to);
+            f(sinks + record.first_row + i);
+          }
+        });
+      }
     }
   }
 
  private:
+  template <class Lanes>
+  KVT_HD void dense_key(const Lanes& lanes, const std::byte* slice, int row, float* to) const {
+    lanes.each([&](int lane) {
+      for (int d = lane; d < dim; d += Lanes::size) {
+        typename Plain::Element x;
+        std::memcpy(&x, slice + Near::template dense_at<true>(row, d), sizeof x);
+        to[d] = to_float(x);
+      }
+    });
+    detail::key_codec<Key>(body).prepare(lanes, to, 1.f, to);
+  }
   template <class Lanes>
   KVT_HD static void encoded_key(const Lanes& lanes, const std::byte* slice, int row, float* to) {
     if constexpr (Body::fragments) {
@@ -97,13 +134,7 @@ struct ScoredRows {
         }
       });
     } else {
-      const float scale = Key{}.row_scale(slice + row * Key::row_bytes, 0);
-      lanes.each([&](int lane) {
-        LaneRow<basis, Lanes::size> x;
-        Key{}.template load<Lanes::size>(slice + row * Key::row_bytes, 1, 0, lane, x);
-        for (int d = lane; d < basis; d += Lanes::size) to[d] = scale * x.x[d / Lanes::size];
-      });
-      if constexpr (basis != dim) Key{}.to_rotated(lanes, to);
+      Key{}.row_of(lanes, slice + row * Key::row_bytes, 1, 0, to);
     }
   }
 };
@@ -114,13 +145,15 @@ struct ScoreWork {
   using Window = WindowMass<Rows>;
   static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
   static constexpr int warps = Rows::warps, blocks = needs_queries ? Window::blocks : 1,
-                       dynamic_bytes = needs_queries ? Window::table_bytes : 0;
+                       dynamic_bytes = Rows::in_blocks ? warps * WarpBlock<Codec>::bytes
+                                       : needs_queries ? Window::table_bytes
+                                                       : 0;
   struct Shared {
     typename Selector::template Shared<Rows::basis, warps> own;
     std::conditional_t<needs_queries, typename Window::Shared, std::byte> window;
   };
 
-  DeviceHeads heads;
+  HeadsOf<Codec> heads;
   Selector selector;
   float* scores;  // [heads, stride]
   long long stride;
@@ -130,10 +163,10 @@ struct ScoreWork {
   template <class Block>
   KVT_HD void operator()(const Block& block, int h, Shared& shared, [[maybe_unused]] std::byte* table) const {
     using Lanes = typename Block::Lanes;
-    const Rows rows(heads, h);
+    const Rows rows(heads, h, table);
     float* const own = scores + h * stride;
     if constexpr (needs_queries) {
-      if constexpr (dynamic_bytes > 0) {
+      if constexpr (Rows::Body::fragments && dynamic_bytes > 0) {
         block.each_warp([&](const Lanes& lanes, int warp) {
           lanes.each([&](int lane) { Rows::Body::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
         });

@@ -175,7 +175,7 @@ struct HeadRows {
       const int count = shared.count;
       if (count == 0) return done;
       block.each_warp([&](const Lanes& lanes, int warp) {
-        for (int k = warp; k < count; k += warps) {
+        for (int k = warp; k < count; k += Block::warps) {
           const int slice = shared.moving.source[k] / slice_rows, row = shared.moving.source[k] % slice_rows;
           moving.read(lanes, pages.at(slice, Layout::bytes), row, k);
           lanes.once([&] { shared.moving.position[k] = pages.positions(slice, Layout::bytes)[row]; });
@@ -299,6 +299,69 @@ KVT_HD void set_rows(const Block& block, const DeviceHeads& heads, int h, int de
   });
 }
 
+// New rows of head h, [n, num_heads, dim], behind `first` dense ones.
+template <class Near, class Element, class Block, class T>
+KVT_HD void write_dense(const Block& block, const SlicePages& near, int first, const T* keys, const T* values,
+                        const int* positions, int n, int num_heads, int h) {
+  using Lanes = typename Block::Lanes;
+  constexpr int dim = Near::dim, warps = Block::warps;
+  for (int slice = (first + slice_rows - 1) / slice_rows; Near::fragments && slice * slice_rows < first + n; ++slice) {
+    std::byte* const at = near.at(slice, Near::bytes);
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      lanes.each([&](int lane) {
+        const unsigned char zeros[16] = {};
+        for (int k = warp * Lanes::size + lane; k < Near::bytes / 16; k += warps * Lanes::size)
+          std::memcpy(at + 16 * k, zeros, 16);
+      });
+    });
+  }
+  block.each_warp([&](const Lanes& lanes, int warp) {
+    for (int i = warp; i < n; i += warps) {
+      const int slice = (first + i) / slice_rows, row = (first + i) % slice_rows;
+      std::byte* const to = near.at(slice, Near::bytes);
+      const long long from = (static_cast<long long>(i) * num_heads + h) * dim;
+      lanes.each([&](int lane) {
+        for (int d = lane; d < dim; d += Lanes::size) {
+          const auto key = from_float<Element>(to_float(keys[from + d]));
+          const auto value = from_float<Element>(to_float(values[from + d]));
+          std::memcpy(to + Near::template dense_at<true>(row, d), &key, sizeof key);
+          std::memcpy(to + Near::template dense_at<false>(row, d), &value, sizeof value);
+        }
+      });
+      lanes.once([&] { near.positions(slice, Near::bytes)[row] = positions[i]; });
+    }
+  });
+}
+// The first row from `first` on, before `last`, whose position is not before `position`.
+template <class Layout>
+KVT_HD int rows_before(const SlicePages& pages, int first, int last, int position) {
+  while (first < last) {
+    const int middle = first + (last - first) / 2;
+    if (pages.positions(middle / slice_rows, Layout::bytes)[middle % slice_rows] < position) {
+      first = middle + 1;
+    } else {
+      last = middle;
+    }
+  }
+  return first;
+}
+template <class Layout, class Block>
+KVT_HD void copy_slices(const Block& block, const SlicePages& from, const SlicePages& to, int rows) {
+  using Lanes = typename Block::Lanes;
+  block.each_warp([&](const Lanes& lanes, int warp) {
+    for (int slice = warp; slice * slice_rows < rows; slice += Block::warps) {
+      const std::byte* const source = from.at(slice, Layout::bytes);
+      std::byte* const target = to.at(slice, Layout::bytes);
+      lanes.each([&](int lane) {
+        for (int k = lane; k < Layout::bytes / 16; k += Lanes::size) std::memcpy(target + 16 * k, source + 16 * k, 16);
+        if (slice * slice_rows + lane < rows) {
+          to.positions(slice, Layout::bytes)[lane] = from.positions(slice, Layout::bytes)[lane];
+        }
+      });
+    }
+  });
+}
+
 }  // namespace detail
 
 // One block for each KV head of a layer. T is Half, BFloat16 or float.
@@ -326,40 +389,8 @@ struct AppendWork {
       encoded += over;
       dense -= over;
     }
-    write(block, heads.near[h], h, dense);
+    detail::write_dense<Near, Element>(block, heads.near[h], dense, keys, values, positions, n, num_heads, h);
     detail::set_rows(block, heads, h, dense + n, encoded);
-  }
-
- private:
-  template <class Block>
-  KVT_HD void write(const Block& block, const SlicePages& near, int h, int first) const {
-    using Lanes = typename Block::Lanes;
-    for (int slice = (first + slice_rows - 1) / slice_rows; Near::fragments && slice * slice_rows < first + n; ++slice) {
-      std::byte* const at = near.at(slice, Near::bytes);
-      block.each_warp([&](const Lanes& lanes, int warp) {
-        lanes.each([&](int lane) {
-          const unsigned char zeros[16] = {};
-          for (int k = warp * Lanes::size + lane; k < Near::bytes / 16; k += warps * Lanes::size)
-            std::memcpy(at + 16 * k, zeros, 16);
-        });
-      });
-    }
-    block.each_warp([&](const Lanes& lanes, int warp) {
-      for (int i = warp; i < n; i += warps) {
-        const int slice = (first + i) / slice_rows, row = (first + i) % slice_rows;
-        std::byte* const to = near.at(slice, Near::bytes);
-        const long long from = (static_cast<long long>(i) * num_heads + h) * dim;
-        lanes.each([&](int lane) {
-          for (int d = lane; d < dim; d += Lanes::size) {
-            const auto key = from_float<Element>(to_float(keys[from + d]));
-            const auto value = from_float<Element>(to_float(values[from + d]));
-            std::memcpy(to + Near::template dense_at<true>(row, d), &key, sizeof key);
-            std::memcpy(to + Near::template dense_at<false>(row, d), &value, sizeof value);
-          }
-        });
-        lanes.once([&] { near.positions(slice, Near::bytes)[row] = positions[i]; });
-      }
-    });
   }
 };
 
@@ -411,25 +442,10 @@ struct TruncateWork {
     const int dense = heads.near_rows[h], encoded = heads.body_rows[h];
     // Sinks, encoded rows and the newest rows have rising positions, each and one after another.
     const int sinks = dense < heads.sink_rows ? dense : heads.sink_rows;
-    const int left_sinks = rows_before<typename Rows::Near>(heads.near[h], 0, sinks);
-    const int left_encoded = rows_before<typename Rows::Body>(heads.body[h], 0, encoded);
-    const int left_newest = rows_before<typename Rows::Near>(heads.near[h], sinks, dense) - sinks;
+    const int left_sinks = detail::rows_before<typename Rows::Near>(heads.near[h], 0, sinks, position);
+    const int left_encoded = detail::rows_before<typename Rows::Body>(heads.body[h], 0, encoded, position);
+    const int left_newest = detail::rows_before<typename Rows::Near>(heads.near[h], sinks, dense, position) - sinks;
     detail::set_rows(block, heads, h, left_sinks + left_newest, left_encoded);
-  }
-
- private:
-  // The first row from `first` on, before `last`, whose position is not before the one that is cut at.
-  template <class Layout>
-  KVT_HD int rows_before(const SlicePages& pages, int first, int last) const {
-    while (first < last) {
-      const int middle = first + (last - first) / 2;
-      if (pages.positions(middle / slice_rows, Layout::bytes)[middle % slice_rows] < position) {
-        first = middle + 1;
-      } else {
-        last = middle;
-      }
-    }
-    return first;
   }
 };
 
@@ -444,27 +460,9 @@ struct ForkWork {
 
   template <class Block>
   KVT_HD void operator()(const Block& block, int h, Shared&, std::byte*) const {
-    copy<typename Rows::Near>(block, from.near[h], to.near[h], from.near_rows[h]);
-    copy<typename Rows::Body>(block, from.body[h], to.body[h], from.body_rows[h]);
+    detail::copy_slices<typename Rows::Near>(block, from.near[h], to.near[h], from.near_rows[h]);
+    detail::copy_slices<typename Rows::Body>(block, from.body[h], to.body[h], from.body_rows[h]);
     detail::set_rows(block, to, h, from.near_rows[h], from.body_rows[h]);
-  }
-
- private:
-  template <class Layout, class Block>
-  KVT_HD static void copy(const Block& block, const SlicePages& from, const SlicePages& to, int rows) {
-    using Lanes = typename Block::Lanes;
-    block.each_warp([&](const Lanes& lanes, int warp) {
-      for (int slice = warp; slice * slice_rows < rows; slice += warps) {
-        const std::byte* const source = from.at(slice, Layout::bytes);
-        std::byte* const target = to.at(slice, Layout::bytes);
-        lanes.each([&](int lane) {
-          for (int k = lane; k < Layout::bytes / 16; k += Lanes::size) std::memcpy(target + 16 * k, source + 16 * k, 16);
-          if (slice * slice_rows + lane < rows) {
-            to.positions(slice, Layout::bytes)[lane] = from.positions(slice, Layout::bytes)[lane];
-          }
-        });
-      }
-    });
   }
 };
 

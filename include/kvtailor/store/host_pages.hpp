@@ -125,9 +125,9 @@ struct SliceRows {
 template <class Codec>
 using PlainRows = SliceRows<typename Codec::near_type, typename Codec::near_type>;
 
-// To slices of zeros.
+// Dense rows, to slices of zeros.
 template <class Codec>
-void rows_to_slices(const HeadStore<Codec>& store, const SlicePages& near, const SlicePages& body) {
+void dense_to_slices(const HeadStore<Codec>& store, const SlicePages& near) {
   const auto positions = store.positions();
   const int sinks = store.sink().rows(), encoded = store.body_rows(), dense = store.num_rows() - encoded;
   PlainRows<Codec> plain;
@@ -140,6 +140,41 @@ void rows_to_slices(const HeadStore<Codec>& store, const SlicePages& near, const
     plain.positions[row] = positions[static_cast<std::size_t>(at < sinks ? at : at + encoded)];
     if (row + 1 == slice_rows || at + 1 == dense) plain.write(near, at / slice_rows, row + 1);
   }
+}
+
+// Blocks, to an empty stream with as many pages as they need.
+template <class Codec, class Stream>
+void blocks_to_stream(const HeadStore<Codec>& store, const Stream& to) {
+  const Serial lanes;
+  const int* position = store.positions().data() + store.sink().rows();
+  std::vector<std::byte> padded;  // since reading goes by 16 bytes
+  const auto write = [&](int offset, int count, const std::byte* from) {
+    padded.assign(static_cast<std::size_t>(BlockRecord::padded(count)), std::byte{0});
+    std::copy_n(from, count, padded.begin());
+    to.write(lanes, offset, count, padded.data());
+  };
+  *to.bytes = 0;
+  int rows = 0;
+  for (const BlockRef& block : store.blocks()) {
+    const BlockRecord record{block.rows, block.key_bytes, block.value_bytes, rows};
+    const int offset = *to.bytes;
+    to.mark(lanes, offset, record.bytes());
+    write(offset, static_cast<int>(sizeof record), reinterpret_cast<const std::byte*>(&record));
+    write(offset + BlockRecord::positions_at(), 4 * block.rows, reinterpret_cast<const std::byte*>(position));
+    write(offset + record.keys_at(), block.key_bytes, block.keys());
+    write(offset + record.values_at(), block.value_bytes, block.values());
+    position += block.rows;
+    rows += block.rows;
+    *to.bytes += record.bytes();
+  }
+}
+
+// Dense and encoded rows, to slices of zeros.
+template <class Codec>
+void rows_to_slices(const HeadStore<Codec>& store, const SlicePages& near, const SlicePages& body) {
+  dense_to_slices(store, near);
+  const auto positions = store.positions();
+  const int sinks = store.sink().rows(), encoded = store.body_rows();
   const auto& [keys, values] = store.codec();
   SliceRows<typename Codec::key_type, typename Codec::value_type> coded;
   int at = 0;
@@ -154,25 +189,61 @@ void rows_to_slices(const HeadStore<Codec>& store, const SlicePages& near, const
   }
 }
 
+// Dense rows of a head, and room for the positions of all.
+template <class Codec>
+struct DenseRows {
+  std::vector<std::byte> keys, values;
+  std::vector<int> positions;
+
+  DenseRows(const SlicePages& near, int dense, int sinks, int encoded) : positions(static_cast<std::size_t>(dense + encoded)) {
+    PlainRows<Codec> plain;
+    for (int first = 0; first < dense; first += slice_rows) {
+      const int n = std::min(slice_rows, dense - first);
+      plain.read(near, first / slice_rows, n);
+      keys.insert(keys.end(), plain.keys[0], plain.keys[n]);
+      values.insert(values.end(), plain.values[0], plain.values[n]);
+      for (int r = 0; r < n; ++r) {
+        const int at = first + r;
+        positions[static_cast<std::size_t>(at < sinks ? at : at + encoded)] = plain.positions[r];
+      }
+    }
+  }
+};
+
+// Fills an empty store with the blocks of a stream. Throws what the resource and operator new throw.
+template <class Codec, class Stream>
+void rows_from_stream(const SlicePages& near, int dense, const Stream& from, const CacheOptions& options,
+                      HeadStore<Codec>& store) {
+  const Serial lanes;
+  const int sinks = std::min(dense, options.sink_rows);
+  std::vector<int> position;
+  std::vector<std::byte> padded;  // since reading goes by 16 bytes
+  BlockList blocks(options.memory);
+  const auto read = [&](int offset, int count, std::byte* to) {
+    padded.resize(static_cast<std::size_t>(BlockRecord::padded(count)));
+    from.read(lanes, offset, count, padded.data());
+    std::copy_n(padded.begin(), count, to);
+  };
+  for (int offset = 0; offset < *from.bytes;) {
+    const BlockRecord record = from.record(offset);
+    const BlockRef& block = blocks.add(record.rows, record.key_bytes, record.value_bytes);
+    read(offset + record.keys_at(), record.key_bytes, block.data);
+    read(offset + record.values_at(), record.value_bytes, block.data + block.value_offset);
+    for (int r = 0; r < record.rows; ++r) position.push_back(from.position(offset, r));
+    offset += record.bytes();
+  }
+  DenseRows<Codec> rows(near, dense, sinks, static_cast<int>(position.size()));
+  std::copy(position.begin(), position.end(), rows.positions.begin() + sinks);
+  store.assign(rows.positions, sinks, blocks, rows.keys.data(), rows.values.data());
+}
+
 // Fills an empty store: blocks of block_rows rows, but that a block ends after the rows `ends`. Throws what the resource and
 // operator new throw.
 template <class Codec>
 void rows_from_slices(const SlicePages& near, int dense, const SlicePages& body, int encoded, std::span<const int> ends,
                       const CacheOptions& options, HeadStore<Codec>& store) {
   const int sinks = std::min(dense, options.sink_rows);
-  std::vector<int> positions(static_cast<std::size_t>(dense + encoded));
-  std::vector<std::byte> dense_keys, dense_values;
-  PlainRows<Codec> plain;
-  for (int first = 0; first < dense; first += slice_rows) {
-    const int n = std::min(slice_rows, dense - first);
-    plain.read(near, first / slice_rows, n);
-    dense_keys.insert(dense_keys.end(), plain.keys[0], plain.keys[n]);
-    dense_values.insert(dense_values.end(), plain.values[0], plain.values[n]);
-    for (int r = 0; r < n; ++r) {
-      const int at = first + r;
-      positions[static_cast<std::size_t>(at < sinks ? at : at + encoded)] = plain.positions[r];
-    }
-  }
+  DenseRows<Codec> rows(near, dense, sinks, encoded);
   const auto& [keys, values] = store.codec();
   SliceRows<typename Codec::key_type, typename Codec::value_type> coded;
   BlockList blocks(options.memory);
@@ -189,9 +260,9 @@ void rows_from_slices(const SlicePages& near, int dense, const SlicePages& body,
     }
     keys.copy_row(coded.keys[row], 1, 0, block.data, block.rows, at - first);
     values.copy_row(coded.values[row], 1, 0, block.data + block.value_offset, block.rows, at - first);
-    positions[static_cast<std::size_t>(sinks + at)] = coded.positions[row];
+    rows.positions[static_cast<std::size_t>(sinks + at)] = coded.positions[row];
   }
-  store.assign(positions, sinks, blocks, dense_keys.data(), dense_values.data());
+  store.assign(rows.positions, sinks, blocks, rows.keys.data(), rows.values.data());
 }
 
 }  // namespace kvt::inline v0

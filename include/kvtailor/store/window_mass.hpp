@@ -10,8 +10,8 @@
 // Error: of logits, 2^-24 of the sizes of the products, and that of keys (two bits: levels right to 5e-4).
 #pragma once
 
-#include "kvtailor/attend/split_decode.hpp"
 #include "kvtailor/store/device_queries.hpp"
+#include "kvtailor/store/stream_work.hpp"
 
 namespace kvt::inline v0 {
 
@@ -24,7 +24,8 @@ struct WindowMass {
   using Near = typename Rows::Near;
   static constexpr int dim = Rows::dim, warps = Rows::warps;
   static constexpr int eights = dim <= 128 ? 4 : 2, vectors = 8 * eights;  // queries at a time
-  static constexpr int table_bytes = Body::table_bytes;
+  static constexpr bool in_blocks = Rows::in_blocks;
+  static constexpr int table_bytes = Body::table_bytes;  // of fragments
   // That registers are shared out among: codes beside the logits of so many queries need more than 128 a thread.
   static constexpr int blocks = std::is_same_v<Body, Near> && Body::fragments ? 2 : 1;
 
@@ -50,7 +51,7 @@ struct WindowMass {
   const DeviceQueries& queries;
   int head;
   Shared& shared;
-  const std::byte* table;  // table_bytes, filled
+  const std::byte* table;  // filled
   float* mass;             // [rows]
 
   KVT_HD int size() const { return queries.state[head].size; }
@@ -71,11 +72,16 @@ struct WindowMass {
       });
       KVT_LOOP_ON_DEVICE
       for (int pass = 0; pass < 2; ++pass) {
-        pack<Key, Body>(block, g, first, m);
+        pack<Body>(block, detail::key_codec<Key>(rows.body), g, first, m);
         block.each_warp([&](const Lanes& lanes, int warp) {
-          visit<Key, Body>(lanes, warp, rows.body, rows.encoded, m, 0, pass, first > 0, [&](int r) { return rows.sinks + r; });
+          const auto rank = [&](int r) { return rows.sinks + r; };
+          if constexpr (in_blocks) {
+            visit_blocks(lanes, warp, m, pass, first > 0, rank);
+          } else {
+            visit<Key, Body>(lanes, warp, rows.body, rows.encoded, m, 0, pass, first > 0, rank);
+          }
         });
-        pack<Plain, Near>(block, g, first, m);
+        pack<Near>(block, Plain{}, g, first, m);
         block.each_warp([&](const Lanes& lanes, int warp) {
           visit<Plain, Near>(lanes, warp, rows.near, rows.count - rows.encoded, m, 1, pass, first > 0,
                              [&](int r) { return r < rows.sinks ? r : r + rows.encoded; });
@@ -151,13 +157,13 @@ struct WindowMass {
   };
 
   // Queries `first` .. first + m - 1 in the basis of a codec; logits are times log2(e).
-  template <class Codec, class Layout, class Block>
-  KVT_HD void pack(const Block& block, int g, int first, int m) const {
+  template <class Layout, class Codec, class Block>
+  KVT_HD void pack(const Block& block, const Codec& codec, int g, int first, int m) const {
     using Lanes = typename Block::Lanes;
     constexpr float log2e = 1.44269504f;
     const auto prepare = [&](const Lanes& lanes, int v, float* to) {
       const float* const query = queries.query(head, first + v) + static_cast<long long>(g) * dim;
-      Codec{}.prepare(lanes, query, queries.state[head].scale * log2e, to);
+      codec.prepare(lanes, query, queries.state[head].scale * log2e, to);
     };
     if constexpr (Layout::fragments) {
       auto& to = shared.fragments;
@@ -170,7 +176,7 @@ struct WindowMass {
       }
     } else {
       block.each_warp([&](const Lanes& lanes, int warp) {
-        for (int v = warp; v < m; v += warps) prepare(lanes, v, shared.prepared + v * max_basis_dim<Codec>);
+        for (int v = warp; v < m; v += warps) prepare(lanes, v, shared.prepared + v * basis_dim(codec));
       });
     }
   }
@@ -263,7 +269,6 @@ struct WindowMass {
                                     State<Lanes, 1>& state, int pass, bool add, Rank&& rank) const {
     using Reg = typename Lanes::template Reg<float>;
     const int last = left < slice_rows ? left - 1 : slice_rows - 1;
-    const float cap = queries.state[head].soft_cap * 1.44269504f;
     KVT_LOOP_ON_DEVICE
     for (int row = 0; row <= last; row += 4) {
       FourRows<Codec, Lanes> keys(lanes, slice, row, last);
@@ -272,41 +277,94 @@ struct WindowMass {
       Reg weight = map(lanes, [](int) { return 0.f; });
       KVT_UNROLL_ON_DEVICE
       for (int e = 0; e < eights; ++e) {
-        const Reg logit = map(
-            lanes,
-            [&](int lane, float x, float by) {
-              x *= by;
-              if (cap > 0) x = cap * std::tanh(x / cap);
-              return row + lane / 8 <= last && sees(8 * e + lane % 8, positions[own_row(lane)]) ? x : none;
-            },
+        const Reg product = map(
+            lanes, [](int, float x, float by) { return x * by; },
             keys.products(lanes, shared.prepared + 8 * e * max_basis_dim<Codec>, m - 8 * e), scale);
-        if (pass == 0) {
-          state.add(lanes, e, logit);
-        } else {
-          weight = map(
-              lanes,
-              [&](int lane, float sum, float x) {
-                const int v = 8 * e + lane % 8;
-                return sum + fast_exp2(x - shared.top[v]) * shared.share[v];
-              },
-              weight, logit);
-        }
+        meet(
+            lanes, product, e, row, last, [&](int r) { return positions[r]; }, state, pass, weight);
       }
-      if (pass == 0) continue;
-      for (int mask = 1; mask < 8; mask *= 2) {
-        weight = map(
-            lanes, [](int, float a, float b) { return a + b; }, weight, shuffle_xor(lanes, weight, mask));
-      }
-      map(
-          lanes,
-          [&](int lane, float all) {
-            if (lane % 8 != 0 || row + lane / 8 > last) return 0;
-            float& to = mass[rank(row + lane / 8)];
-            to = (add ? to : 0.f) + all;
-            return 0;
-          },
-          weight);
+      if (pass == 1) add_mass(lanes, weight, row, last, add, rank);
     }
+  }
+  // The same of a warp's share of blocks.
+  template <class Lanes, class Rank>
+  KVT_HD void visit_blocks(const Lanes& lanes, int warp, int m, int pass, bool add, Rank&& rank) const {
+    const auto& stream = rows.body;
+    auto& own = WarpBlock<typename Rows::Codec>::of(rows.memory, warp);
+    const int length = basis_dim(stream.keys), pages = stream.pages_of(*stream.bytes);
+    State<Lanes, 1> state;
+    state.start(lanes);
+    for (int p = warp; p < pages; p += warps) {
+      stream.each_record(p, [&](int offset, const BlockRecord& record) {
+        stream.read(lanes, offset + record.keys_at(), record.key_bytes, own.block);
+        for (int e = 0; 8 * e < m; ++e) {
+          const int some = m - 8 * e < 8 ? m - 8 * e : 8;
+          stream.keys.logits(lanes, own.block, record.rows, shared.prepared + 8 * e * length, some, own.logit[0],
+                             BlockRecord::most_rows);
+          const int last = record.rows - 1;
+          for (int row = 0; row <= last; row += 4) {
+            const auto product = map(lanes, [&](int lane) {
+              return lane % 8 < some && row + lane / 8 <= last ? own.logit[lane % 8][row + lane / 8] : 0.f;
+            });
+            auto weight = map(lanes, [](int) { return 0.f; });
+            meet(
+                lanes, product, e, row, last, [&](int r) { return stream.position(offset, r); }, state, pass, weight);
+            if (pass == 1) {
+              add_mass(lanes, weight, row, last, add || e > 0, [&](int r) { return rank(record.first_row + r); });
+            }
+          }
+          lanes.each([](int) {});  // all have read the logits
+        }
+      });
+    }
+    if (pass == 0) state.store(lanes, shared.max[0][warp], shared.sum[0][warp]);
+  }
+  // Products of rows row .. row + 3, none after `last`, with vectors 8 e .. 8 e + 7, as RowWarp has them: to the state, or as
+  // weights.
+  template <class Lanes, class Position>
+  KVT_HD KVT_INLINE void meet(const Lanes& lanes, const typename Lanes::template Reg<float>& product, int e, int row, int last,
+                              Position&& position, State<Lanes, 1>& state, int pass,
+                              typename Lanes::template Reg<float>& weight) const {
+    const float cap = queries.state[head].soft_cap * 1.44269504f;
+    const auto logit = map(
+        lanes,
+        [&](int lane, float x) {
+          if (cap > 0) x = cap * std::tanh(x / cap);
+          const int own = row + lane / 8;
+          return own <= last && sees(8 * e + lane % 8, position(own)) ? x : none;
+        },
+        product);
+    if (pass == 0) {
+      KVT_UNROLL_ON_DEVICE
+      for (int k = 0; k < eights; ++k) {  // registers have no index
+        if (k == e) state.add(lanes, k, logit);
+      }
+    } else {
+      weight = map(
+          lanes,
+          [&](int lane, float sum, float x) {
+            const int v = 8 * e + lane % 8;
+            return sum + fast_exp2(x - shared.top[v]) * shared.share[v];
+          },
+          weight, logit);
+    }
+  }
+  template <class Lanes, class Rank>
+  KVT_HD KVT_INLINE void add_mass(const Lanes& lanes, typename Lanes::template Reg<float> weight, int row, int last, bool add,
+                                  Rank&& rank) const {
+    for (int mask = 1; mask < 8; mask *= 2) {
+      weight = map(
+          lanes, [](int, float a, float b) { return a + b; }, weight, shuffle_xor(lanes, weight, mask));
+    }
+    map(
+        lanes,
+        [&](int lane, float all) {
+          if (lane % 8 != 0 || row + lane / 8 > last) return 0;
+          float& to = mass[rank(row + lane / 8)];
+          to = (add ? to : 0.f) + all;
+          return 0;
+        },
+        weight);
   }
   KVT_HD KVT_INLINE bool sees(int v, int at) const {
     const int own = shared.position[v], sliding = queries.state[head].sliding;

@@ -1,0 +1,163 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// BlockEncoder: a block of any codec, encoded by one block of threads.
+//
+// Bytes are laid out as the host does it. They are the host's own where those do not depend on the lane group (Dense, GroupInt,
+// PerChannelInt, Trellis, and Shifted of these); LloydMax sums up a row in another order, and the last bit of a scale or a code
+// at a border may differ; for LowRank see low_rank_work.hpp.
+//   warps      of a block of threads; more have nothing to do
+//   Shared     memory that they share
+//   Memory     more of it, which may be too large for a static size; may be empty
+//   encode(block, codec, rows, n, out, shared, memory)
+//              encodes rows [n, head_dim] of finite numbers, n in 1 .. max_rows, into out [codec.max_block_bytes(n)]. Rows and
+//              `out` are memory that all threads see; rows are overwritten. Returns the bytes, the same on every thread.
+//              Afterwards rows, shared and memory may be used again at once.
+#pragma once
+
+#include <algorithm>
+#include <cstddef>
+#include <type_traits>
+
+#include "kvtailor/codec/kv_codec.hpp"
+#include "kvtailor/codec/low_rank_work.hpp"
+#include "kvtailor/codec/per_channel_int.hpp"
+#include "kvtailor/codec/rotated.hpp"
+#include "kvtailor/codec/shifted.hpp"
+
+namespace kvt::inline v0 {
+
+template <class Codec, int max_rows>
+struct BlockEncoder;
+
+namespace detail {
+
+inline constexpr int most_encoder_warps = 16;
+
+// Memory for any one of some types, none of which has to be constructed.
+template <class... Types>
+struct RoomFor {
+  alignas(Types...) std::byte bytes[std::max({sizeof(Types)...})];
+  template <class T>
+  KVT_HD T& as() {
+    return *reinterpret_cast<T*>(bytes);
+  }
+};
+
+}  // namespace detail
+
+// Rows that are encoded one by one: a warp each, as many at once as have room.
+template <LaneRowCodec Codec, int max_rows>
+struct BlockEncoder<Codec, max_rows> {
+  static constexpr int warps = std::clamp(8704 / Codec::scratch_floats, 1, detail::most_encoder_warps);
+  struct Shared {};
+  struct Memory {
+    float scratch[warps][Codec::scratch_floats];
+  };
+
+  template <class Block>
+  KVT_HD static int encode(const Block& block, const Codec& codec, float* rows, int n, std::byte* out, Shared&,
+                           Memory& memory) {
+    static_assert(Block::warps >= warps);
+    block.each_warp([&](const typename Block::Lanes& lanes, int warp) {
+      if (warp >= warps) return;
+      for (int row = warp; row < n; row += warps) {
+        codec.encode_row(lanes, rows + row * Codec::head_dim, out, n, row, memory.scratch[warp]);
+      }
+    });
+    return codec.max_block_bytes(n);
+  }
+};
+
+template <int bits, int dim, int max_rows>
+struct BlockEncoder<PerChannelInt<bits, dim>, max_rows> {
+  static constexpr int warps = detail::most_encoder_warps;
+  struct Shared {};
+  struct Memory {};
+
+  template <class Block>
+  KVT_HD static int encode(const Block& block, const PerChannelInt<bits, dim>& codec, float* rows, int n, std::byte* out,
+                           Shared&, Memory&) {
+    return codec.encode(block, rows, n, out);
+  }
+};
+
+// The options' max_rank is 32 at most.
+template <LaneRowCodec Residual, int max_rows>
+struct BlockEncoder<LowRank<Residual>, max_rows> {
+  using Encoder = detail::LowRankEncoder<Residual, max_rows>;
+  static constexpr int warps = Encoder::warps;
+  using Shared = typename Encoder::Shared;
+  using Memory = typename Encoder::Memory;
+
+  template <class Block>
+  KVT_HD static int encode(const Block& block, const LowRank<Residual>& codec, float* rows, int n, std::byte* out,
+                           Shared& shared, Memory& memory) {
+    static_assert(Block::warps == warps);
+    const auto max_row_norm = static_cast<double>(codec.residual.max_row_norm());
+    const int bytes = Encoder{codec, max_row_norm, rows, n, out, shared, memory}.encode(block);
+    block.each_warp([](const typename Block::Lanes&, int) {});  // all have read what is shared
+    return bytes;
+  }
+};
+
+template <class Codec, int max_rows>
+struct BlockEncoder<Shifted<Codec>, max_rows> {
+  using Rest = BlockEncoder<Codec, max_rows>;
+  static constexpr int warps = Rest::warps;
+  using Shared = typename Rest::Shared;
+  using Memory = typename Rest::Memory;
+
+  template <class Block>
+  KVT_HD static int encode(const Block& block, const Shifted<Codec>& codec, float* rows, int n, std::byte* out, Shared& shared,
+                           Memory& memory) {
+    using Lanes = typename Block::Lanes;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      lanes.each([&](int lane) {
+        for (int d = warp * Lanes::size + lane; d < Codec::head_dim; d += Block::warps * Lanes::size) {
+          Shifted<Codec>::shift(rows, n, d, out);
+        }
+      });
+    });
+    constexpr int mean_bytes = Shifted<Codec>::mean_bytes;
+    return mean_bytes + Rest::encode(block, codec.codec, rows, n, out + mean_bytes, shared, memory);
+  }
+};
+
+// Of a codec whose rows share something; others rotate a row before they encode it.
+template <class Codec, int max_rows>
+requires(!LaneRowCodec<Rotated<Codec>>) struct BlockEncoder<Rotated<Codec>, max_rows> {
+  using Plain = BlockEncoder<Codec, max_rows>;
+  static constexpr int warps = Plain::warps;
+  using Shared = typename Plain::Shared;
+  union Memory {
+    float row[warps][Codec::head_dim];
+    typename Plain::Memory plain;
+  };
+
+  template <class Block>
+  KVT_HD static int encode(const Block& block, const Rotated<Codec>& codec, float* rows, int n, std::byte* out, Shared& shared,
+                           Memory& memory) {
+    detail::load_rows<Rotated<Codec>>(block, rows, n, memory.row, rows);
+    return Plain::encode(block, codec, rows, n, out, shared, memory.plain);
+  }
+};
+
+template <class... Codecs, int max_rows>
+struct BlockEncoder<OneOf<Codecs...>, max_rows> {
+  static constexpr int warps = std::max({BlockEncoder<Codecs, max_rows>::warps...});
+  using Shared = detail::RoomFor<typename BlockEncoder<Codecs, max_rows>::Shared...>;
+  using Memory = detail::RoomFor<typename BlockEncoder<Codecs, max_rows>::Memory...>;
+
+  template <class Block>
+  KVT_HD static int encode(const Block& block, const OneOf<Codecs...>& codec, float* rows, int n, std::byte* out,
+                           Shared& shared, Memory& memory) {
+    return codec.visit([&](const auto& chosen) {
+      using Own = BlockEncoder<std::remove_cvref_t<decltype(chosen)>, max_rows>;
+      return Own::encode(block, chosen, rows, n, out, shared.template as<typename Own::Shared>(),
+                         memory.template as<typename Own::Memory>());
+    });
+  }
+};
+
+}  // namespace kvt::inline v0
