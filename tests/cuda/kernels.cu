@@ -113,6 +113,7 @@ void use_blocks(const void** kernels) {
   use<FinishWork<Value, Half, Pages>>(kernels);
   use<AppendBlocksWork<Codec, Half>>(kernels);
   use<CutBlocksWork<Codec>>(kernels);
+  use<MeasureBlocksWork<Codec>>(kernels);
   use<TruncateBlocksWork<Codec>>(kernels);
   use<ForkBlocksWork<Codec>>(kernels);
   use_scores<Codec>(kernels);

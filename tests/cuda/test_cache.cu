@@ -96,8 +96,7 @@ std::vector<float> run(Device& device, const Selector& selector) {
     if (s == 0) {
       const long long bytes = caches.back()->memory().total() - PagePool<Codec, Device>::page_bytes;
       const int free = pool.free_pages();
-      const bool in_blocks = DeviceCache<Codec, Device>::in_blocks;  // which take no budget of bytes
-      expect(caches.back()->compress(in_blocks ? Retain::ratio(.7) : Retain::bytes(bytes)));
+      expect(caches.back()->compress(Retain::bytes(bytes)));
       if (caches.back()->memory().total() > bytes || pool.free_pages() <= free) {
         expect(error(Errc::bad_budget, "a compression to {} bytes left {}", static_cast<double>(bytes),
                      static_cast<double>(caches.back()->memory().total())));

@@ -73,7 +73,7 @@ void run() {
   PagePool<Codec, SimulatedDevice> pool;
   DeviceKvCache<Budget, Selector, Codec, SimulatedDevice> cache, child;
   KvCache<Budget, Selector, Codec> host;
-  REQUIRE(pool.init(device, 40).ok());
+  REQUIRE(pool.init(device, 200).ok());
   REQUIRE(cache.init(device, pool, geometry, {5, 20, 300, 4096}).ok());
   REQUIRE(child.init(device, pool, geometry, {5, 20, 300, 4096}).ok());
   REQUIRE(host.init(geometry, {5, 20, 128, nullptr}).ok());
@@ -126,6 +126,7 @@ void run() {
   REQUIRE(cache.observe(0, seen.data(), where.data(), 10).ok());
   REQUIRE(host.compress(Retain::ratio(.8)).ok());
   REQUIRE(cache.compress(Retain::ratio(.8)).ok());
+  REQUIRE(cache.compress(Retain::bytes(cache.memory().total())).ok());  // keeps all there is
   compare(cache);
   const int end = host.end_position(0) - 7;
   REQUIRE(host.truncate(end).ok());

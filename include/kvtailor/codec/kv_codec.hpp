@@ -27,7 +27,7 @@ constexpr bool is_row_wise(const Codec& codec) {
 // What a block of n rows takes at most once `left` of them are; a codec that knows better than max_block_bytes(left) has a
 // function of this name.
 template <StorageCodec Codec>
-int erased_bytes_bound(const Codec& codec, const std::byte* block, int n, int left) {
+KVT_HD int erased_bytes_bound(const Codec& codec, const std::byte* block, int n, int left) {
   if constexpr (requires { codec.erased_bytes_bound(block, n, left); }) {
     return codec.erased_bytes_bound(block, n, left);
   } else {
@@ -76,7 +76,7 @@ struct OneOf {
   bool row_wise() const noexcept {
     return visit([](const auto& c) { return is_row_wise(c); });
   }
-  int erased_bytes_bound(const std::byte* block, int n, int left) const {
+  KVT_HD int erased_bytes_bound(const std::byte* block, int n, int left) const {
     return visit([&](const auto& c) { return kvt::erased_bytes_bound(c, block, n, left); });
   }
   KVT_HD int basis_dim() const {

@@ -449,8 +449,9 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     return head + residual.erase(lanes, block + parts.head, n, keep, to + head);
   }
 
-  // All survivors cost the same.
-  int erased_bytes_bound(const std::byte* block, int n, int left) const {
+  // All survivors cost the same. Looks at the first erased_head bytes alone.
+  static constexpr int erased_head = 2 + 5 * 32;
+  KVT_HD int erased_bytes_bound(const std::byte* block, int n, int left) const {
     const Parts parts(block, n);
     int bytes = static_cast<int>(parts.left_codes - parts.bytes);
     for (int i = 0; i < parts.rank; ++i) bytes += detail::FactorRun::bytes(left, parts.bytes[2 + 5 * i]);

@@ -151,16 +151,19 @@ class DeviceCache {
       return error(Errc::bad_shape, "there are codecs for {} heads; the cache has {}, and only blocks are of one's own codec",
                    static_cast<double>(head_codecs.size()), geometry.num_heads());
     }
+    int record = 0;  // the most bytes of one
     if constexpr (in_blocks) {
-      KVT_TRY(check_block(codec));
-      for (const Codec& each : head_codecs) KVT_TRY(check_block(each));
+      for (const Codec& each : head_codecs.empty() ? std::span(&codec, 1) : head_codecs) {
+        KVT_TRY(check_block(each));
+        record = std::max(record, most_record_bytes(each.keys, each.values));
+      }
       // A record's place is an int.
-      if (static_cast<double>(options.max_rows) / SlicePages::page_rows * most_record_bytes() > 1 << 30) {
+      if (static_cast<double>(options.max_rows) / SlicePages::page_rows * record > 1 << 30) {
         return error(Errc::bad_shape, "max_rows is {}; that many rows of a head may take a gibibyte", options.max_rows);
       }
     }
     const auto near_pages = static_cast<std::size_t>(DeviceCache::near_pages(options));
-    const std::size_t table = table_pages(options);
+    const std::size_t table = table_pages(options, record);
     DeviceArray<std::byte, Device> dense;
     DeviceArray<int, Device> counts, tables;
     DeviceArray<SlicePages, Device> near_entries;
@@ -606,9 +609,12 @@ class DeviceCache {
   // Launches for all heads: f(layer, heads). Streams are changed a layer at a time, which scratch memory is enough for.
   template <class F>
   Status each_layer(F&& f) const {
-    if (!in_blocks) return f(0, geometry_.num_heads());
-    for (int layer = 0; layer < geometry_.num_layers; ++layer) KVT_TRY(f(layer, geometry_.num_kv_heads));
-    return success();
+    if constexpr (in_blocks) {
+      for (int layer = 0; layer < geometry_.num_layers; ++layer) KVT_TRY(f(layer, geometry_.num_kv_heads));
+      return success();
+    } else {
+      return f(0, geometry_.num_heads());
+    }
   }
   std::vector<Codec> head_codecs() const {
     std::vector<Codec> all;
@@ -617,12 +623,10 @@ class DeviceCache {
     }
     return all;
   }
-  static constexpr int most_record_bytes() {
-    if constexpr (in_blocks) {
-      return BlockRecord{SlicePages::page_rows, Body::most_part_bytes, Body::most_part_bytes, 0}.bytes();
-    } else {
-      return 0;
-    }
+  // Of a head's codec, for a whole block.
+  static int most_record_bytes(const Key& keys, const Value& values) {
+    constexpr int n = BlockRecord::most_rows;
+    return BlockRecord{n, keys.max_block_bytes(n), values.max_block_bytes(n), 0}.bytes();
   }
   // Whether blocks of a codec have room where a device works on them.
   static Status check_block(const Codec& codec) {
@@ -651,7 +655,7 @@ class DeviceCache {
     const int body = std::max(0, rows - options_.sink_rows - options_.recent_rows);
     if constexpr (in_blocks) {
       const long long blocks = std::max(0, body - encoded_[h]) / SlicePages::page_rows + uneven_;
-      const long long bytes = stream_bytes_[h] + blocks * most_record_bytes();
+      const long long bytes = stream_bytes_[h] + blocks * most_record_bytes(host_entries_[h].keys, host_entries_[h].values);
       return static_cast<std::size_t>((bytes + Body::room - 1) / Body::room);
     } else {
       return uneven_ != 0 ? pages_of(body) : static_cast<std::size_t>(body / SlicePages::page_rows);
@@ -666,10 +670,10 @@ class DeviceCache {
       return pages_of(counts[heads + h]);
     }
   }
-  static std::size_t table_pages(const DeviceCacheOptions& options) {
+  static std::size_t table_pages(const DeviceCacheOptions& options, [[maybe_unused]] int record) {
     if constexpr (in_blocks) {
       const long long blocks = options.max_rows / SlicePages::page_rows + 8;
-      return static_cast<std::size_t>(blocks * most_record_bytes() / Body::room + 1);
+      return static_cast<std::size_t>(blocks * record / Body::room + 1);
     } else {
       return pages_of(options.max_rows);
     }

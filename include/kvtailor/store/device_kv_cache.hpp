@@ -80,12 +80,8 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
 
   // Keeps so many rows: the budget allocator says how many of each head, the token selector which. Sink rows and the newest
   // recent_rows always stay, in number as in kind. A budget of rows or a ratio is met exactly; bytes are not exceeded: what
-  // falls is pages of 128 rows of a head, and the dense zone and tables stay as they are; where rows lie in blocks, what a row
-  // takes depends on others, and a budget in bytes is refused. Observed queries are used up.
+  // falls is pages of a head, and the dense zone and tables stay as they are. Observed queries are used up.
   Status compress(Retain retain) {
-    if (Rows::in_blocks && retain.unit == Retain::Unit::bytes) {
-      return error(Errc::bad_value, "blocks of rows take a budget of rows or a ratio, not of bytes");
-    }
     std::vector<int> near, body;
     KVT_TRY(this->read_rows(near, body));
     const Geometry& geometry = this->geometry();
@@ -124,11 +120,29 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
       Sharing sharing(budget_);
       KVT_TRY(sharing.init(device, this->all_heads(), scores.data(), stride, kept.data(), want));
       if (bytes) {
-        KVT_TRY(fit_bytes(sharing, retain.amount, rows, floor_rows, want, keep, [&](std::span<const int> counts) {
+        Status measured = success();
+        const Status fitted = fit_bytes(sharing, retain.amount, rows, floor_rows, want, keep, [&](std::span<const int> counts) {
           std::size_t pages = 0;
-          for (std::size_t h = 0; h < heads; ++h) pages += Rows::pages_of(counts[h] - dense[h]);
+          if constexpr (Rows::in_blocks) {
+            // What a row takes depends on those it shares a block with: rows are marked, and what stays is measured.
+            std::vector<int> stream(heads);
+            const auto measure = [&] {
+              KVT_TRY(device.copy_to(kept.data(), counts.data(), heads * sizeof(int)));
+              KVT_TRY(device.launch(MarkWork{this->all_heads(), kept.data(), scores.data(), marks.data(), stride},
+                                    geometry.num_heads()));
+              KVT_TRY(device.launch(MeasureBlocksWork<Codec>{this->all_heads(), marks.data(), stride, kept.data()},
+                                    geometry.num_heads()));
+              return device.copy_from(stream.data(), kept.data(), heads * sizeof(int));
+            };
+            if (measured.ok()) measured = measure();
+            for (const int own : stream) pages += static_cast<std::size_t>(Rows::Body::pages_of(own));
+          } else {
+            for (std::size_t h = 0; h < heads; ++h) pages += Rows::pages_of(counts[h] - dense[h]);
+          }
           return this->memory_with_pages(pages).total() + window_.bytes();
-        }));
+        });
+        KVT_TRY(measured);
+        KVT_TRY(fitted);
       }
       KVT_TRY(allocate_rows(sharing, want, keep));
     }

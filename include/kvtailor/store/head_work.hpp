@@ -299,6 +299,22 @@ KVT_HD void set_rows(const Block& block, const DeviceHeads& heads, int h, int de
   });
 }
 
+// Which rows of a head a cut keeps. marks: of its rows in the order of positions.
+struct StayingRows {
+  int dense, encoded, sinks, newest, newest_encoded;
+  const unsigned char* marks;
+
+  KVT_HD StayingRows(const DeviceHeads& heads, int h, const unsigned char* of_head)
+      : dense(heads.near_rows[h]), encoded(heads.body_rows[h]), marks(of_head) {
+    sinks = dense < heads.sink_rows ? dense : heads.sink_rows;
+    newest = dense - heads.recent_rows > sinks ? dense - heads.recent_rows : sinks;
+    newest_encoded = encoded - (heads.recent_rows - (dense - newest));  // after a truncation
+  }
+  KVT_HD bool encoded_row(int r) const { return r >= newest_encoded || marks[sinks + r] != 0; }
+  KVT_HD bool dense_row(int r) const { return r < sinks || r >= newest || marks[encoded + r] != 0; }
+  // Of the dense rows that are left, those that are encoded then.
+  KVT_HD int old(int left_dense) const { return left_dense - sinks - (dense - newest); }
+};
 // New rows of head h, [n, num_heads, dim], behind `first` dense ones.
 template <class Near, class Element, class Block, class T>
 KVT_HD void write_dense(const Block& block, const SlicePages& near, int first, const T* keys, const T* values,
@@ -409,16 +425,10 @@ struct CutWork {
   template <class Block>
   KVT_HD void operator()(const Block& block, int h, Shared& shared, std::byte*) const {
     const Rows rows{heads.near[h], heads.body[h], shared, heads.sink_rows};
-    const int dense = heads.near_rows[h], encoded = heads.body_rows[h];
-    const int sinks = dense < heads.sink_rows ? dense : heads.sink_rows;
-    const int newest = dense - heads.recent_rows > sinks ? dense - heads.recent_rows : sinks;
-    const int newest_encoded = encoded - (heads.recent_rows - (dense - newest));  // after a truncation
-    const unsigned char* const marks = keep + h * stride;
-    const int left_encoded =
-        rows.template compact<false>(block, encoded, [=](int r) { return r >= newest_encoded || marks[sinks + r] != 0; });
-    const int left_dense =
-        rows.template compact<true>(block, dense, [=](int r) { return r < sinks || r >= newest || marks[encoded + r] != 0; });
-    const int old = left_dense - sinks - (dense - newest);
+    const detail::StayingRows stay(heads, h, keep + h * stride);
+    const int left_encoded = rows.template compact<false>(block, stay.encoded, [=](int r) { return stay.encoded_row(r); });
+    const int left_dense = rows.template compact<true>(block, stay.dense, [=](int r) { return stay.dense_row(r); });
+    const int old = stay.old(left_dense), sinks = stay.sinks;
     if (old > 0) {
       rows.encode_oldest(block, left_encoded, old);
       rows.template compact<true>(block, left_dense, [=](int r) { return r < sinks || r >= sinks + old; });

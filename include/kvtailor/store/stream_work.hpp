@@ -287,15 +287,11 @@ struct CutBlocksWork {
   KVT_HD KVT_INLINE void operator()(const Block& block, int h, Shared& shared, std::byte* memory) const {
     const Rows rows{heads.stream[h], heads.near[h], shared, heads.scratch[h]};
     const typename Rows::Dense near{heads.near[h], heads.near[h], shared.dense, heads.sink_rows};
-    const int dense = heads.near_rows[h], encoded = heads.body_rows[h];
-    const int sinks = dense < heads.sink_rows ? dense : heads.sink_rows;
-    const int newest = dense - heads.recent_rows > sinks ? dense - heads.recent_rows : sinks;
-    const int newest_encoded = encoded - (heads.recent_rows - (dense - newest));  // after a truncation
-    const unsigned char* const marks = keep + h * stride;
-    int left_encoded = rows.filter(block, [=](int r, int) { return r >= newest_encoded || marks[sinks + r] != 0; });
-    int left_dense =
-        near.template compact<true>(block, dense, [=](int r) { return r < sinks || r >= newest || marks[encoded + r] != 0; });
-    if (const int old = left_dense - sinks - (dense - newest); old > 0) {
+    const detail::StayingRows stay(heads, h, keep + h * stride);
+    int left_encoded = rows.filter(block, [=](int r, int) { return stay.encoded_row(r); });
+    int left_dense = near.template compact<true>(block, stay.dense, [=](int r) { return stay.dense_row(r); });
+    const int sinks = stay.sinks;
+    if (const int old = stay.old(left_dense); old > 0) {
       for (int done = 0; done < old; done += BlockRecord::most_rows) {
         const int n = old - done < BlockRecord::most_rows ? old - done : BlockRecord::most_rows;
         rows.encode(block, sinks + done, n, left_encoded + done, memory);
@@ -305,6 +301,59 @@ struct CutBlocksWork {
       left_dense -= old;
     }
     detail::set_rows(block, heads, h, left_dense, left_encoded);
+  }
+};
+
+// The most bytes that the stream of a head takes after such a cut: bytes [heads].
+template <class Codec>
+struct MeasureBlocksWork {
+  static constexpr int warps = 1, blocks = 1, dynamic_bytes = 0, head_bytes = 192;
+  struct Shared {
+    alignas(64) std::byte keys[head_bytes];
+    alignas(64) std::byte values[head_bytes];
+  };
+
+  StreamHeads<Codec> heads;
+  const unsigned char* keep;
+  long long stride;
+  int* bytes;
+
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int h, Shared& shared, std::byte*) const {
+    using Lanes = typename Block::Lanes;
+    block.each_warp([&](const Lanes& lanes, int) {
+      const auto& stream = heads.stream[h];
+      const detail::StayingRows stay(heads, h, keep + h * stride);
+      const auto count = [&](int n, auto&& stays) {
+        typename Lanes::template Reg<int> own;
+        lanes.each([&](int lane) {
+          own[lane] = 0;
+          for (int r = lane; r < n; r += Lanes::size) own[lane] += stays(r) ? 1 : 0;
+        });
+        return lanes.sum(own);
+      };
+      int all = 0;
+      for (int offset = 0; offset < *stream.bytes;) {
+        const BlockRecord record = stream.record(offset);
+        const auto least = [](int a, int b) { return a < b ? a : b; };
+        const int left = count(record.rows, [&](int r) { return stay.encoded_row(record.first_row + r); });
+        stream.read(lanes, offset + record.keys_at(), least(record.key_bytes, head_bytes), shared.keys);
+        stream.read(lanes, offset + record.values_at(), least(record.value_bytes, head_bytes), shared.values);
+        if (left > 0) {
+          all += BlockRecord{left, least(record.key_bytes, erased_bytes_bound(stream.keys, shared.keys, record.rows, left)),
+                             least(record.value_bytes, erased_bytes_bound(stream.values, shared.values, record.rows, left)), 0}
+                     .bytes();
+        }
+        offset += record.bytes();
+        lanes.each([](int) {});  // all have read what is shared
+      }
+      const int old = stay.old(count(stay.dense, [&](int r) { return stay.dense_row(r); }));
+      for (int done = 0; done < old; done += BlockRecord::most_rows) {
+        const int n = old - done < BlockRecord::most_rows ? old - done : BlockRecord::most_rows;
+        all += BlockRecord{n, stream.keys.max_block_bytes(n), stream.values.max_block_bytes(n), 0}.bytes();
+      }
+      lanes.once([&] { bytes[h] = all; });
+    });
   }
 };
 
