@@ -1,4 +1,5 @@
-// expect: a device encodes and reads rows one by one
+// expect: a device encodes blocks by a BlockEncoder
 #include "kvtailor/kvtailor.hpp"
 #include "kvtailor/store/device_cache.hpp"
-kvt::DeviceCache<kvt::KvCodec<kvt::KiviKeys<2, 64>, kvt::KiviValues<2, 64>>, kvt::SimulatedDevice> cache;
+struct Own : kvt::KiviKeys<2, 64> {};
+kvt::DeviceCache<kvt::KvCodec<Own, kvt::KiviValues<2, 64>>, kvt::SimulatedDevice> cache;

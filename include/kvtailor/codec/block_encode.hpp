@@ -29,6 +29,10 @@ namespace kvt::inline v0 {
 
 template <class Codec, int max_rows>
 struct BlockEncoder;
+template <class Codec>
+concept HasBlockEncoder = requires {
+  sizeof(BlockEncoder<Codec, 1>);
+};
 
 namespace detail {
 

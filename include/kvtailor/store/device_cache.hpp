@@ -121,7 +121,9 @@ class DeviceCache {
   using Plain = typename Codec::near_type;
   using Pool = PagePool<Codec, Device>;
   using Body = typename LayoutOf<Key, Value>::Pages;  // SlicePages or BlockStream
-  static constexpr bool in_blocks = !std::is_same_v<Body, SlicePages>;
+  static constexpr bool in_blocks = InBlocks<Codec>;
+  static_assert(!in_blocks || (HasBlockEncoder<Key> && HasBlockEncoder<Value>),
+                "a device encodes blocks by a BlockEncoder (codec/block_encode.hpp), and this codec has none");
 
   DeviceCache() = default;
   DeviceCache(const DeviceCache&) = delete;
