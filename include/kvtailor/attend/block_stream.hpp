@@ -172,8 +172,10 @@ struct BlockLayout {
     float max[width], sum[width];
   };
   static constexpr int warp_bytes = static_cast<int>(sizeof(Memory));
-  static constexpr int warps = std::clamp((96 << 10) / warp_bytes, 1, 8), table_bytes = warps * warp_bytes;
-  static_assert(table_bytes <= 152 << 10, "a multiprocessor of the A100 has no room for blocks of so many bytes");
+  // Beside the vectors that all warps share, a block has 99 KiB on the smallest of multiprocessors (sm_86, sm_89).
+  static constexpr int shared_bytes = width * (max_basis_dim<Key> + basis) * 4 + 1024;
+  static constexpr int warps = std::clamp(((99 << 10) - shared_bytes) / warp_bytes, 1, 8), table_bytes = warps * warp_bytes;
+  static_assert(table_bytes <= 128 << 10, "a multiprocessor of the A100 has no room for blocks of so many bytes");
 };
 
 // limited: whether a window, positions or a soft cap are looked at; otherwise every row is seen.

@@ -35,7 +35,7 @@ struct ScoredRows {
 
   const SlicePages& near;
   const typename Body::Pages& body;
-  std::byte* memory;  // where rows lie in blocks: WarpBlock [warps]
+  std::byte* memory;  // where rows lie in blocks: WarpBlock [WarpBlock::warps]
   int sinks, encoded, count;
 
   KVT_HD ScoredRows(const HeadsOf<Codec>& heads, int h, std::byte* dynamic)
@@ -93,9 +93,10 @@ struct ScoredRows {
       f(r);
     }
     if constexpr (in_blocks) {
+      if (warp >= WarpBlock<Codec>::warps) return;
       std::byte* const block = WarpBlock<Codec>::of(memory, warp).block;
       const int pages = body.pages_of(*body.bytes);
-      for (int p = warp; p < pages; p += warps) {
+      for (int p = warp; p < pages; p += WarpBlock<Codec>::warps) {
         body.each_record(p, [&](int offset, const BlockRecord& record) {
           body.read(lanes, offset + record.keys_at(), record.key_bytes, block);
           for (int i = 0; i < record.rows; ++i) {
@@ -145,7 +146,7 @@ struct ScoreWork {
   using Window = WindowMass<Rows>;
   static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
   static constexpr int warps = Rows::warps, blocks = needs_queries ? Window::blocks : 1,
-                       dynamic_bytes = Rows::in_blocks ? warps * WarpBlock<Codec>::bytes
+                       dynamic_bytes = Rows::in_blocks ? WarpBlock<Codec>::warps * WarpBlock<Codec>::bytes
                                        : needs_queries ? Window::table_bytes
                                                        : 0;
   struct Shared {

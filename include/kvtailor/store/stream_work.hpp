@@ -38,13 +38,14 @@ struct StreamHeads : DeviceHeads {
 template <class Codec>
 using HeadsOf = std::conditional_t<InBlocks<Codec>, StreamHeads<Codec>, DeviceHeads>;
 
-// A block of keys that a warp looks at, and logits of eight vectors.
+// A block of keys that a warp looks at, and logits of eight vectors; as many warps do as have room beside queries.
 template <class Codec>
 struct WarpBlock {
   alignas(64) std::byte block[StreamScratch<Codec>::part_bytes];
   float logit[8][BlockRecord::most_rows];
 
   static constexpr int bytes = static_cast<int>(sizeof(StreamScratch<Codec>::from[0])) + 8 * BlockRecord::most_rows * 4;
+  static constexpr int warps = std::clamp((64 << 10) / bytes, 1, 8);
   KVT_HD static WarpBlock& of(std::byte* memory, int warp) { return reinterpret_cast<WarpBlock*>(memory)[warp]; }
 };
 

@@ -289,12 +289,13 @@ struct WindowMass {
   // The same of a warp's share of blocks.
   template <class Lanes, class Rank>
   KVT_HD void visit_blocks(const Lanes& lanes, int warp, int m, int pass, bool add, Rank&& rank) const {
+    using Own = WarpBlock<typename Rows::Codec>;
     const auto& stream = rows.body;
-    auto& own = WarpBlock<typename Rows::Codec>::of(rows.memory, warp);
-    const int length = basis_dim(stream.keys), pages = stream.pages_of(*stream.bytes);
+    Own& own = Own::of(rows.memory, warp);
+    const int length = basis_dim(stream.keys), pages = warp < Own::warps ? stream.pages_of(*stream.bytes) : 0;
     State<Lanes, 1> state;
     state.start(lanes);
-    for (int p = warp; p < pages; p += warps) {
+    for (int p = warp; p < pages; p += Own::warps) {
       stream.each_record(p, [&](int offset, const BlockRecord& record) {
         stream.read(lanes, offset + record.keys_at(), record.key_bytes, own.block);
         for (int e = 0; 8 * e < m; ++e) {
