@@ -118,10 +118,11 @@ void use_blocks(const void** kernels) {
   use<ForkBlocksWork<Codec>>(kernels);
   use_scores<Codec>(kernels);
 }
+template <int bits, int dim>
+using Short = LloydMax<bits, dim, NormCorrection::least_squares, LogScale>;
 // Every kind of codec that heads may choose from.
 template <int dim>
-using Chosen = OneOf<Rotated<LowRank<Trellis<3, dim>>>, TurboQuantUnbiased<3, dim>,
-                     Rotated<Shifted<LloydMax<2, dim, NormCorrection::least_squares, LogScale>>>, Q8_0<dim>>;
+using Chosen = OneOf<Rotated<LowRank<Short<3, dim>>>, TurboQuantUnbiased<3, dim>, Rotated<Shifted<Short<2, dim>>>, Q8_0<dim>>;
 
 template <class Residual>
 void use_low_rank(const void** kernels) {
@@ -155,7 +156,7 @@ void use_kernels(const void** kernels) {
   use_plain<TurboQuant<4, 40>>(kernels);
   use_plain<TurboQuantUnbiased<3, 256>>(kernels);
   use_decode<Rotated<Trellis<2, 128>>, Rotated<Trellis<3, 128>>>(kernels);
-  use_blocks<Rotated<LowRank<Trellis<2, 128>>>>(kernels);
+  use_blocks<Rotated<LowRank<Short<2, 128>>>>(kernels);
   use_blocks<KiviKeys<2, 64>, KiviValues<2, 64>>(kernels);
   use_blocks<Chosen<256>>(kernels);
 }

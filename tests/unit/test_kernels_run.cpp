@@ -214,8 +214,8 @@ TEST_CASE("caches of every codec and every head dim") {
   run<KvCodec<TurboQuantUnbiased<3, 256>>>();
   run<KvCodec<Rotated<Trellis<2, 64>>>, KeyDiff, Adaptive>();
   run<KvCodec<TurboQuantUnbiased<3, 256>>, SnapKv>();
-  run<KvCodec<Rotated<LowRank<Trellis<2, 128>>>>>();
-  run<KvCodec<Rotated<LowRank<Trellis<2, 128>>>>, SnapKv>();
+  run<KvCodec<Rotated<LowRank<Short<2, 128>>>>>();
+  run<KvCodec<Rotated<LowRank<Short<2, 128>>>>, SnapKv>();
   run<KvCodec<KiviKeys<2, 64>, KiviValues<2, 64>>>();
   run<KvCodec<KiviKeys<2, 64>, KiviValues<2, 64>>, SnapKv>();
   run<KvCodec<Chosen<256>>>();
