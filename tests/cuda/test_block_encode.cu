@@ -6,6 +6,7 @@
 
 #include "device.cuh"
 #include "kvtailor/codec/block_encode.hpp"
+#include "kvtailor/codec/low_rank_work.hpp"
 
 namespace {
 

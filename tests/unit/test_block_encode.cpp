@@ -9,6 +9,7 @@
 #include "kvtailor/codec/block_encode.hpp"
 #include "kvtailor/codec/dense.hpp"
 #include "kvtailor/codec/kivi.hpp"
+#include "kvtailor/codec/low_rank_work.hpp"
 #include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/codec/turbo_quant_unbiased.hpp"

@@ -7,6 +7,7 @@
 
 #include "kvtailor/attend/split_decode.hpp"
 #include "kvtailor/codec/kivi.hpp"
+#include "kvtailor/codec/low_rank.hpp"
 #include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/codec/turbo_quant_unbiased.hpp"

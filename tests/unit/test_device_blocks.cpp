@@ -8,6 +8,7 @@
 #include <numeric>
 #include <random>
 
+#include "kvtailor/codec/low_rank_work.hpp"
 #include "kvtailor/core/device.hpp"
 #include "kvtailor/kvtailor.hpp"
 #include "kvtailor/store/device_kv_cache.hpp"

@@ -12,7 +12,6 @@
 
 #include "kvtailor/attend/decode_warp.hpp"
 #include "kvtailor/codec/kv_codec.hpp"
-#include "kvtailor/codec/low_rank.hpp"
 #include "kvtailor/codec/rotated.hpp"
 #include "kvtailor/codec/shifted.hpp"
 
@@ -37,21 +36,19 @@ namespace detail {
 // What max_block_bytes(n) of any codec of a type is at most, where factors of low rank have levels.
 template <class Codec>
 struct MostBlockBytes {
-  static constexpr int of(int n) { return Codec{}.max_block_bytes(n); }
+  static constexpr int of(int n) {
+    if constexpr (requires { Codec::most_block_bytes(n); }) {
+      return Codec::most_block_bytes(n);
+    } else {
+      return Codec{}.max_block_bytes(n);
+    }
+  }
 };
 template <class Codec>
 struct MostBlockBytes<Rotated<Codec>> : MostBlockBytes<Codec> {};
 template <class Codec>
 struct MostBlockBytes<Shifted<Codec>> {
   static constexpr int of(int n) { return Shifted<Codec>::mean_bytes + MostBlockBytes<Codec>::of(n); }
-};
-template <class Residual>
-struct MostBlockBytes<LowRank<Residual>> {
-  static constexpr int of(int n) {
-    constexpr int most_pairs = 32, bits = FactorRun::max_bits;
-    const int pair = 5 + FactorRun::bytes(Residual::head_dim, bits) + FactorRun::bytes(n, bits);
-    return FactorRun::padded(2 + most_pairs * pair) + MostBlockBytes<Residual>::of(n);
-  }
 };
 template <class... Codecs>
 struct MostBlockBytes<OneOf<Codecs...>> {

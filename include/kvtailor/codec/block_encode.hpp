@@ -20,7 +20,6 @@
 #include <type_traits>
 
 #include "kvtailor/codec/kv_codec.hpp"
-#include "kvtailor/codec/low_rank_work.hpp"
 #include "kvtailor/codec/per_channel_int.hpp"
 #include "kvtailor/codec/rotated.hpp"
 #include "kvtailor/codec/shifted.hpp"
@@ -83,25 +82,6 @@ struct BlockEncoder<PerChannelInt<bits, dim>, max_rows> {
   KVT_HD static int encode(const Block& block, const PerChannelInt<bits, dim>& codec, float* rows, int n, std::byte* out,
                            Shared&, Memory&) {
     return codec.encode(block, rows, n, out);
-  }
-};
-
-// The options' max_rank is 32 at most.
-template <LaneRowCodec Residual, int max_rows>
-struct BlockEncoder<LowRank<Residual>, max_rows> {
-  using Encoder = detail::LowRankEncoder<Residual, max_rows>;
-  static constexpr int warps = Encoder::warps;
-  using Shared = typename Encoder::Shared;
-  using Memory = typename Encoder::Memory;
-
-  template <class Block>
-  KVT_HD static int encode(const Block& block, const LowRank<Residual>& codec, float* rows, int n, std::byte* out,
-                           Shared& shared, Memory& memory) {
-    static_assert(Block::warps == warps);
-    const auto max_row_norm = static_cast<double>(codec.residual.max_row_norm());
-    const int bytes = Encoder{codec, max_row_norm, rows, n, out, shared, memory}.encode(block);
-    block.each_warp([](const typename Block::Lanes&, int) {});  // all have read what is shared
-    return bytes;
   }
 };
 

@@ -393,6 +393,12 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     const int pair = 5 + detail::FactorRun::bytes(dim, bits) + detail::FactorRun::bytes(n, bits);
     return padded(2 + max_rank * pair) + residual.max_block_bytes(n);
   }
+  // Of any options whose factors have levels.
+  static constexpr int most_block_bytes(int n) {
+    constexpr int most_pairs = 32, bits = detail::FactorRun::max_bits;
+    const int pair = 5 + detail::FactorRun::bytes(dim, bits) + detail::FactorRun::bytes(n, bits);
+    return padded(2 + most_pairs * pair) + Residual{}.max_block_bytes(n);
+  }
   // What is left of a row by coded factors may be a little longer than the row; a block where it is too long has rank 0.
   double max_row_norm() const { return std::min(static_cast<double>(residual.max_row_norm()), 65504.0 * std::sqrt(dim * 1.0)); }
 

@@ -1,8 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Blocks of LowRank, encoded on a device: EncodeLowRankWork, by one block of threads each, and encode_low_rank(), which
-// launches it.
+// Blocks of LowRank, encoded on a device: its BlockEncoder, for caches; EncodeLowRankWork, by one block of threads each, and
+// encode_low_rank(), which launches it.
 //
 // The smaller side of a block, its rows or its columns, is rotated pair by pair until all are at right angles. Their lengths
 // are then the singular values. There is no Gram matrix, which would square their range: in fp32 a value is off by 1.2e-5 of
@@ -12,6 +12,7 @@
 //          6, 1985.
 #pragma once
 
+#include "kvtailor/codec/block_encode.hpp"
 #include "kvtailor/codec/low_rank.hpp"
 #include "kvtailor/codec/rotated.hpp"
 #include "kvtailor/core/device.hpp"
@@ -445,6 +446,25 @@ class LowRankEncoder {
 };
 
 }  // namespace detail
+
+// The options' max_rank is 32 at most.
+template <LaneRowCodec Residual, int max_rows>
+struct BlockEncoder<LowRank<Residual>, max_rows> {
+  using Encoder = detail::LowRankEncoder<Residual, max_rows>;
+  static constexpr int warps = Encoder::warps;
+  using Shared = typename Encoder::Shared;
+  using Memory = typename Encoder::Memory;
+
+  template <class Block>
+  KVT_HD static int encode(const Block& block, const LowRank<Residual>& codec, float* rows, int n, std::byte* out,
+                           Shared& shared, Memory& memory) {
+    static_assert(Block::warps == warps);
+    const auto max_row_norm = static_cast<double>(codec.residual.max_row_norm());
+    const int bytes = Encoder{codec, max_row_norm, rows, n, out, shared, memory}.encode(block);
+    block.each_warp([](const typename Block::Lanes&, int) {});  // all have read what is shared
+    return bytes;
+  }
+};
 
 // One block of threads for each block of rows. Codec is LowRank, or Rotated<LowRank>, of a residual codec whose rows are
 // encoded one by one; T is Half, BFloat16 or float.

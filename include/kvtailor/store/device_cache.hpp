@@ -122,8 +122,10 @@ class DeviceCache {
   using Pool = PagePool<Codec, Device>;
   using Body = typename LayoutOf<Key, Value>::Pages;  // SlicePages or BlockStream
   static constexpr bool in_blocks = InBlocks<Codec>;
-  static_assert(!in_blocks || (HasBlockEncoder<Key> && HasBlockEncoder<Value>),
-                "a device encodes blocks by a BlockEncoder (codec/block_encode.hpp), and this codec has none");
+  static_assert(
+      !in_blocks || (HasBlockEncoder<Key> && HasBlockEncoder<Value>),
+      "a device encodes blocks by a BlockEncoder (codec/block_encode.hpp), and this codec has none; that of LowRank is "
+      "in codec/low_rank_work.hpp");
 
   DeviceCache() = default;
   DeviceCache(const DeviceCache&) = delete;
