@@ -126,7 +126,9 @@ void run() {
   REQUIRE(cache.observe(0, seen.data(), where.data(), 10).ok());
   REQUIRE(host.compress(Retain::ratio(.8)).ok());
   REQUIRE(cache.compress(Retain::ratio(.8)).ok());
-  REQUIRE(cache.compress(Retain::bytes(cache.memory().total())).ok());  // keeps all there is
+  if constexpr (!EvidenceSet(Selector::needs).has(Evidence::window_queries)) {  // those are used up
+    REQUIRE(cache.compress(Retain::bytes(2 * cache.memory().total())).ok());    // keeps all there is
+  }
   compare(cache);
   const int end = host.end_position(0) - 7;
   REQUIRE(host.truncate(end).ok());
