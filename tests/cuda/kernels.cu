@@ -13,6 +13,7 @@
 #if defined(__CUDACC__)
 #include "kvtailor/cuda/kv_cache.cuh"
 #else
+#include "kvtailor/store/decode_plan.hpp"
 #include "kvtailor/store/device_kv_cache.hpp"
 #endif
 #include "kvtailor/select/key_diff.hpp"

@@ -11,6 +11,7 @@
 #include "kvtailor/codec/low_rank_work.hpp"
 #include "kvtailor/core/device.hpp"
 #include "kvtailor/kvtailor.hpp"
+#include "kvtailor/store/decode_plan.hpp"
 #include "kvtailor/store/device_kv_cache.hpp"
 #include "reference/plain.hpp"
 
@@ -189,7 +190,11 @@ void check_life(std::vector<Codec> codecs = {}) {
   REQUIRE(child.download(twin.host).ok());
   twin.check(child);
   Cache other;
-  REQUIRE(other.init(twin.device, twin.pool, shape<Codec>(), {sink_rows, recent_rows, 600, 4096}).ok());
+  if (!twin.codecs.empty()) {  // whose heads would be read by the first of all codecs
+    REQUIRE(other.init(twin.device, twin.pool, shape<Codec>(), {sink_rows, recent_rows, 600, 4096}).ok());
+    CHECK(other.upload(twin.host).code == Errc::bad_value);
+  }
+  REQUIRE(other.init(twin.device, twin.pool, shape<Codec>(), {sink_rows, recent_rows, 600, 4096}, {}, twin.codecs).ok());
   REQUIRE(other.upload(twin.host).ok());
   twin.check(other);
   twin.check_attention(other);

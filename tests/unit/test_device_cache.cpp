@@ -9,6 +9,7 @@
 #include <random>
 
 #include "kvtailor/kvtailor.hpp"
+#include "kvtailor/store/decode_plan.hpp"
 #include "kvtailor/store/device_kv_cache.hpp"
 #include "reference/attend_cache.hpp"
 #include "reference/policies.hpp"

@@ -1,10 +1,12 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// The device cache on CUDA: see store/device_cache.hpp and device_kv_cache.hpp for what it does and how it is called.
+// The device cache on CUDA: see store/device_cache.hpp, device_kv_cache.hpp and decode_plan.hpp for what it does and how it is
+// called.
 #pragma once
 
 #include "kvtailor/cuda/device.cuh"
+#include "kvtailor/store/decode_plan.hpp"
 #include "kvtailor/store/device_kv_cache.hpp"
 
 namespace kvt::inline v0::cuda {

@@ -30,7 +30,7 @@ struct ScoredRows {
   using Plain = typename Codec::near_type;
   using Body = LayoutOf<Key, typename Codec::value_type>;
   using Near = DenseLayoutOf<Plain>;
-  static constexpr bool in_blocks = InBlocks<Codec>;
+  static constexpr bool in_blocks = lies_in_blocks<Codec>;
   static constexpr int dim = Key::head_dim, basis = max_basis_dim<Key>, warps = 8;
 
   const SlicePages& near;

@@ -25,7 +25,7 @@ struct StreamScratch {
 
 // Whether rows lie in a stream of blocks.
 template <class Codec>
-inline constexpr bool InBlocks =
+inline constexpr bool lies_in_blocks =
     !std::is_same_v<typename LayoutOf<typename Codec::key_type, typename Codec::value_type>::Pages, SlicePages>;
 
 // The heads of a layer, or those from one on.
@@ -36,7 +36,7 @@ struct StreamHeads : DeviceHeads {
 };
 
 template <class Codec>
-using HeadsOf = std::conditional_t<InBlocks<Codec>, StreamHeads<Codec>, DeviceHeads>;
+using HeadsOf = std::conditional_t<lies_in_blocks<Codec>, StreamHeads<Codec>, DeviceHeads>;
 
 // A block of keys that a warp looks at, and logits of eight vectors; as many warps do as have room beside queries.
 template <class Codec>
