@@ -197,3 +197,38 @@ TEST_CASE("what is not a number stays none") {
     for (const float x : sums) CHECK(!std::isfinite(x));
   }
 }
+
+TEST_CASE("queries are made integers once, where there is room to keep them") {
+  const Q8_0<64> codec;
+  std::mt19937 random(2);
+  constexpr int n = 128, m = 19;
+  const std::vector<std::byte> blocks[] = {codecs::encode(codec, codecs::normal_rows(random, n, 64)),
+                                           codecs::encode(codec, codecs::normal_rows(random, n, 64))};
+  const auto queries = codecs::normal_rows(random, m, 64);
+  alignas(64) std::byte memory[QueryMemory::places * 8192];
+  for (const int place_bytes : {0, 8192}) {
+    QueryMemory kept{memory, place_bytes};
+    for (const auto& block : blocks) {
+      const SerialReader reader(block.data(), static_cast<int>(block.size()), nullptr, kept);
+      std::vector<float> expected(n * m), logits(n * m);
+      codec.logits(Serial{}, block.data(), n, queries.data(), m, expected.data(), n);
+      codec.logits(reader, block.data(), n, queries.data(), m, logits.data(), n);
+      CHECK(logits == expected);
+    }
+#if defined(KVT_HOST_AVX2)
+    CHECK(kept.queries[0] == (place_bytes == 0 ? nullptr : queries.data()));
+#endif
+  }
+  // One place for each address and type.
+  QueryMemory kept{memory, 64};
+  const float *const a = queries.data(), *const b = a + 64, *const c = b + 64;
+  int made = 0;
+  const auto make = [&] { return ++made; };
+  CHECK(*kept.find<int>(a, make) == 1);
+  CHECK(*kept.find<int>(a, make) == 1);
+  CHECK(*kept.find<long>(a, make) == 2);
+  CHECK(kept.find<int>(b, make) == nullptr);
+  CHECK(kept.find<int>(c, make) == nullptr);
+  CHECK(*kept.find<int>(a, make) == 1);
+  CHECK(made == 2);
+}

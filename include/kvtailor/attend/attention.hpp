@@ -97,6 +97,10 @@ class Attention {
     };
     alignas(64) float near_query[tile_vectors * head_dim], body_query[tile_vectors * max_basis_dim<typename Codec::key_type>];
     const int key_dim = basis_dim(codec.keys), value_dim = basis_dim(codec.values);
+    // Eight as registers take 64 bytes an element; beside them lie sums of groups.
+    constexpr int made_bytes = (80 * max_basis_dim<typename Codec::key_type> + 319) / 64 * 64;
+    alignas(64) std::byte made[QueryMemory::places * made_bytes];
+    QueryMemory kept{made, made_bytes};
     Tile tile;
     const Near near{};
     const bool body = !store.blocks().empty();
@@ -130,7 +134,7 @@ class Attention {
         for (int k = begin, at = skipped; k < end; ++k) {
           const Segment s = segment(store, k);
           const Bytes next = k + 1 < end ? segment(store, k + 1).*part : then;
-          f(s, at, SerialReader((s.*part).from, (s.*part).count, next.from));
+          f(s, at, SerialReader((s.*part).from, (s.*part).count, next.from, kept));
           at += s.rows;
         }
       };

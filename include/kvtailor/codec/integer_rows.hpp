@@ -28,6 +28,7 @@
 #pragma once
 
 #include "kvtailor/core/half.hpp"
+#include "kvtailor/core/lanes.hpp"
 #include "kvtailor/core/simd.hpp"
 #if defined(KVT_HOST_AVX2)
 
@@ -278,8 +279,9 @@ struct Bytes {
 
 template <class Factors, int many, int fit>
 [[gnu::noinline]] void multiply_keys(const __m256i* x, int tiles, int columns, int groups, const __m256i* q,
-                                     const std::uint32_t* start, const float* scale, float* out, int out_stride) {
+                                     const std::uint32_t* start, const float* scale, float* out, int out_stride, Ahead ahead) {
   for (int t = 0; t < tiles; ++t) {
+    ahead.ask(t);
     for (int g = 0; g < groups; ++g) {
       const int first = columns / groups * g;
       __m256i sum[many];
@@ -292,8 +294,9 @@ template <class Factors, int many, int fit>
 }
 template <class Factors, int many, int fit>
 [[gnu::noinline]] void add_values(const __m256i* x, int columns, int tiles, const __m256i* weights, const std::uint32_t* start,
-                                  const float* unit, float* to, int to_stride) {
+                                  const float* unit, float* to, int to_stride, Ahead ahead) {
   for (int c = 0; c < columns; c += 2) {
+    ahead.ask(c / 2);
     __m256i sum[2][many];
     Factors::template multiply<many, fit, true>(x + c * most_tiles, tiles, weights, most_tiles, sum[0]);
     Factors::template multiply<many, fit, true>(x + (c + 1) * most_tiles, tiles, weights, most_tiles, sum[1]);
@@ -358,10 +361,12 @@ struct IntegerRows {
   template <class Lanes>
   static void logits(const Lanes& lanes, const R& rows, int n, const float* queries, int m, float* out, int stride) {
     for (int first = 0; first < m; first += most_vectors) {
-      const Queries some(rows, queries + first * dim, std::min(most_vectors, m - first));
-      for (int row = 0; row < n; row += most_rows) {
-        some_logits(lanes, first == 0, rows, row, std::min(most_rows, n - row), some, out + first * stride + row, stride);
-      }
+      const auto make = [&] { return Queries(rows, queries + first * dim, std::min(most_vectors, m - first)); };
+      lanes.with(queries + first * dim, make, [&](const Queries& some) {
+        for (int row = 0; row < n; row += most_rows) {
+          some_logits(lanes, first == 0, rows, row, std::min(most_rows, n - row), some, out + first * stride + row, stride);
+        }
+      });
     }
   }
   // acc[j] += sum over rows of weights[j * stride + row] * row
@@ -471,13 +476,13 @@ struct IntegerRows {
       __m256i x[strip][columns];
       for (int t = 0; t < tiles; ++t) {
         const unsigned char* const tile = rows.tile(first + from + 8 * t);
-        if (first_time) lanes.template reads_tile<R::tile_bytes>(tile);
         each<columns>([&]<int k>() KVT_INLINE_LAMBDA { x[t][k] = R::template column<k, R::offset>(tile); });
       }
+      const Ahead ahead = first_time ? lanes.ahead(rows.tile(first + from), R::tile_bytes) : Ahead{};
       alignas(32) float product[most_vectors][8 * strip];
       each_batch<batch>(query.m, [&]<int many>(int j) {
         multiply_keys<Factors, many, queries_fit>(x[0], tiles, columns, groups, query.of[j], query.start[j], scale.of[0] + from,
-                                                  product[j], 8 * strip);
+                                                  product[j], 8 * strip, j == 0 ? ahead : Ahead{});
       });
       for (int t = 0; t < tiles; ++t) {
         __m256 least[R::has_least ? groups : 1];
@@ -533,6 +538,7 @@ struct IntegerRows {
     }
     Size size[bytes ? 1 : most_vectors];
     for (int j = 0; j < m && !bytes; ++j) size[j] = Size(own[j], 8 * tiles);
+    const Ahead ahead = first_time ? lanes.ahead(rows.tile(first), 2 * tiles * R::tile_bytes / columns) : Ahead{};
     each<groups>([&]<int g>() {
       Weights weight[bytes ? 2 : 1];  // bytes: those above, and those below zero
       bool below = false;
@@ -545,13 +551,12 @@ struct IntegerRows {
       if constexpr (bytes) {
         for (int j = 0; j < m && below; ++j) weights_to_bytes(own[j], scale.of[g], tiles, -1, weight[1], j);
       }
-      constexpr int some = std::gcd(group_columns, 8), parts = columns / some;
+      constexpr int some = std::gcd(group_columns, 8);
       each<group_columns / some>([&]<int part>() {
         constexpr int from = g * group_columns + part * some;
         __m256i x[some][most_tiles];
         for (int t = 0; t < tiles; ++t) {
           const unsigned char* const tile = rows.tile(first + 8 * t);
-          if (first_time) lanes.template reads_tile<R::tile_bytes / parts>(tile + from / some * (R::tile_bytes / parts));
           each<some>([&]<int c>() KVT_INLINE_LAMBDA {
             if constexpr (bytes) {
               x[c][t] = turned(R::template column<from + c, 0>(tile));
@@ -564,7 +569,8 @@ struct IntegerRows {
           const Weights& w = weight[sign];
           each_batch<batch>(m, [&]<int many>(int j) {
             add_values<Factors, many, weights_fit>(x[0], some, tiles, w.of[j], w.start + j, w.unit + j,
-                                                   acc + j * dim + 4 * from, dim);
+                                                   acc + j * dim + 4 * from, dim,
+                                                   j == 0 && sign == 0 ? ahead.after(from / 2) : Ahead{});
           });
         }
       });

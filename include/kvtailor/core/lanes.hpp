@@ -13,11 +13,25 @@
 
 #include <cstddef>
 #include <cstdint>
+#include <new>
 #include <type_traits>
 
 #include "kvtailor/core/config.hpp"
 
 namespace kvt::inline v0 {
+
+// Memory that will be needed, to be asked for in steps of so many bytes.
+struct Ahead {
+  const char* from = nullptr;
+  int step_bytes = 0;
+
+  Ahead after(int steps) const { return {from + steps * step_bytes, step_bytes}; }
+  KVT_INLINE void ask([[maybe_unused]] int step) const {
+#if defined(__GNUC__)
+    for (int i = 0; i < step_bytes; i += 64) __builtin_prefetch(from + step * step_bytes + i, 0, 2);
+#endif
+  }
+};
 
 struct Serial {
   static constexpr int size = 1;
@@ -57,19 +71,53 @@ struct Serial {
   // Says where a block is being read: see SerialReader.
   template <int>
   KVT_HD KVT_INLINE void reads_tile(const void*) const {}
+  Ahead ahead(const void*, int) const { return {}; }
+  // use(make()): see SerialReader.
+  template <class Make, class Use>
+  void with(const float*, Make&& make, Use&& use) const {
+    use(make());
+  }
+};
+
+// Memory for what is made of queries, once for all blocks that meet them.
+struct QueryMemory {
+  static constexpr int places = 2;
+
+  std::byte* memory;  // aligned to 64
+  int place_bytes;    // a multiple of 64
+  const float* queries[places] = {};
+  const void* type[places] = {};
+
+  // What make() made of queries before, or makes now; null if there is no room for it.
+  template <class T, class Make>
+  const T* find(const float* of, Make&& make) {
+    static_assert(std::is_trivially_destructible_v<T> && alignof(T) <= 64);
+    static constexpr char own_type = 0;
+    for (int i = 0; i < places; ++i) {
+      std::byte* const at = memory + i * place_bytes;
+      if (queries[i] == of && type[i] == &own_type) return std::launder(reinterpret_cast<const T*>(at));
+      if (queries[i] != nullptr || sizeof(T) > static_cast<std::size_t>(place_bytes)) continue;
+      queries[i] = of;
+      type[i] = &own_type;
+      return ::new (at) T(make());
+    }
+    return nullptr;
+  }
 };
 
 // One lane that knows which block is read after this one, and while it works asks for what it will need: bit by bit, since
 // memory answers some dozen requests at once, and whoever makes more has to wait.
 class SerialReader : public Serial {
   std::uintptr_t end_, bytes_, jump_;
+  QueryMemory* kept_;
 
  public:
   // Of a block, and the one that follows, or null.
-  SerialReader(const std::byte* block, int bytes, const std::byte* next)
+  SerialReader(const std::byte* block, int bytes, const std::byte* next, QueryMemory& kept)
       : end_(address(block) + static_cast<std::uintptr_t>(bytes)),
         bytes_(static_cast<std::uintptr_t>(bytes)),
-        jump_(next == nullptr ? 0 : address(next) - end_) {}
+        jump_(next == nullptr ? 0 : address(next) - end_),
+        kept_(&kept) {}
   // Of n rows that are read one after the other: see ReadAhead.
   template <int row_bytes>
   KVT_INLINE void plan(const void* rows, int n, int (&end)[2], std::ptrdiff_t (&distance)[2]) const {
@@ -89,6 +137,18 @@ class SerialReader : public Serial {
     // NOLINTNEXTLINE(performance-no-int-to-ptr): nothing need be there.
     for (std::uintptr_t i = 0; i < count; i += 64) __builtin_prefetch(reinterpret_cast<const char*>(next + i), 0, 2);
 #endif
+  }
+  // The same for those who ask by themselves.
+  Ahead ahead(const void* at, int step_bytes) const {
+    const std::uintptr_t next = address(at) + bytes_;
+    // NOLINTNEXTLINE(performance-no-int-to-ptr): nothing need be there.
+    return {reinterpret_cast<const char*>(next + (next < end_ ? 0 : jump_)), step_bytes};
+  }
+  // use(what make() makes of queries), which stay as they are as long as blocks are read.
+  template <class Make, class Use>
+  void with(const float* queries, Make&& make, Use&& use) const {
+    const auto* const made = kept_->find<decltype(make())>(queries, make);
+    made != nullptr ? use(*made) : use(make());
   }
 
  private:
