@@ -119,24 +119,12 @@ struct OneOf {
   template <class Lanes>
   KVT_HD void logits(const Lanes& lanes, const std::byte* block, int n, const float* prepared, int m, float* out,
                      int stride) const noexcept {
-    visit([&](const auto& c) {
-      if constexpr (Lanes::size == 1) {
-        logits_alone(c, lanes, block, n, prepared, m, out, stride);
-      } else {
-        c.logits(lanes, block, n, prepared, m, out, stride);
-      }
-    });
+    visit([&](const auto& c) { c.logits(lanes, block, n, prepared, m, out, stride); });
   }
   template <class Lanes>
   KVT_HD void accumulate(const Lanes& lanes, const std::byte* block, int n, const float* weights, int m, int stride,
                          float* acc) const noexcept {
-    visit([&](const auto& c) {
-      if constexpr (Lanes::size == 1) {
-        accumulate_alone(c, lanes, block, n, weights, m, stride, acc);
-      } else {
-        c.accumulate(lanes, block, n, weights, m, stride, acc);
-      }
-    });
+    visit([&](const auto& c) { c.accumulate(lanes, block, n, weights, m, stride, acc); });
   }
   template <class Lanes>
   KVT_HD void finish(const Lanes& lanes, float* acc, float* out) const noexcept {
@@ -150,19 +138,6 @@ struct OneOf {
       if (index != i) return visit<i + 1>(std::forward<F>(f));
     }
     return f(std::get<i>(codecs));
-  }
-
- private:
-  // Functions of their own: all codecs in one have a frame of all their arrays, and few registers.
-  template <class Codec, class Lanes>
-  [[gnu::noinline]] static void logits_alone(const Codec& codec, const Lanes& lanes, const std::byte* block, int n,
-                                             const float* prepared, int m, float* out, int stride) noexcept {
-    codec.logits(lanes, block, n, prepared, m, out, stride);
-  }
-  template <class Codec, class Lanes>
-  [[gnu::noinline]] static void accumulate_alone(const Codec& codec, const Lanes& lanes, const std::byte* block, int n,
-                                                 const float* weights, int m, int stride, float* acc) noexcept {
-    codec.accumulate(lanes, block, n, weights, m, stride, acc);
   }
 };
 
