@@ -84,6 +84,8 @@ class KvCache {
       return error(Errc::bad_shape, "there are codecs for {} heads; the cache has {}", static_cast<double>(head_codecs.size()),
                    geometry.num_heads());
     }
+    KVT_TRY(codec_.validate());
+    for (const Codec& each : head_codecs) KVT_TRY(each.validate());
     return guarded([&] {
       auto* const memory = options.memory != nullptr ? options.memory : std::pmr::get_default_resource();
       std::pmr::vector<Head> heads(memory);

@@ -127,7 +127,7 @@ using Chosen = OneOf<Rotated<LowRank<Short<3, dim>>>, TurboQuantUnbiased<3, dim>
 
 template <class Residual>
 void use_low_rank(const void** kernels) {
-  use<EncodeLowRankWork<Rotated<LowRank<Residual>>, 128, Half>>(kernels);
+  use<EncodeBlocksWork<Rotated<LowRank<Residual>>, 128, Half>>(kernels);
 }
 
 }  // namespace

@@ -44,7 +44,7 @@ int check_blocks(const char* name) {
     std::vector<int> sizes(blocks);
     SimulatedDevice simulation;
     const Status status =
-        encode_low_rank<128>(simulation, codec, rows.data(), blocks, n, scratch.data(), simulated.data(), stride, sizes.data());
+        encode_blocks<128>(simulation, codec, rows.data(), blocks, n, scratch.data(), simulated.data(), stride, sizes.data());
     expect(status.ok(), "simulated", 0);
     if (!device::present()) continue;
     const device::Array<Half> given(rows);
@@ -52,7 +52,7 @@ int check_blocks(const char* name) {
     const device::Array<std::byte> out(simulated.size());
     const device::Array<int> bytes(sizes.size());
     cuda::Device real;
-    expect(encode_low_rank<128>(real, codec, given.data(), blocks, n, plain.data(), out.data(), stride, bytes.data()).ok(),
+    expect(encode_blocks<128>(real, codec, given.data(), blocks, n, plain.data(), out.data(), stride, bytes.data()).ok(),
            "launched", 0);
     device::finish_kernel();
     const auto have = out.values();

@@ -201,8 +201,8 @@ void run_low_rank() {
   std::vector<float> scratch(rows.size());
   std::vector<std::byte> block(static_cast<std::size_t>(codec.max_block_bytes(n))), expected(block.size());
   int bytes = 0;
-  REQUIRE(encode_low_rank<n>(device, codec, rows.data(), 1, n, scratch.data(), block.data(), codec.max_block_bytes(n), &bytes)
-              .ok());
+  REQUIRE(
+      encode_blocks<n>(device, codec, rows.data(), 1, n, scratch.data(), block.data(), codec.max_block_bytes(n), &bytes).ok());
   CHECK(bytes == codec.encode(floats.data(), n, expected.data()));
   CHECK(codec.rank(block.data()) == 1);
   CHECK(codec.rank(expected.data()) == 1);

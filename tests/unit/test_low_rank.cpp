@@ -261,3 +261,32 @@ TEST_CASE("a budget of bytes is used and never exceeded, also where blocks lose 
     CHECK(static_cast<double>(cache.memory().total()) >= 0.95 * static_cast<double>(most));
   }
 }
+
+TEST_CASE("a cache takes no codec whose options are out of range, and is as it was") {
+  using Key = OneOf<Rotated<Short<2, 64>>, Shifted<LowRank<Short<2, 64>>>>;
+  using Codec = KvCodec<Key, Rotated<LowRank<Short<2, 64>>>>;
+  const Geometry geometry{1, 2, 2, 64};
+  KvCache<Uniform, KeyDiff, Codec> cache;
+  REQUIRE(cache.init(geometry).ok());
+  const auto refused = [&](auto change) {
+    Codec wrong;
+    wrong.keys.index = 1;
+    change(wrong, std::get<1>(wrong.keys.codecs).codec);
+    const Codec heads[] = {Codec{}, wrong};
+    const Status status = cache.init({1, 1, 1, 64}, {}, std::span(heads).last(1)), mixed = cache.init(geometry, {}, heads);
+    CHECK(mixed.code == status.code);
+    CHECK(cache.geometry() == geometry);
+    KvCache<Uniform, KeyDiff, Codec> own({}, {}, wrong);
+    CHECK(own.init(geometry).code == status.code);
+    return status.code == Errc::bad_value;
+  };
+  CHECK(!refused([](Codec&, LowRankOptions&) {}));
+  REQUIRE(cache.init(geometry).ok());
+  for (const int index : {-1, 2}) CHECK(refused([&](Codec& c, LowRankOptions&) { c.keys.index = index; }));
+  for (const int rank : {-1, 33}) CHECK(refused([&](Codec&, LowRankOptions& o) { o.max_rank = rank; }));
+  for (const int bits : {0, 7, 15, 17, -3})
+    CHECK(refused([&](Codec& c, LowRankOptions&) { options(c.values).factor_bits = bits; }));
+  for (const float x : {1.f, -2.f, std::nanf(""), INFINITY}) {
+    CHECK(refused([&](Codec& c, LowRankOptions&) { options(c.values).error_per_bit = x; }));
+  }
+}

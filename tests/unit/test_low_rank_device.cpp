@@ -29,7 +29,7 @@ std::vector<std::vector<std::byte>> encode_on_device(const Codec& codec, const s
   std::vector<std::byte> out(static_cast<std::size_t>(blocks * stride), std::byte{0xee});
   std::vector<int> bytes(static_cast<std::size_t>(blocks), -1);
   REQUIRE(
-      encode_low_rank<max_rows>(device, codec, rows.data(), blocks, n, scratch.data(), out.data(), stride, bytes.data()).ok());
+      encode_blocks<max_rows>(device, codec, rows.data(), blocks, n, scratch.data(), out.data(), stride, bytes.data()).ok());
   std::vector<std::vector<std::byte>> all;
   for (int i = 0; i < blocks; ++i) {
     const int size = bytes[static_cast<std::size_t>(i)];
@@ -264,7 +264,7 @@ TEST_CASE("blocks that are too long, ranks and strides are refused") {
   std::byte out{};
   int bytes = 0;
   const auto encode = [&](int blocks, int n, long long stride) {
-    return encode_low_rank<128>(device, codec, &x, blocks, n, &scratch, &out, stride, &bytes).code;
+    return encode_blocks<128>(device, codec, &x, blocks, n, &scratch, &out, stride, &bytes).code;
   };
   CHECK(encode(1, 129, 1 << 20) == Errc::bad_shape);
   CHECK(encode(1, 0, 1 << 20) == Errc::bad_shape);

@@ -1,11 +1,13 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// BlockEncoder: a block of any codec, encoded by one block of threads.
+// BlockEncoder:    a block of any codec, encoded by one block of threads. Caches do so.
+// encode_blocks(): many of them, for those who keep blocks by themselves.
 //
 // Bytes are laid out as the host does it. They are the host's own where those do not depend on the lane group (Dense, GroupInt,
 // PerChannelInt, Trellis, and Shifted of these); LloydMax sums up a row in another order, and the last bit of a scale or a code
 // at a border may differ; for LowRank see low_rank_work.hpp.
+// A BlockEncoder has:
 //   warps      of a block of threads; more have nothing to do
 //   Shared     memory that they share
 //   Memory     more of it, which may be too large for a static size; may be empty
@@ -23,6 +25,7 @@
 #include "kvtailor/codec/per_channel_int.hpp"
 #include "kvtailor/codec/rotated.hpp"
 #include "kvtailor/codec/shifted.hpp"
+#include "kvtailor/core/device.hpp"
 
 namespace kvt::inline v0 {
 
@@ -143,5 +146,55 @@ struct BlockEncoder<OneOf<Codecs...>, max_rows> {
     });
   }
 };
+
+// A block of threads for each block of rows. T is Half, BFloat16 or float.
+template <class Codec, int max_rows, class T>
+struct EncodeBlocksWork {
+  using Encoder = BlockEncoder<Codec, max_rows>;
+  using Shared = typename Encoder::Shared;
+  using Memory = typename Encoder::Memory;
+  static constexpr int dim = Codec::head_dim, warps = Encoder::warps, blocks = 1,
+                       dynamic_bytes = static_cast<int>(sizeof(Memory));
+  static_assert(dynamic_bytes <= 152 << 10, "a multiprocessor of the A100 has no room for blocks of so many rows");
+
+  Codec codec;
+  const T* rows;   // [blocks, n, dim]
+  float* scratch;  // [blocks, n, dim]
+  int n;
+  std::byte* out;  // block i at i * stride
+  long long stride;
+  int* bytes;  // [blocks], of each block
+
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int index, Shared& shared, std::byte* dynamic) const {
+    using Lanes = typename Block::Lanes;
+    const T* const from = rows + static_cast<long long>(index) * n * dim;
+    float* const own = scratch + static_cast<long long>(index) * n * dim;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      lanes.each([&](int lane) {
+        for (int i = warp * Lanes::size + lane; i < n * dim; i += warps * Lanes::size) own[i] = to_float(from[i]);
+      });
+    });
+    const int size = Encoder::encode(block, codec, own, n, out + index * stride, shared, *reinterpret_cast<Memory*>(dynamic));
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      if (warp == 0) lanes.once([&] { bytes[index] = size; });
+    });
+  }
+};
+
+// Encodes `blocks` blocks of n <= max_rows rows each, all in memory of the device: rows [blocks, n, head_dim]; block i to
+// out + i * stride, its size to bytes[i]; scratch [blocks, n, head_dim]. stride >= codec.max_block_bytes(n). Rows are finite
+// and no longer than codec.max_row_norm(), as on the host; others come back finite.
+template <int max_rows, class Codec, class T, class Device>
+Status encode_blocks(Device& device, const Codec& codec, const T* rows, int blocks, int n, float* scratch, std::byte* out,
+                     long long stride, int* bytes) {
+  KVT_TRY(validate(codec));
+  if (blocks < 0 || n < 1 || n > max_rows)
+    return error(Errc::bad_shape, "blocks of {} rows; {} is the most", static_cast<double>(n), max_rows);
+  if (stride < codec.max_block_bytes(n))
+    return error(Errc::bad_shape, "{} bytes for blocks that may take {}", static_cast<double>(stride),
+                 static_cast<double>(codec.max_block_bytes(n)));
+  return device.launch(EncodeBlocksWork<Codec, max_rows, T>{codec, rows, scratch, n, out, stride, bytes}, blocks);
+}
 
 }  // namespace kvt::inline v0

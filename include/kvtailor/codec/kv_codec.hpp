@@ -59,6 +59,10 @@ struct KvCodec {
   [[no_unique_address]] Value values = {};
 
   bool row_wise() const noexcept { return is_row_wise(keys) && is_row_wise(values); }
+  Status validate() const {
+    KVT_TRY(kvt::validate(keys));
+    return kvt::validate(values);
+  }
 };
 
 template <StorageCodec... Codecs>
@@ -71,10 +75,15 @@ struct OneOf {
   static constexpr int max_basis_dim = std::max({kvt::max_basis_dim<Codecs>...});
 
   int index = 0;  // 0 .. size - 1
-  [[no_unique_address]] codec_types codecs = {};
+  // Given one by one: in a tuple that makes its own, GCC 12 makes zeros of all fields behind a codec without any.
+  [[no_unique_address]] codec_types codecs = codec_types(Codecs{}...);
 
   bool row_wise() const noexcept {
     return visit([](const auto& c) { return is_row_wise(c); });
+  }
+  Status validate() const {
+    if (index < 0 || index >= size) return error(Errc::bad_value, "codec {} was chosen, of {}", index, size);
+    return visit([](const auto& c) { return kvt::validate(c); });
   }
   KVT_HD int erased_bytes_bound(const std::byte* block, int n, int left) const {
     return visit([&](const auto& c) { return kvt::erased_bytes_bound(c, block, n, left); });

@@ -43,13 +43,28 @@ enum class RankRule {
 };
 
 struct LowRankOptions {
+  static constexpr int most_rank = 32;
+
   Loop loop = Loop::closed;
   RankRule rule = RankRule::rate_distortion;
   Shrinkage shrinkage = Shrinkage::frobenius;
-  int max_rank = 16;    // 0 .. 32
+  int max_rank = 16;    // 0 .. most_rank
   int factor_bits = 4;  // of bbp: 1 .. 6, or 16
   float error_per_bit =
-      3.5f;  // of rate_distortion: by what a bit more divides the error of a residual; less spends more on factors
+      3.5f;  // of rate_distortion: by what a bit more divides the error of a residual; less spends more on factors. Above 1
+
+  Status validate() const {
+    if (max_rank < 0 || max_rank > most_rank)
+      return error(Errc::bad_value, "max_rank is {}; it must be 0 to {}", max_rank, most_rank);
+    if ((factor_bits < 1 || factor_bits > 6) && factor_bits != 16) {
+      return error(Errc::bad_value, "factor_bits is {}; it must be 1 to 6, or 16", factor_bits);
+    }
+    if (!(error_per_bit > 1 && error_per_bit < 1e6f)) {
+      return error(Errc::bad_value, "error_per_bit is {}; it must be above 1 and below {}", static_cast<double>(error_per_bit),
+                   1e6);
+    }
+    return success();
+  }
 };
 
 namespace detail {
@@ -395,9 +410,9 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   }
   // Of any options whose factors have levels.
   static constexpr int most_block_bytes(int n) {
-    constexpr int most_pairs = 32, bits = detail::FactorRun::max_bits;
+    constexpr int bits = detail::FactorRun::max_bits;
     const int pair = 5 + detail::FactorRun::bytes(dim, bits) + detail::FactorRun::bytes(n, bits);
-    return padded(2 + most_pairs * pair) + Residual{}.max_block_bytes(n);
+    return padded(2 + most_rank * pair) + Residual{}.max_block_bytes(n);
   }
   // What is left of a row by coded factors may be a little longer than the row; a block where it is too long has rank 0.
   double max_row_norm() const { return std::min(static_cast<double>(residual.max_row_norm()), 65504.0 * std::sqrt(dim * 1.0)); }
@@ -456,7 +471,7 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
   }
 
   // All survivors cost the same. Looks at the first erased_head bytes alone.
-  static constexpr int erased_head = 2 + 5 * 32;
+  static constexpr int erased_head = 2 + 5 * most_rank;
   KVT_HD int erased_bytes_bound(const std::byte* block, int n, int left) const {
     const Parts parts(block, n);
     int bytes = static_cast<int>(parts.left_codes - parts.bytes);

@@ -1,8 +1,7 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Blocks of LowRank, encoded on a device: its BlockEncoder, for caches; EncodeLowRankWork, by one block of threads each, and
-// encode_low_rank(), which launches it.
+// The BlockEncoder of LowRank.
 //
 // The smaller side of a block, its rows or its columns, is rotated pair by pair until all are at right angles. Their lengths
 // are then the singular values. There is no Gram matrix, which would square their range: in fp32 a value is off by 1.2e-5 of
@@ -24,7 +23,7 @@ namespace detail {
 template <class Residual, int max_rows>
 class LowRankEncoder {
  public:
-  static constexpr int dim = Residual::head_dim, warps = 16, max_pairs = 32;
+  static constexpr int dim = Residual::head_dim, warps = 16, max_pairs = LowRankOptions::most_rank;
   static constexpr int most = max_rows < dim ? max_rows : dim, length = max_rows < dim ? dim : max_rows;  // vectors, of theirs
   static constexpr int row_warps = std::clamp(std::max(max_pairs * dim, 8704) / Residual::scratch_floats, 1, warps);  // that
   // encode rows of the residual
@@ -465,58 +464,5 @@ struct BlockEncoder<LowRank<Residual>, max_rows> {
     return bytes;
   }
 };
-
-// One block of threads for each block of rows. Codec is LowRank, or Rotated<LowRank>, of a residual codec whose rows are
-// encoded one by one; T is Half, BFloat16 or float.
-template <class Codec, int max_rows, class T>
-struct EncodeLowRankWork {
-  using Encoder = detail::LowRankEncoder<decltype(Codec::residual), max_rows>;
-  using Shared = typename Encoder::Shared;
-  using Memory = typename Encoder::Memory;
-  static constexpr int dim = Codec::head_dim, warps = Encoder::warps, blocks = 1,
-                       dynamic_bytes = static_cast<int>(sizeof(Memory));
-  static_assert(dynamic_bytes <= 152 << 10, "a multiprocessor of the A100 has no room for blocks of so many rows");
-
-  Codec codec;
-  double max_row_norm;  // of the residual codec
-  const T* rows;        // [blocks, n, dim]
-  float* plain;         // [blocks, n, dim]: rows in the codec's basis
-  int n;
-  std::byte* out;  // block i at i * stride
-  long long stride;
-  int* bytes;  // [blocks], of each block
-
-  template <class Block>
-  KVT_HD void operator()(const Block& block, int index, Shared& shared, std::byte* dynamic) const {
-    using Lanes = typename Block::Lanes;
-    Memory& memory = *reinterpret_cast<Memory*>(dynamic);
-    const long long first = static_cast<long long>(index) * n * dim;
-    detail::load_rows<Codec>(block, rows + first, n, memory.factors.row, plain + first);
-    const Encoder encoder{codec, max_row_norm, plain + first, n, out + index * stride, shared, memory};
-    const int size = encoder.encode(block);
-    block.each_warp([&](const Lanes& lanes, int warp) {
-      if (warp == 0) lanes.once([&] { bytes[index] = size; });
-    });
-  }
-};
-
-// Encodes `blocks` blocks of n <= max_rows rows each, all in memory of the device: rows [blocks, n, head_dim]; block i to
-// out + i * stride, its size to bytes[i]; scratch [blocks, n, head_dim]. stride >= codec.max_block_bytes(n). Rows are finite
-// and no longer than codec.max_row_norm(), as on the host; others come back finite.
-template <int max_rows, class Codec, class T, class Device>
-Status encode_low_rank(Device& device, const Codec& codec, const T* rows, int blocks, int n, float* scratch, std::byte* out,
-                       long long stride, int* bytes) {
-  using Work = EncodeLowRankWork<Codec, max_rows, T>;
-  const auto& options = static_cast<const LowRankOptions&>(codec);
-  if (blocks < 0 || n < 1 || n > max_rows)
-    return error(Errc::bad_shape, "blocks of {} rows; {} is the most", static_cast<double>(n), max_rows);
-  if (options.max_rank < 0 || options.max_rank > Work::Encoder::max_pairs)
-    return error(Errc::bad_value, "a rank of {}; {} is the most", static_cast<double>(options.max_rank), 32);
-  if (stride < codec.max_block_bytes(n))
-    return error(Errc::bad_shape, "{} bytes for blocks that may take {}", static_cast<double>(stride),
-                 static_cast<double>(codec.max_block_bytes(n)));
-  return device.launch(Work{codec, static_cast<double>(codec.residual.max_row_norm()), rows, scratch, n, out, stride, bytes},
-                       blocks);
-}
 
 }  // namespace kvt::inline v0

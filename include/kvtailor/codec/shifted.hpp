@@ -27,6 +27,7 @@ struct Shifted : PlainBasis<Codec::head_dim> {
   [[no_unique_address]] Codec codec = {};
 
   KVT_HD int max_block_bytes(int n) const { return mean_bytes + codec.max_block_bytes(n); }
+  Status validate() const { return kvt::validate(codec); }
   // A mean is not longer than the longest row, nor is a row without it twice as long; an element of it has to fit fp16.
   double max_row_norm() const { return std::min(0.5 * static_cast<double>(codec.max_row_norm()), 65504.0); }
 

@@ -10,6 +10,7 @@
 
 #include "kvtailor/core/evidence.hpp"
 #include "kvtailor/core/lanes.hpp"
+#include "kvtailor/core/status.hpp"
 
 namespace kvt::inline v0 {
 
@@ -92,6 +93,17 @@ KVT_HD constexpr int basis_dim(const C& codec) {
     return codec.basis_dim();
   } else {
     return C::head_dim;
+  }
+}
+
+// Whether the fields of a codec are what they may be. One with fields that may not has a function of this name, which caches
+// ask before they take a codec.
+template <StorageCodec C>
+Status validate(const C& codec) {
+  if constexpr (requires { codec.validate(); }) {
+    return codec.validate();
+  } else {
+    return success();
   }
 }
 

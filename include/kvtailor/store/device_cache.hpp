@@ -155,6 +155,8 @@ class DeviceCache {
       return error(Errc::bad_shape, "there are codecs for {} heads; the cache has {}, and only blocks are of one's own codec",
                    static_cast<double>(head_codecs.size()), geometry.num_heads());
     }
+    KVT_TRY(codec.validate());
+    for (const Codec& each : head_codecs) KVT_TRY(each.validate());
     int record = 0;  // the most bytes of one
     if constexpr (in_blocks) {
       for (const Codec& each : head_codecs.empty() ? std::span(&codec, 1) : head_codecs) {
