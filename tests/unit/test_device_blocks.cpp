@@ -335,6 +335,9 @@ TEST_CASE("what a stream of blocks has no room for is refused") {
   codec.keys.rule = RankRule::bbp;
   codec.keys.factor_bits = 16;
   CHECK(cache.init(device, pool, shape<Codec>(), {}, codec).code == Errc::bad_value);
+  Codec wide;
+  wide.values.max_rank = 33;
+  CHECK(cache.init(device, pool, shape<Codec>(), {}, wide).code == Errc::bad_value);
   const std::vector<Codec> few(3);
   CHECK(cache.init(device, pool, shape<Codec>(), {}, {}, few).code == Errc::bad_shape);
   REQUIRE(cache.init(device, pool, shape<Codec>(), {sink_rows, recent_rows, 600, 1000}).ok());
