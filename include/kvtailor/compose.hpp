@@ -305,7 +305,7 @@ inline std::string parse_codec(std::string_view text, bool keys, CodecChoice& ou
     } else if (key == "bits") {
       known = read_number(value, 1, 16, o.factor_bits) && (o.factor_bits <= 6 || o.factor_bits == 16);
     } else {
-      known = (key == "rank" && read_number(value, 0, 32, o.max_rank)) ||
+      known = (key == "rank" && read_number(value, 0, LowRankOptions::most_rank, o.max_rank)) ||
               (key == "per_bit" && read_number(value, 1.5f, 20.f, o.error_per_bit));
     }
     if (!known) {
