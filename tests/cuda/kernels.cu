@@ -156,7 +156,11 @@ void use_kernels(const void** kernels) {
   use_plain<Rotated<Q4_1<64>>, Q5_0<64>>(kernels);
   use_plain<TurboQuant<4, 40>>(kernels);
   use_plain<TurboQuantUnbiased<3, 256>>(kernels);
-  use_decode<Rotated<Trellis<2, 128>>, Rotated<Trellis<3, 128>>>(kernels);
+  use_decode<Rotated<Trellis<2, 128, 6>>, Rotated<Trellis<2, 128, 6>>>(kernels);
+  use_plain<Rotated<Trellis<2, 64>>, Rotated<Trellis<1, 64>>>(kernels);
+  use_plain<Rotated<Trellis<2, 128>>>(kernels);
+  use_plain<Rotated<Trellis<3, 128>>, TurboQuant<4, 128>>(kernels);
+  use_plain<Rotated<Trellis<4, 256>>, Rotated<Trellis<3, 256>>>(kernels);
   use_blocks<Rotated<LowRank<Short<2, 128>>>>(kernels);
   use_blocks<KiviKeys<2, 64>, KiviValues<2, 64>>(kernels);
   use_blocks<Chosen<256>>(kernels);

@@ -106,7 +106,7 @@ template <int bits>
 int check_by_hand() {
   using Problem = reference::DecodeProblem<reference::TensorCodec<bits, bits, by_hand::dim>>;
   using Key = typename Problem::Key;
-  using Fragments = typename FragmentsOf<Key>::type;
+  using Fragments = typename FragmentsOf<Key>::Keys;
   constexpr int dim = by_hand::dim, entries = 4;
   // As many slices each, so that shares are whole entries.
   const reference::DecodeCase alike{{700, 673, 704, 680}, {1, 1, 1, 1}, 8, entries};

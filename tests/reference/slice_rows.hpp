@@ -36,6 +36,18 @@ int host_element(const TurboQuant<bits, size>&, const std::byte* block, int n, i
   Codec{}.copy_row(block, n, row, own, 1, 0);
   return Codec::code_at(reinterpret_cast<const unsigned char*>(own) + Codec::scale_bytes, d);
 }
+template <int bits, int size, int window, class Scale>
+int host_element(const Rotated<Trellis<bits, size, window, Scale>>&, const std::byte* block, int n, int row, int d) {
+  using Codec = Trellis<bits, size, window, Scale>;
+  std::byte own[Codec::row_bytes];
+  Codec{}.copy_row(block, n, row, own, 1, 0);
+  const int at = Codec::first_bit(d);
+  int code = 0;
+  for (int b = 0; b < bits; ++b) {
+    code |= (std::to_integer<int>(own[Codec::scale_bytes + (at + b) / 8]) >> (at + b) % 8 & 1) << b;
+  }
+  return code;
+}
 template <int size>
 int host_element(const Dense<Half, size>&, const std::byte* block, int, int row, int d) {
   Half x;
@@ -109,13 +121,10 @@ struct SliceRows {
         if (Layout::template element<true>(to, row, d) != key(row, d)) lost("keys");
         if (Layout::template element<false>(to, row, d) != value(row, d)) lost("values");
       }
-      Half scale[2] = {};
-      if (row < here) {
-        std::memcpy(&scale[0], key_block + 2 * (first + row), 2);
-        std::memcpy(&scale[1], value_block + 2 * (first + row), 2);
-      }
-      if (Layout::Keys::scaled) std::memcpy(to + Layout::key_scale_at(row), &scale[0], 2);
-      if (Layout::Values::scaled) std::memcpy(to + Layout::value_scale_at(row), &scale[1], 2);
+      constexpr std::byte zero[2] = {};
+      const auto scale = [&](const std::byte* block, int bytes) { return row < here ? block + bytes * (first + row) : zero; };
+      Layout::template write_scale<true>(to, row, scale(key_block, Layout::Keys::scale_bytes));
+      Layout::template write_scale<false>(to, row, scale(value_block, Layout::Values::scale_bytes));
     }
   }
   static void lost(const char* what) {

@@ -167,9 +167,9 @@ struct Twin {
           if constexpr (std::is_same_v<One, typename Cache<Codec>::Plain>) {
             for (int d = 0; d < dim; ++d) decoded[d] = to_float(Half{static_cast<std::uint16_t>(code(d))});
           } else {
-            Half scale;
-            std::memcpy(&scale, from + (key ? Body::key_scale_at(row) : Body::value_scale_at(row)), 2);
-            for (int d = 0; d < dim; ++d) decoded[d] = typename One::Levels{}.value[code(d)] * (One::unit * to_float(scale));
+            typename FragmentsOf<One>::Scale scale;
+            key ? Body::template read_scale<true>(from, row, &scale) : Body::template read_scale<false>(from, row, &scale);
+            for (int d = 0; d < dim; ++d) decoded[d] = FragmentsOf<One>::value(code, d) * to_float(scale);
             One::Rotate::inverse(Serial{}, decoded);
           }
         }

@@ -149,12 +149,12 @@ void check_same(const Host<Codec>& host, const Cache<Codec>& cache) {
               different += Body::template element<false>(at, row, d) !=
                            reference::host_element(Value{}, block.values(), block.rows, i, d);
             }
-            if constexpr (Body::Keys::scaled) {
-              different += std::memcmp(at + Body::key_scale_at(row), block.keys() + 2 * i, 2) != 0;
-            }
-            if constexpr (Body::Values::scaled) {
-              different += std::memcmp(at + Body::value_scale_at(row), block.values() + 2 * i, 2) != 0;
-            }
+            std::byte scale[2];
+            constexpr int key_bytes = Body::Keys::scale_bytes, value_bytes = Body::Values::scale_bytes;
+            Body::template read_scale<true>(at, row, scale);
+            different += std::memcmp(scale, block.keys() + key_bytes * i, key_bytes) != 0;
+            Body::template read_scale<false>(at, row, scale);
+            different += std::memcmp(scale, block.values() + value_bytes * i, value_bytes) != 0;
           } else {
             std::byte own[2][Key::row_bytes + Value::row_bytes];
             Key{}.copy_row(at + row * Key::row_bytes, 1, 0, own[0], 1, 0);

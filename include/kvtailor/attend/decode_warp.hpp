@@ -49,8 +49,9 @@ struct QueryFragments {
   float unit[8];
 
   // prepared [m, dim], m <= 8: in the codec's basis, times scale and log2(e). A warp's share of the words. rest: gets the words
-  // of what rounding leaves, in the same units; both together are right to 2^-25 of a vector's largest element.
-  template <class Lanes>
+  // of what rounding leaves, in the same units; both together are right to 2^-25 of a vector's largest element. Keys: fragments
+  // that say which dims lie where.
+  template <class Keys, class Lanes>
   KVT_HD void pack(const Lanes& lanes, const float* prepared, int m, int warp = 0, int warps = 1,
                    QueryFragments* rest = nullptr) {
     auto largest = map(lanes, [&](int lane) {
@@ -70,12 +71,13 @@ struct QueryFragments {
           if (warp == 0 && lane % 4 == 0) unit[vector] = power;
           for (int k = warp; k < dim / 16; k += warps) {
             for (int i = 0; i < 2; ++i) {
-              const float* const from = prepared + vector * dim + 16 * k + 8 * i + 2 * (lane % 4);
-              const std::uint32_t both = vector < m ? pack_halves(from[0] * inverse, from[1] * inverse) : 0;
+              const auto element = [&](int h) {
+                return prepared[vector * dim + Keys::template place<true>(lane, k, 2 * i, h).dim] * inverse;
+              };
+              const std::uint32_t both = vector < m ? pack_halves(element(0), element(1)) : 0;
               word[k][i][lane] = both;
               if (rest == nullptr) continue;
-              rest->word[k][i][lane] =
-                  vector < m ? pack_halves(from[0] * inverse - low_half(both), from[1] * inverse - high_half(both)) : 0;
+              rest->word[k][i][lane] = vector < m ? pack_halves(element(0) - low_half(both), element(1) - high_half(both)) : 0;
             }
           }
           return 0;
@@ -131,11 +133,9 @@ class DecodeWarp {
   static constexpr bool converted_early =
       width == 8 && (Layout::table_bytes > 0 || (Keys::words % 4 == 0 && Values::words % 4 == 0));
   template <class Fragments>
-  static constexpr bool halved = dim > 192 && !Fragments::streamed;
+  static constexpr bool halved = read_by_halves<dim> && !Fragments::streamed;
   template <class Fragments>
-  static constexpr int kept = Fragments::streamed ? 1
-                              : halved<Fragments> ? Fragments::words / 2
-                                                  : Fragments::words;
+  static constexpr int kept = Fragments::streamed ? 1 : (Fragments::words + Fragments::followers) / (halved<Fragments> ? 2 : 1);
 
   // Attends to slices first, first + step, ... below last. table: Layout::table_bytes, filled.
   KVT_HD void run(const Lanes& lanes, const SlicePages pages, const Queries& query, const std::byte* table, int first, int last,
@@ -165,10 +165,11 @@ class DecodeWarp {
       const Place next = more ? locate(slice + step) : at;
       Reg<Float4> logit[eights][2];
       multiply_keys(lanes, at.words, keys, table, query, logit);
-      const Reg<Float4> key_scale = row_scales(lanes, scales[0], scales[1]);
-      const Reg<std::uint32_t> value_words[2] = {scales[2], scales[3]};
+      const Reg<Float4> key_scale = row_scales<Keys>(lanes, scales);
+      constexpr int own = Layout::value_scale_word;
+      const Reg<std::uint32_t> value_words[2] = {scales[own], scales[own + 1]};
       Reg<Float4> value_scale;
-      if constexpr (converted_early) value_scale = row_scales(lanes, value_words[0], value_words[1]);
+      if constexpr (converted_early) value_scale = row_scales<Values>(lanes, value_words);
       if constexpr (!ahead) fetch<Values>(lanes, values_of(lanes, at), values);
       if (ahead && more) {
         fetch<Keys>(lanes, next.words, keys);
@@ -182,7 +183,7 @@ class DecodeWarp {
         }
         hide_or_raise(lanes, slice == rows / slice_rows, rows % slice_rows, v, logit[v]);
       }
-      if constexpr (!converted_early) value_scale = row_scales(lanes, value_words[0], value_words[1]);
+      if constexpr (!converted_early) value_scale = row_scales<Values>(lanes, value_words);
       Reg<std::uint32_t> weight[eights][2][2];
       KVT_UNROLL_ON_DEVICE
       for (int v = 0; v < eights; ++v) to_weights(lanes, value_scale, logit[v], v, weight[v]);
@@ -236,12 +237,10 @@ class DecodeWarp {
             lanes,
             [&](int lane, const Float4& x) {
               const int vector = 8 * v + lane % 4 * 2;
-              float* const to = rows + vector * dim + 16 * k + lane / 4;
-              const float by0 = factor[vector] * Values::unit, by1 = factor[vector + 1] * Values::unit;
-              to[0] = x.x[0] * by0 + (add ? to[0] : 0.f);
-              to[dim] = x.x[1] * by1 + (add ? to[dim] : 0.f);
-              to[8] = x.x[2] * by0 + (add ? to[8] : 0.f);
-              to[dim + 8] = x.x[3] * by1 + (add ? to[dim + 8] : 0.f);
+              for (int i = 0; i < 4; ++i) {
+                float& to = rows[(vector + i % 2) * dim + Values::template place<false>(lane, k, i / 2, 0).dim];
+                to = x.x[i] * (factor[vector + i % 2] * Values::unit) + (add ? to : 0.f);
+              }
               return 0;
             },
             acc_[v][k]);
@@ -276,18 +275,20 @@ class DecodeWarp {
       Fragments::unpack(lanes, words, tile, table, a);
     }
   }
-  // Of rows g, g + 8, g + 16 and g + 24: keys in the first two words, values in the others.
+  // Of rows g, g + 8, g + 16 and g + 24: keys in the first words, values in those from Layout::value_scale_word on.
   KVT_HD KVT_INLINE static void load_scales(const Lanes& lanes, const Place& at, Reg<std::uint32_t>* to) {
-    if constexpr (Layout::scale_words > 0) load_words<Layout::scale_words>(lanes, at.scales, to + (Keys::scaled ? 0 : 2));
+    if constexpr (Layout::scale_words > 0) load_words<Layout::scale_words>(lanes, at.scales, to);
   }
-  KVT_HD KVT_INLINE static Reg<Float4> row_scales(const Lanes& lanes, const Reg<std::uint32_t>& even,
-                                                  const Reg<std::uint32_t>& odd) {
+  template <class Fragments>
+  KVT_HD KVT_INLINE static Reg<Float4> row_scales(const Lanes& lanes, const Reg<std::uint32_t>* words) {
     return map(
-        lanes,
-        [](int, std::uint32_t x, std::uint32_t y) {
-          return Float4{{low_half(x), high_half(x), low_half(y), high_half(y)}};
-        },
-        even, odd);
+        lanes, [](int, std::uint32_t first, std::uint32_t second) { return Fragments::scales(first, second); }, words[0],
+        words[1]);
+  }
+  // Words of other lanes that registers need, once those of the slice, or of 16 rows, are there.
+  template <class Fragments>
+  KVT_HD KVT_INLINE static void follow(const Lanes& lanes, Reg<std::uint32_t>* words) {
+    if constexpr (Fragments::followers > 0) Fragments::follow(lanes, words);
   }
 
   KVT_HD void start(const Lanes& lanes, const Queries& query) {
@@ -315,9 +316,11 @@ class DecodeWarp {
       KVT_LOOP_ON_DEVICE
       for (int half = 0; half < 2; ++half) {
         Layout::template load_half<Fragments>(lanes, from, half, words);
+        follow<Fragments>(lanes, words);
         multiply(half, 0);
       }
     } else {
+      follow<Fragments>(lanes, words);
       multiply(0, 0);
       multiply(1, across);
     }
@@ -349,6 +352,7 @@ class DecodeWarp {
         for (int v = 0; v < eights; ++v) (half == 0 ? logit[v][0] : logit[v][1]) = sum[v];
       });
     } else {  // two sums in turn: neither waits for its own last product
+      follow<Keys>(lanes, words);
       for (auto& each : logit) each[0] = each[1] = zero;
       KVT_UNROLL_ON_DEVICE
       for (int k = 0; k < across; ++k) {

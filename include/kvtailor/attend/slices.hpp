@@ -6,17 +6,20 @@
 //
 //   DenseFragments<dim>          fp16 elements
 //   CodeFragments<bits, dim>     codes of LloydMax, 1 .. 6 bits
+//   TrellisFragments             see trellis_fragments.hpp
 //   SliceLayout<Keys, Values>    key words, value words, scales of keys and values
 //
-// Tile s of a slice are rows 16 j .. 16 j + 15 and dims 16 k .. 16 k + 15, s = j dim / 16 + k: a fragment A of keys (rows by
-// dims), and of transposed values (dims by rows). What a lane has of a slice is `words` 32-bit words, kept so that four (then
-// two, then one) of them are one load of the warp. Codes are the host's codes: see pack() and code().
+// Tile s of a slice are rows 16 j .. 16 j + 15 and 16 dims, s = j dim / 16 + k: a fragment A of keys (rows by dims), and of
+// transposed values (dims by rows). Which dims they are is the affair of the fragments: see InOrder. What a lane has of a slice
+// is `words` 32-bit words, kept so that four (then two, then one) of them are one load of the warp. Codes are the host's codes:
+// see pack() and code().
 #pragma once
 
 #include <cstddef>
 #include <cstdint>
 
 #include "kvtailor/codec/lloyd_max.hpp"
+#include "kvtailor/codec/log_scale.hpp"
 #include "kvtailor/core/fragments.hpp"
 
 namespace kvt::inline v0 {
@@ -24,26 +27,72 @@ namespace kvt::inline v0 {
 inline constexpr int slice_rows = 32;
 struct SlicePages;
 
-// Where a half of a fragment's register lies in a slice.
+// An element of a slice, and the half of a fragment's register that it is.
 struct SlicePlace {
   int row, dim;
 };
+struct FragmentPlace {
+  int lane, tile, i, h;
+};
+
+// Dims 16 k .. 16 k + 15 in their order.
 template <int dim>
-KVT_HD KVT_INLINE SlicePlace key_place(int lane, int tile, int i, int h) {
-  constexpr int across = dim / 16;
-  return {tile / across * 16 + lane / 4 + 8 * (i % 2), tile % across * 16 + 2 * (lane % 4) + 8 * (i / 2) + h};
-}
+struct InOrder {
+  template <bool keys>
+  KVT_HD KVT_INLINE static constexpr SlicePlace place(int lane, int tile, int i, int h) {
+    constexpr int across = dim / 16;
+    const int left = lane / 4 + 8 * (i % 2), right = 2 * (lane % 4) + 8 * (i / 2) + h;  // of the fragment
+    return {tile / across * 16 + (keys ? left : right), tile % across * 16 + (keys ? right : left)};
+  }
+  template <bool keys>
+  KVT_HD KVT_INLINE static constexpr FragmentPlace find(int row, int d) {
+    const int left = keys ? row : d, right = keys ? d : row;
+    return {left % 8 * 4 + right % 8 / 2, row / 16 * (dim / 16) + d / 16, left % 16 / 8 + right % 16 / 8 * 2, right % 2};
+  }
+};
+
+// Scales of rows g, g + 8, g + 16 and g + 24 in one word or two, as floats over `unit`.
+template <class Scale, int unit>
+struct SliceScales {
+  static constexpr int scale_bytes = static_cast<int>(sizeof(Scale)), scale_words = scale_bytes;
+  static constexpr bool scaled = true;
+
+  KVT_HD KVT_INLINE static Float4 scales(std::uint32_t first, std::uint32_t second) {
+    constexpr float over = 1.f / unit;
+    return {{low_half(first) * over, high_half(first) * over, low_half(second) * over, high_half(second) * over}};
+  }
+};
+template <int unit>
+struct SliceScales<LogScale, unit> {
+  static constexpr int scale_bytes = 1, scale_words = 1;
+  static constexpr bool scaled = true;
+
+  KVT_HD KVT_INLINE static Float4 scales(std::uint32_t all, std::uint32_t) {
+    constexpr float power = unit == 8 ? 3.f : 0.f;
+    static_assert(unit == 1 || unit == 8);
+    Float4 x;
+    KVT_UNROLL_ON_DEVICE
+    for (int i = 0; i < 4; ++i) {
+      const std::uint32_t bits = all >> (8 * i) & 0xffu;
+      x.x[i] = bits == 0 ? 0.f : fast_exp2(static_cast<float>(bits) * .125f - (16.f + power));
+    }
+    return x;
+  }
+};
+struct NoScales {
+  static constexpr int scale_bytes = 0, scale_words = 0;
+  static constexpr bool scaled = false;
+  KVT_HD KVT_INLINE static Float4 scales(std::uint32_t, std::uint32_t) { return {{1, 1, 1, 1}}; }
+};
+
+// Of the largest heads, words of 16 rows are read at a time.
 template <int dim>
-KVT_HD KVT_INLINE SlicePlace value_place(int lane, int tile, int i, int h) {
-  constexpr int across = dim / 16;
-  return {tile / across * 16 + 2 * (lane % 4) + 8 * (i / 2) + h, tile % across * 16 + lane / 4 + 8 * (i % 2)};
-}
+inline constexpr bool read_by_halves = dim > 192;
 
 template <int size>
-struct DenseFragments {
+struct DenseFragments : InOrder<size>, NoScales {
   static_assert(size % 16 == 0);
-  static constexpr int dim = size, tiles = dim / 8, words = 4 * tiles, table_entries = 0, element_bits = 16;
-  static constexpr bool scaled = false;
+  static constexpr int dim = size, tiles = dim / 8, words = 4 * tiles, followers = 0, table_entries = 0, element_bits = 16;
   static constexpr bool streamed = true;  // too many words to hold those of the next slice
   static constexpr float unit = 1;        // what registers are multiplied by
 
@@ -77,11 +126,11 @@ struct DenseFragments {
 // many as fit lie in a word from the low bits up, and two bits of each word that are left over make up the last fields of four
 // tiles, so that nothing is wasted.
 template <int bits, int size>
-struct CodeFragments {
+struct CodeFragments : InOrder<size>, SliceScales<Half, 1> {
   static_assert(bits >= 1 && bits <= 6 && size % 16 == 0);
   using Codes = LloydMax<bits, size>;
-  static constexpr int dim = size, tiles = dim / 8, element_bits = bits;
-  static constexpr bool scaled = true, streamed = false;
+  static constexpr int dim = size, tiles = dim / 8, followers = 0, element_bits = bits;
+  static constexpr bool streamed = false;
   static constexpr bool arithmetic = bits <= 2, in_pairs = bits == 3 || bits == 4;
 
  private:
@@ -136,7 +185,7 @@ struct CodeFragments {
         a[i] = look_up(lanes, word, tile, i, table);
       } else {
         a[i] = map(
-            lanes, [](int, std::uint32_t low, std::uint32_t high) { return low_and_high(low, high); },
+            lanes, [](int, std::uint32_t low, std::uint32_t high) { return join_halves<false, true>(low, high); },
             look_up(lanes, word, tile, 2 * i, table), look_up(lanes, word, tile, 2 * i + 1, table));
       }
     }
@@ -151,7 +200,7 @@ struct CodeFragments {
       for (int k = 0; k < per_word * 8; ++k) {
         const int tile = per_word * w + k / 8, i = k / 2 % 4, h = k % 2, own = tile < tiles ? code(tile, i, h) : -1;
         for (int b = 0; b < bits && own >= 0; ++b) {
-          word |= static_cast<std::uint32_t>(signs_first(own) >> b & 1) << place(tile, i, h, b) % 32;
+          word |= static_cast<std::uint32_t>(signs_first(own) >> b & 1) << bit_of(tile, i, h, b) % 32;
         }
       }
     } else {
@@ -176,7 +225,7 @@ struct CodeFragments {
   KVT_HD KVT_INLINE static int code(Word&& word, int tile, int i, int h) {
     int code = 0;
     for (int b = 0; b < bits; ++b) {
-      const int at = place(tile, i, h, b);
+      const int at = bit_of(tile, i, h, b);
       code |= static_cast<int>(word(at / 32) >> at % 32 & 1u) << b;
     }
     return arithmetic ? signs_last(code) : code;
@@ -184,7 +233,7 @@ struct CodeFragments {
   static void codes(const std::uint32_t (*word)[32], int tile, int i, int h, int* code) {
     for (int lane = 0; lane < 32; ++lane) code[lane] = 0;
     for (int b = 0; b < bits; ++b) {
-      const int at = place(tile, i, h, b), turn = at % 32;
+      const int at = bit_of(tile, i, h, b), turn = at % 32;
       for (int lane = 0; lane < 32; ++lane) code[lane] |= static_cast<int>(word[at / 32][lane] >> turn & 1u) << b;
     }
     for (int lane = 0; lane < 32 && arithmetic; ++lane) code[lane] = signs_last(code[lane]);
@@ -195,7 +244,7 @@ struct CodeFragments {
       stored[lane] = static_cast<std::uint32_t>(arithmetic ? signs_first(code[lane]) : code[lane]);
     }
     for (int b = 0; b < bits; ++b) {
-      const int at = place(tile, i, h, b), turn = at % 32;
+      const int at = bit_of(tile, i, h, b), turn = at % 32;
       for (int lane = 0; lane < 32; ++lane) word[at / 32][lane] |= (stored[lane] >> b & 1u) << turn;
     }
   }
@@ -207,7 +256,7 @@ struct CodeFragments {
   KVT_HD KVT_INLINE static int signs_last(int stored) { return bits == 1 ? stored ^ 1 : stored >= 2 ? 3 - stored : stored + 2; }
 
   // Bit b of a code, counted in a lane's words.
-  KVT_HD KVT_INLINE static constexpr int place(int tile, int i, int h, int b) {
+  KVT_HD KVT_INLINE static constexpr int bit_of(int tile, int i, int h, int b) {
     if constexpr (arithmetic) {
       // Rotated to the left by bits * slot, the sign is at 15 + 16 h and the magnitude, of two bits, at 10 + 16 h.
       constexpr int per_word = 4 / bits;
@@ -280,8 +329,10 @@ struct SliceLayout {
   static constexpr int dim = Keys::dim;
   static constexpr int word_bytes = 4 * 32;
   static constexpr int values_at = Keys::words * word_bytes, scales_at = values_at + Values::words * word_bytes;
-  // Scales of rows g, g + 8, g + 16 and g + 24, of keys then of values, lie together.
-  static constexpr int scale_words = 2 * (Keys::scaled ? 1 : 0) + 2 * (Values::scaled ? 1 : 0);
+  // Scales of rows g, g + 8, g + 16 and g + 24, of keys then of values, lie together: one load.
+  static constexpr int most_scale_words = Keys::scale_words > Values::scale_words ? Keys::scale_words : Values::scale_words;
+  static constexpr int value_scale_word = Keys::scaled ? most_scale_words : 0;
+  static constexpr int scale_words = value_scale_word + (Values::scaled ? most_scale_words : 0);
   static constexpr int bytes = (scales_at + 32 * scale_words + 127) / 128 * 128;
   static constexpr int tables = (Keys::table_entries > Values::table_entries ? Keys::table_entries : Values::table_entries);
   static constexpr int table_bytes = tables * table_stride;
@@ -294,9 +345,17 @@ struct SliceLayout {
     if (word < twos) return fours * word_bytes + lane * 8 + (word - fours) * 4;
     return twos * word_bytes + lane * 4;
   }
-  // Byte of a row's scale in a slice.
-  KVT_HD KVT_INLINE static constexpr int key_scale_at(int row) { return scales_at + row % 8 * 4 * scale_words + row / 8 * 2; }
-  KVT_HD KVT_INLINE static constexpr int value_scale_at(int row) { return key_scale_at(row) + (Keys::scaled ? 8 : 0); }
+  template <bool keys>
+  using Part = std::conditional_t<keys, Keys, Values>;
+  // A row's scale in a slice, from and to Part<keys>::scale_bytes.
+  template <bool keys>
+  KVT_HD static void write_scale(std::byte* slice, int row, const void* from) {
+    std::memcpy(slice + scale_at<keys>(row), from, Part<keys>::scale_bytes);
+  }
+  template <bool keys>
+  KVT_HD static void read_scale(const std::byte* slice, int row, void* to) {
+    std::memcpy(to, slice + scale_at<keys>(row), Part<keys>::scale_bytes);
+  }
 
   // All of a lane's words; from: 16 bytes a lane.
   template <class Fragments, class Lanes>
@@ -323,7 +382,7 @@ struct SliceLayout {
   // and negative for rows that do not exist. Those become zeros, since weights of zero meet them.
   template <bool keys, class Lanes, class Element>
   KVT_HD static void pack(const Lanes& lanes, std::byte* slice, int keep, Element&& element) {
-    using Fragments = std::conditional_t<keys, Keys, Values>;
+    using Fragments = Part<keys>;
     std::byte* const to = slice + (keys ? 0 : values_at);
     map(lanes, [&](int lane) {
       const auto old = [&](int w) { return word_of<Fragments>(to, lane, w); };
@@ -331,7 +390,7 @@ struct SliceLayout {
       for (int w = 0; w < Fragments::words; ++w) {
         // Codes of rows that are kept may be spread over words; those that are written already still have them.
         const std::uint32_t word = Fragments::make_word(w, [&](int tile, int i, int h) {
-          const SlicePlace at = place<keys>(lane, tile, i, h);
+          const SlicePlace at = Fragments::template place<keys>(lane, tile, i, h);
           return at.row < keep ? Fragments::code(old, tile, i, h) : element(at.row, at.dim);
         });
         std::memcpy(to + word_at<Fragments>(lane, w), &word, sizeof word);
@@ -342,25 +401,22 @@ struct SliceLayout {
   // Byte of a dense element in a slice.
   template <bool keys>
   KVT_HD static constexpr int dense_at(int row, int d) {
-    using Fragments = std::conditional_t<keys, Keys, Values>;
-    const int left = keys ? row : d, right = keys ? d : row;  // of the fragment
-    const int lane = left % 8 * 4 + right % 8 / 2, tile = row / 16 * (dim / 16) + d / 16;
-    const int word = 4 * tile + left % 16 / 8 + right % 16 / 8 * 2;
-    return (keys ? 0 : values_at) + word_at<Fragments>(lane, word) + 2 * (right % 2);
+    using Fragments = Part<keys>;
+    const FragmentPlace at = Fragments::template find<keys>(row, d);
+    return (keys ? 0 : values_at) + word_at<Fragments>(at.lane, 4 * at.tile + at.i) + 2 * at.h;
   }
   // What pack() was given for one element.
   template <bool keys>
   KVT_HD static int element(const std::byte* slice, int row, int d) {
-    using Fragments = std::conditional_t<keys, Keys, Values>;
-    const int left = keys ? row : d, right = keys ? d : row;  // of the fragment
-    const int lane = left % 8 * 4 + right % 8 / 2, tile = row / 16 * (dim / 16) + d / 16;
-    const auto word = [&](int w) { return word_of<Fragments>(slice + (keys ? 0 : values_at), lane, w); };
-    return Fragments::code(word, tile, left % 16 / 8 + right % 16 / 8 * 2, right % 2);
+    using Fragments = Part<keys>;
+    const FragmentPlace at = Fragments::template find<keys>(row, d);
+    const auto word = [&](int w) { return word_of<Fragments>(slice + (keys ? 0 : values_at), at.lane, w); };
+    return Fragments::code(word, at.tile, at.i, at.h);
   }
   // What pack() was given for all, element [slice_rows][dim], and the same packed: on the host, a place of all lanes at a time.
   template <bool keys>
   static void read(const std::byte* slice, int (*element)[dim]) {
-    using Fragments = std::conditional_t<keys, Keys, Values>;
+    using Fragments = Part<keys>;
     std::uint32_t word[Fragments::words][32];
     for (int w = 0; w < Fragments::words; ++w) {
       for (int lane = 0; lane < 32; ++lane) word[w][lane] = word_of<Fragments>(slice + (keys ? 0 : values_at), lane, w);
@@ -369,19 +425,19 @@ struct SliceLayout {
       int code[32];
       Fragments::codes(word, tile, i, h, code);
       for (int lane = 0; lane < 32; ++lane) {
-        const SlicePlace at = place<keys>(lane, tile, i, h);
+        const SlicePlace at = Fragments::template place<keys>(lane, tile, i, h);
         element[at.row][at.dim] = code[lane];
       }
     });
   }
   template <bool keys>
   static void write(const int (*element)[dim], std::byte* slice) {
-    using Fragments = std::conditional_t<keys, Keys, Values>;
+    using Fragments = Part<keys>;
     std::uint32_t word[Fragments::words][32] = {};
     each_place([&](int tile, int i, int h) {
       int code[32];
       for (int lane = 0; lane < 32; ++lane) {
-        const SlicePlace at = place<keys>(lane, tile, i, h);
+        const SlicePlace at = Fragments::template place<keys>(lane, tile, i, h);
         code[lane] = element[at.row][at.dim];
       }
       Fragments::set_codes(code, tile, i, h, word);
@@ -404,8 +460,8 @@ struct SliceLayout {
     for (int k = 0; k < dim; ++k) visit(k / 8, k / 2 % 4, k % 2);
   }
   template <bool keys>
-  KVT_HD KVT_INLINE static SlicePlace place(int lane, int tile, int i, int h) {
-    return keys ? key_place<dim>(lane, tile, i, h) : value_place<dim>(lane, tile, i, h);
+  KVT_HD KVT_INLINE static constexpr int scale_at(int row) {
+    return scales_at + 4 * (row % 8 * scale_words + (keys ? 0 : value_scale_word)) + row / 8 * Part<keys>::scale_bytes;
   }
   template <class Fragments>
   KVT_HD KVT_INLINE static std::uint32_t word_of(const std::byte* part, int lane, int w) {

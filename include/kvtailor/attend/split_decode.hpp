@@ -14,6 +14,7 @@
 #include "kvtailor/attend/block_stream.hpp"
 #include "kvtailor/attend/decode_warp.hpp"
 #include "kvtailor/attend/row_slices.hpp"
+#include "kvtailor/attend/trellis_fragments.hpp"
 #include "kvtailor/codec/kv_codec.hpp"
 #include "kvtailor/codec/rotated.hpp"
 #include "kvtailor/core/status.hpp"
@@ -65,13 +66,16 @@ struct DecodePartials {
   float *max, *sum, *rows;
 };
 
-// Codes that tensor cores read, of a codec (see slices.hpp), element d of a row as the codec encodes it alone or, on the host,
-// all of them, and what an element stands for without the row's scale.
+// Of a codec whose codes tensor cores read: the fragments of keys and of values (see slices.hpp), element d of a row as the
+// codec encodes it alone or, on the host, all of them, and what it stands for without the row's scale: value(element, d), with
+// element(d) of any dim.
 template <class Codec>
 struct FragmentsOf;
 template <int bits, int dim, NormCorrection correction>
 struct FragmentsOf<LloydMax<bits, dim, correction, Half>> {
-  using type = CodeFragments<bits, dim>;
+  using Scale = Half;
+  using Keys = CodeFragments<bits, dim>;
+  using Values = Keys;
   KVT_HD static int element(const std::byte* row, int d) {
     return LloydMax<bits, dim, correction>::code_at(reinterpret_cast<const unsigned char*>(row) + sizeof(Half), d);
   }
@@ -81,18 +85,20 @@ struct FragmentsOf<LloydMax<bits, dim, correction, Half>> {
   static void pack(const int* elements, std::byte* row) {
     LloydMax<bits, dim, correction>::pack(Serial{}, elements, reinterpret_cast<unsigned char*>(row) + sizeof(Half));
   }
-  KVT_HD static float value(int element) {
+  template <class Element>
+  KVT_HD static float value(Element&& element, int d) {
     using Codes = LloydMax<bits, dim, correction>;
     static constexpr typename Codes::Levels levels;
-    return levels.value[element] * Codes::unit;
+    return levels.value[element(d)] * Codes::unit;
   }
 };
 template <class Codec>
-requires requires { typename FragmentsOf<Codec>::type; }
+requires requires { typename FragmentsOf<Codec>::Keys; }
 struct FragmentsOf<Rotated<Codec>> : FragmentsOf<Codec> {};
 template <int dim>
 struct FragmentsOf<Dense<Half, dim>> {
-  using type = DenseFragments<dim>;
+  using Keys = DenseFragments<dim>;
+  using Values = Keys;
   KVT_HD static int element(const std::byte* row, int d) { return reinterpret_cast<const Half*>(row)[d].bits; }
   static void unpack(const std::byte* row, int* elements) {
     for (int d = 0; d < dim; ++d) elements[d] = element(row, d);
@@ -100,12 +106,40 @@ struct FragmentsOf<Dense<Half, dim>> {
   static void pack(const int* elements, std::byte* row) {
     for (int d = 0; d < dim; ++d) reinterpret_cast<Half*>(row)[d].bits = static_cast<std::uint16_t>(elements[d]);
   }
-  KVT_HD static float value(int element) { return to_float(Half{static_cast<std::uint16_t>(element)}); }
+  template <class Element>
+  KVT_HD static float value(Element&& element, int d) {
+    return to_float(Half{static_cast<std::uint16_t>(element(d))});
+  }
+};
+
+template <int bits, int dim, int window, class RowScale>
+requires(dim % 16 == 0 && dim * bits / 8 >= window - bits &&
+         window > bits) struct FragmentsOf<Trellis<bits, dim, window, RowScale>> {
+  using Codec = Trellis<bits, dim, window, RowScale>;
+  using Scale = RowScale;
+  using Keys = TrellisFragments<Codec, true>;
+  using Values = TrellisFragments<Codec, false>;
+  KVT_HD static int element(const std::byte* row, int d) {
+    return Codec::code_at(reinterpret_cast<const unsigned char*>(row) + Codec::scale_bytes, d);
+  }
+  static void unpack(const std::byte* row, int* elements) {
+    for (int d = 0; d < dim; ++d) elements[d] = element(row, d);
+  }
+  static void pack(const int* elements, std::byte* row) {
+    auto* const codes = reinterpret_cast<unsigned char*>(row) + Codec::scale_bytes;
+    std::memset(codes, 0, Codec::code_bytes);
+    for (int d = 0; d < dim; ++d) Codec::add_code(codes, d, elements[d]);
+  }
+  template <class Element>
+  KVT_HD static float value(Element&& element, int d) {
+    static constexpr typename Codec::Values values;
+    return values.of[Codec::state_of(element, d)];
+  }
 };
 
 template <class Codec>
 concept HasFragments = Codec::head_dim % 16 == 0 && requires {
-  typename FragmentsOf<Codec>::type;
+  typename FragmentsOf<Codec>::Keys;
 };
 
 namespace detail {
@@ -121,7 +155,7 @@ struct LayoutFor<Key, Value> {
 template <LaneRowCodec Key, LaneRowCodec Value>
 requires HasFragments<Key> && HasFragments<Value>
 struct LayoutFor<Key, Value> {
-  using type = SliceLayout<typename FragmentsOf<Key>::type, typename FragmentsOf<Value>::type>;
+  using type = SliceLayout<typename FragmentsOf<Key>::Keys, typename FragmentsOf<Value>::Values>;
 };
 
 // What a warp attends to a layout with.
@@ -286,7 +320,8 @@ struct DecodeWork {
       if constexpr (Layout::fragments) {
         block.each_warp([&](const Lanes& lanes, int warp) {
           for (int v = 0; v < width / 8; ++v) {
-            shared.queries[v].pack(lanes, shared.prepared + 8 * v * dim, m - 8 * v, warp, warps);
+            shared.queries[v].template pack<typename Layout::Keys>(lanes, shared.prepared + 8 * v * dim, m - 8 * v, warp,
+                                                                   warps);
           }
         });
       }

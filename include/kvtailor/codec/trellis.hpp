@@ -42,6 +42,27 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     return 8 % bits == 0 ? 8 * (d % Trellis::code_bytes) + bits * (d / Trellis::code_bytes) : bits * d;
   }
 
+  KVT_HD static constexpr int element_at(int bit) {
+    return 8 % bits == 0 ? bit % 8 / bits * Trellis::code_bytes + bit / 8 : bit / bits;
+  }
+  // The code of an element, from a row's ring and to one that has zeros there.
+  KVT_HD static int code_at(const unsigned char* ring, int d) {
+    const int at = first_bit(d), both = ring[at / 8] | (at % 8 + bits > 8 ? ring[at / 8 + 1] << 8 : 0);
+    return both >> at % 8 & ((1 << bits) - 1);
+  }
+  static void add_code(unsigned char* ring, int d, int code) {
+    const int at = first_bit(d), both = code << at % 8;
+    ring[at / 8] = static_cast<unsigned char>(ring[at / 8] | both);
+    if (at % 8 + bits > 8) ring[at / 8 + 1] = static_cast<unsigned char>(ring[at / 8 + 1] | both >> 8);
+  }
+  // The state of an element, from code(element).
+  template <class Code>
+  KVT_HD static int state_of(Code&& code, int d) {
+    int state = 0;
+    for (int bit = 0; bit < window; bit += bits) state |= code(element_at((first_bit(d) + bit) % (dim * bits))) << bit;
+    return state & (num_states - 1);
+  }
+
   static constexpr double max_row_norm() { return static_cast<double>(Scale::max); }
 
   struct Values {

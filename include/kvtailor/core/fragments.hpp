@@ -84,6 +84,14 @@ KVT_HD KVT_INLINE std::uint32_t rotate_left(std::uint32_t x, int by) {
   return std::rotl(x, by);
 #endif
 }
+// The lower half of what both are, `high` above `low`, shifted to the right by up to 31.
+KVT_HD KVT_INLINE std::uint32_t shift_right(std::uint32_t low, std::uint32_t high, int by) {
+#if defined(__CUDA_ARCH__)
+  return __funnelshift_r(low, high, static_cast<unsigned>(by));
+#else
+  return static_cast<std::uint32_t>((static_cast<std::uint64_t>(high) << 32 | low) >> by);
+#endif
+}
 // Byte `index` of x, times 256, plus `low`, which is below 256.
 KVT_HD KVT_INLINE std::uint32_t byte_above(std::uint32_t x, int index, std::uint32_t low) {
 #if defined(__CUDA_ARCH__)
@@ -102,11 +110,13 @@ KVT_HD KVT_INLINE const std::byte* offset_by(const std::byte* from, int count, i
   return from + static_cast<long long>(count) * bytes;
 #endif
 }
-KVT_HD KVT_INLINE std::uint32_t low_and_high(std::uint32_t low, std::uint32_t high) {  // halves of each
+// Two halves: the low one of a or the high one, then that of b.
+template <bool high_a, bool high_b>
+KVT_HD KVT_INLINE std::uint32_t join_halves(std::uint32_t a, std::uint32_t b) {
 #if defined(__CUDA_ARCH__)
-  return __byte_perm(low, high, 0x7610u);
+  return __byte_perm(a, b, (high_a ? 0x32u : 0x10u) | (high_b ? 0x7600u : 0x5400u));
 #else
-  return (low & 0xffffu) | (high & 0xffff0000u);
+  return (high_a ? a >> 16 : a & 0xffffu) | (high_b ? b & 0xffff0000u : b << 16);
 #endif
 }
 

@@ -125,13 +125,13 @@ struct ScoredRows {
     if constexpr (Body::fragments) {
       float scale = 1;
       if constexpr (Body::Keys::scaled) {
-        Half stored;
-        std::memcpy(&stored, slice + Body::key_scale_at(row), sizeof stored);
+        typename FragmentsOf<Key>::Scale stored;
+        Body::template read_scale<true>(slice, row, &stored);
         scale = to_float(stored);
       }
       lanes.each([&](int lane) {
         for (int d = lane; d < dim; d += Lanes::size) {
-          to[d] = scale * FragmentsOf<Key>::value(Body::template element<true>(slice, row, d));
+          to[d] = scale * FragmentsOf<Key>::value([&](int e) { return Body::template element<true>(slice, row, e); }, d);
         }
       });
     } else {

@@ -33,18 +33,12 @@ namespace detail {
 
 struct Nothing {};
 
-template <class Layout>
-KVT_HD void write_scales(std::byte* slice, int row, Half key, Half value) {
-  if constexpr (Layout::Keys::scaled) std::memcpy(slice + Layout::key_scale_at(row), &key, sizeof key);
-  if constexpr (Layout::Values::scaled) std::memcpy(slice + Layout::value_scale_at(row), &value, sizeof value);
-}
-
 // Rows on their way from slice to slice, by their codes, in memory that the warps of a block share.
 template <class Layout>
 struct MovingRows {
   static constexpr int count = slice_rows, dim = Layout::dim;
   std::uint16_t key[count][dim], value[count][dim];
-  Half scale[2][count];
+  std::byte key_scale[count][2], value_scale[count][2];
 
   // A row of a slice to place k.
   template <class Lanes>
@@ -56,8 +50,8 @@ struct MovingRows {
       }
     });
     lanes.once([&] {
-      if constexpr (Layout::Keys::scaled) std::memcpy(&scale[0][k], from + Layout::key_scale_at(row), sizeof(Half));
-      if constexpr (Layout::Values::scaled) std::memcpy(&scale[1][k], from + Layout::value_scale_at(row), sizeof(Half));
+      Layout::template read_scale<true>(from, row, key_scale[k]);
+      Layout::template read_scale<false>(from, row, value_scale[k]);
     });
   }
   // The first n places to a slice, which has no other rows then.
@@ -68,7 +62,11 @@ struct MovingRows {
       if (warp == 0) Layout::template pack<true>(lanes, to, 0, [&](int r, int d) { return r < n ? key[r][d] : -1; });
       if (warp == 1) Layout::template pack<false>(lanes, to, 0, [&](int r, int d) { return r < n ? value[r][d] : -1; });
       if (warp == 2) {
-        lanes.each([&](int r) { write_scales<Layout>(to, r, r < n ? scale[0][r] : Half{0}, r < n ? scale[1][r] : Half{0}); });
+        lanes.each([&](int r) {
+          constexpr std::byte zero[2] = {};
+          Layout::template write_scale<true>(to, r, r < n ? key_scale[r] : zero);
+          Layout::template write_scale<false>(to, r, r < n ? value_scale[r] : zero);
+        });
       }
     });
   }
@@ -263,12 +261,9 @@ struct HeadRows {
       if (warp == 2) {
         lanes.each([&](int r) {
           if (r < begin) return;
-          Half scale[2] = {};
-          if (is_new(r)) {
-            std::memcpy(&scale[0], encoding.keys[r], sizeof(Half));
-            std::memcpy(&scale[1], encoding.values[r], sizeof(Half));
-          }
-          write_scales<Body>(out, r, scale[0], scale[1]);
+          constexpr std::byte zero[2] = {};  // rows begin with their scale
+          Body::template write_scale<true>(out, r, is_new(r) ? encoding.keys[r] : zero);
+          Body::template write_scale<false>(out, r, is_new(r) ? encoding.values[r] : zero);
         });
       }
     });

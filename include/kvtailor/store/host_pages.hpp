@@ -105,8 +105,8 @@ struct SliceRows {
     Layout::template read<false>(from, elements);
     for (int r = 0; r < count; ++r) {
       FragmentsOf<Value>::pack(elements[r], values[r]);
-      if constexpr (Layout::Keys::scaled) std::memcpy(keys[r], from + Layout::key_scale_at(r), sizeof(Half));
-      if constexpr (Layout::Values::scaled) std::memcpy(values[r], from + Layout::value_scale_at(r), sizeof(Half));
+      Layout::template read_scale<true>(from, r, keys[r]);
+      Layout::template read_scale<false>(from, r, values[r]);
     }
   }
   void write_fragments(std::byte* to, int count) const {
@@ -115,8 +115,8 @@ struct SliceRows {
     Layout::template write<true>(elements, to);
     for (int r = 0; r < count; ++r) {
       FragmentsOf<Value>::unpack(values[r], elements[r]);
-      if constexpr (Layout::Keys::scaled) std::memcpy(to + Layout::key_scale_at(r), keys[r], sizeof(Half));
-      if constexpr (Layout::Values::scaled) std::memcpy(to + Layout::value_scale_at(r), values[r], sizeof(Half));
+      Layout::template write_scale<true>(to, r, keys[r]);
+      Layout::template write_scale<false>(to, r, values[r]);
     }
     Layout::template write<false>(elements, to);
   }

@@ -171,8 +171,9 @@ struct WindowMass {
         block.each_warp([&](const Lanes& lanes, int warp) {
           if (8 * e + warp < m) prepare(lanes, 8 * e + warp, to.prepared + warp * dim);
         });
-        block.each_warp(
-            [&](const Lanes& lanes, int warp) { to.query[e].pack(lanes, to.prepared, m - 8 * e, warp, warps, &to.rest[e]); });
+        block.each_warp([&](const Lanes& lanes, int warp) {
+          to.query[e].template pack<typename Layout::Keys>(lanes, to.prepared, m - 8 * e, warp, warps, &to.rest[e]);
+        });
       }
     } else {
       block.each_warp([&](const Lanes& lanes, int warp) {
@@ -379,11 +380,11 @@ struct WindowMass {
     const float cap = queries.state[head].soft_cap * 1.44269504f;
     logit = map(
         lanes,
-        [&](int lane, Float4 x, std::uint32_t even, std::uint32_t odd) {
-          const std::uint32_t both = half == 0 ? even : odd;  // of rows g and g + 8
+        [&](int lane, Float4 x, std::uint32_t first, std::uint32_t second) {
+          const Float4 by = Keys::scales(first, second);
           for (int i = 0; i < 4; ++i) {
             const int row = lane / 4 + i / 2 * 8, vector = lane % 4 * 2 + i % 2;
-            const float scale = !Keys::scaled ? 1.f : i < 2 ? low_half(both) : high_half(both);
+            const float scale = half == 0 ? by.x[i / 2] : by.x[2 + i / 2];
             x.x[i] *= scale * (shared.fragments.query[e].unit[vector] * Keys::unit);
             if (cap > 0) x.x[i] = cap * std::tanh(x.x[i] / cap);
             if (row >= left || !sees(8 * e + vector, positions[row])) x.x[i] = none;
