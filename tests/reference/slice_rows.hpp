@@ -29,24 +29,11 @@ struct Format<16, size> {
 };
 
 // Code or element d of a row of a block of the host, by the codec's own description of its blocks.
-template <int bits, int size>
-int host_element(const TurboQuant<bits, size>&, const std::byte* block, int n, int row, int d) {
-  using Codec = TurboQuant<bits, size>;
+template <class Codec>
+int host_element(const Codec&, const std::byte* block, int n, int row, int d) {
   std::byte own[Codec::row_bytes];
   Codec{}.copy_row(block, n, row, own, 1, 0);
-  return Codec::code_at(reinterpret_cast<const unsigned char*>(own) + Codec::scale_bytes, d);
-}
-template <int bits, int size, int window, class Scale>
-int host_element(const Rotated<Trellis<bits, size, window, Scale>>&, const std::byte* block, int n, int row, int d) {
-  using Codec = Trellis<bits, size, window, Scale>;
-  std::byte own[Codec::row_bytes];
-  Codec{}.copy_row(block, n, row, own, 1, 0);
-  const int at = Codec::first_bit(d);
-  int code = 0;
-  for (int b = 0; b < bits; ++b) {
-    code |= (std::to_integer<int>(own[Codec::scale_bytes + (at + b) / 8]) >> (at + b) % 8 & 1) << b;
-  }
-  return code;
+  return FragmentsOf<Codec>::element(own, d);
 }
 template <int size>
 int host_element(const Dense<Half, size>&, const std::byte* block, int, int row, int d) {
@@ -121,10 +108,17 @@ struct SliceRows {
         if (Layout::template element<true>(to, row, d) != key(row, d)) lost("keys");
         if (Layout::template element<false>(to, row, d) != value(row, d)) lost("values");
       }
-      constexpr std::byte zero[2] = {};
-      const auto scale = [&](const std::byte* block, int bytes) { return row < here ? block + bytes * (first + row) : zero; };
-      Layout::template write_scale<true>(to, row, scale(key_block, Layout::Keys::scale_bytes));
-      Layout::template write_scale<false>(to, row, scale(value_block, Layout::Values::scale_bytes));
+      std::byte keys[Key::row_bytes], values[Value::row_bytes];
+      if (row < here) {
+        Key{}.copy_row(key_block, n, first + row, keys, 1, 0);
+        Value{}.copy_row(value_block, n, first + row, values, 1, 0);
+      }
+      for (int k = 0; k < Layout::Keys::scale_bytes; ++k) {
+        to[Layout::template scale_at<true>(row, k)] = row < here ? keys[FragmentsOf<Key>::scale_at(k)] : std::byte{0};
+      }
+      for (int k = 0; k < Layout::Values::scale_bytes; ++k) {
+        to[Layout::template scale_at<false>(row, k)] = row < here ? values[FragmentsOf<Value>::scale_at(k)] : std::byte{0};
+      }
     }
   }
   static void lost(const char* what) {

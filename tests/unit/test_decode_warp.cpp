@@ -9,6 +9,7 @@
 #include <random>
 #include <vector>
 
+#include "kvtailor/codec/kivi.hpp"
 #include "reference/slice_rows.hpp"
 
 using namespace kvt;
@@ -30,7 +31,8 @@ struct Case {
 // each independent of the others. A logit is off by 2^-12.2 |q| |k| / sqrt(dim) / sqrt(dim), which is 2^-12.2 `sharpness` for
 // rows and queries of normal elements, and an output by sqrt(1 + sharpness^2) 2^-12.2 sqrt(sum p^2) of a value's size. Eight
 // times that is the bound: it is the largest of up to 2,048 elements, and where few rows have weight, what these are rounded
-// by is up to 2.3 times the average (over lengths 17 to 59). The levels of two bits are right to 5e-4.
+// by is up to 2.3 times the average (over lengths 17 to 59). The levels of two bits are right to 5e-4. Elements
+// of groups are rounded as well, which doubles the square of the error.
 template <class Key, class Value, bool limited = false>
 double error_of(const Case& c) {
   constexpr int dim = Key::head_dim;
@@ -114,7 +116,8 @@ double error_of(const Case& c) {
     double spread = 0, length = 0;
     for (int r = 0; r < c.rows; ++r) spread += std::pow(std::exp(logit[static_cast<std::size_t>(r)] - top) / total, 2);
     for (const double x : out) length += x * x / (total * total * dim);
-    double bound = 8 * std::exp2(-12.2) * std::sqrt((1 + c.sharpness * c.sharpness) * spread) * size;
+    constexpr int of_keys = Layout::Keys::grouped ? 2 : 1, of_values = Layout::Values::grouped ? 2 : 1;
+    double bound = 8 * std::exp2(-12.2) * std::sqrt((of_values + of_keys * c.sharpness * c.sharpness) * spread) * size;
     if (std::is_same_v<Key, TurboQuant<2, dim>>) bound += 5e-4 * 4 * c.sharpness * std::sqrt(spread) * size;
     if (std::is_same_v<Value, TurboQuant<2, dim>>) bound += 5e-4 * 4 * std::sqrt(length);
     for (int d = 0; d < dim; ++d) {
@@ -187,10 +190,25 @@ TEST_CASE("trellises attend as the host's codecs decode, whatever ends in anothe
   check_lengths<RotatedTrellis<2, 256, 6>, RotatedTrellis<1, 256>>();
 }
 
+TEST_CASE("groups attend as the host's codecs decode") {
+  check_lengths<Q8_0<64>, Q4_0<64>>();
+  check_lengths<Q4_1<64>, Q5_0<64>>();
+  check_lengths<Rotated<Q5_0<80>>, KiviValues<2, 80>>();
+  check_lengths<Q4_0<96>, Q8_0<96>>();
+  check_lengths<KiviValues<3, 112>, Q4_1<112>>();
+  check_lengths<Q8_0<128>, Q8_0<128>>();
+  check_lengths<TurboQuant<4, 128>, Rotated<Q4_0<128>>>();
+  check_lengths<Q5_0<128>, KiviValues<2, 128>>();
+  check_lengths<Q4_1<192>, RotatedTrellis<2, 192>>();
+  check_lengths<Q5_0<256>, Q4_1<256>>();
+  check_lengths<Q8_0<256>, Q8_0<256>>();
+}
+
 TEST_CASE("long and flat: nothing is lost in sums") {
   CHECK(error_of<4, 4, 64>({16384, 2, 1, .05}) <= 1);
   CHECK(error_of<2, 2, 64>({16384, 2, 1, .05}) <= 1);
   CHECK(error_of<RotatedTrellis<2, 64>, RotatedTrellis<2, 64>>({16384, 2, 1, .05}) <= 1);
+  CHECK(error_of<Q8_0<64>, Q4_1<64>>({16384, 2, 1, .05}) <= 1);
   CHECK(error_of<16, 16, 64>({16384, 2, 1, .05}) <= 1);
 }
 
@@ -199,6 +217,7 @@ TEST_CASE("large queries and values neither overflow nor lose their digits") {
   CHECK(error_of<4, 4, 64>({300, 3, 2, 1, 0, 0, 5000}) <= 1);   // near the largest row that is stored
   CHECK(error_of<4, 4, 64>({300, 3, 2, 1, 0, 0, .01}) <= 1);
   CHECK(error_of<RotatedTrellis<2, 64>, RotatedTrellis<3, 64>>({300, 3, 2, 1, 0, 0, 7000}) <= 1);  // LogScale::max
+  CHECK(error_of<Q8_0<64>, Q8_0<64>>({300, 3, 2, 1, 0, 0, 15000}) <= 1);                           // elements up to 60,000
   CHECK(error_of<RotatedTrellis<2, 64>, RotatedTrellis<3, 64>>({300, 3, 2, 1, 0, 0, .01}) <= 1);
 }
 

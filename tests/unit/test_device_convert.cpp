@@ -149,12 +149,15 @@ void check_same(const Host<Codec>& host, const Cache<Codec>& cache) {
               different += Body::template element<false>(at, row, d) !=
                            reference::host_element(Value{}, block.values(), block.rows, i, d);
             }
-            std::byte scale[2];
-            constexpr int key_bytes = Body::Keys::scale_bytes, value_bytes = Body::Values::scale_bytes;
-            Body::template read_scale<true>(at, row, scale);
-            different += std::memcmp(scale, block.keys() + key_bytes * i, key_bytes) != 0;
-            Body::template read_scale<false>(at, row, scale);
-            different += std::memcmp(scale, block.values() + value_bytes * i, value_bytes) != 0;
+            std::byte key[Key::row_bytes], value[Value::row_bytes];
+            Key{}.copy_row(block.keys(), block.rows, i, key, 1, 0);
+            Value{}.copy_row(block.values(), block.rows, i, value, 1, 0);
+            for (int k = 0; k < Body::Keys::scale_bytes; ++k) {
+              different += at[Body::template scale_at<true>(row, k)] != key[FragmentsOf<Key>::scale_at(k)];
+            }
+            for (int k = 0; k < Body::Values::scale_bytes; ++k) {
+              different += at[Body::template scale_at<false>(row, k)] != value[FragmentsOf<Value>::scale_at(k)];
+            }
           } else {
             std::byte own[2][Key::row_bytes + Value::row_bytes];
             Key{}.copy_row(at + row * Key::row_bytes, 1, 0, own[0], 1, 0);
@@ -249,6 +252,9 @@ TEST_CASE("rows of the host are on a device what they were, and come back in the
   check_from_host<KvCodec<TurboQuant<5, 128>, TurboQuant<2, 128>>>(128);
   check_from_host<KvCodec<Dense<Half, 64>>>(128);
   check_from_host<KvCodec<Q8_0<128>, Q4_1<128>>>(100);
+  check_from_host<KvCodec<Rotated<Q5_0<80>>, KiviValues<2, 80>>>(100);
+  check_from_host<KvCodec<Rotated<Trellis<2, 64>>, Rotated<Trellis<3, 64>>>>(100);
+  check_from_host<KvCodec<Rotated<Trellis<1, 256>>, TurboQuant<4, 256>>>(128);
   check_from_host<KvCodec<Dense<float, 256>, Dense<BFloat16, 256>>>(128);
   check_from_host<KvCodec<TurboQuantUnbiased<3, 40>, Rotated<Q5_0<40>>>>(32);
   check_from_host<KvCodec<TurboQuant<5, 40>, KiviValues<2, 40>, BFloat16>>(128);
@@ -325,6 +331,7 @@ TEST_CASE("a sequence that is swapped out and in again goes on as one that staye
   check_swap<KvCodec<TurboQuant<3, 64>, TurboQuant<2, 64>>>();
   check_swap<KvCodec<TurboQuant<6, 96>, TurboQuant<4, 96>>>();
   check_swap<KvCodec<Dense<Half, 80>>>();
+  check_swap<KvCodec<Q4_1<64>, Rotated<Trellis<2, 64>>>>();
   check_swap<KvCodec<Q5_0<96>, Q4_0<96>>>();
   check_swap<KvCodec<Dense<BFloat16, 40>>>();
 }

@@ -158,7 +158,7 @@ struct BlockLayout {
   using Key = KeyCodec;
   using Value = ValueCodec;
   using Pages = BlockStream<Key, Value>;
-  static constexpr bool fragments = false;
+  static constexpr bool fragments = false, grouped = false;
   static constexpr int dim = Key::head_dim, basis = max_basis_dim<Value>, width = 8, most_rows = BlockRecord::most_rows;
 
   // What a warp has of its own.

@@ -126,16 +126,16 @@ class DecodeWarp {
   using Reg = typename Lanes::template Reg<T>;
   static constexpr int dim = Layout::dim, across = dim / 16, eights = width / 8;
   static constexpr float slack = 3;
-  // Whether words of the next slice, and queries, wait in registers: where there are enough. Of the largest heads, words of 16
-  // rows are read at a time, in a loop: straight code of 32 would be reordered until it spills.
-  static constexpr bool ahead = dim <= 128, queries_wait = dim * width <= 1024;
+  // Whether words of the next slice, and queries, wait in registers: where there are enough. Words of 16 rows of the largest
+  // heads are read in a loop: straight code of 32 would be reordered until it spills.
+  static constexpr bool ahead = dim <= 128 && !(width > 8 && Layout::grouped), queries_wait = dim * width <= 1024;
   // Whether scales of values are floats before the next are asked for: more registers, and no copy of the words.
   static constexpr bool converted_early =
       width == 8 && (Layout::table_bytes > 0 || (Keys::words % 4 == 0 && Values::words % 4 == 0));
   template <class Fragments>
   static constexpr bool halved = read_by_halves<dim> && !Fragments::streamed;
   template <class Fragments>
-  static constexpr int kept = Fragments::streamed ? 1 : (Fragments::words + Fragments::followers) / (halved<Fragments> ? 2 : 1);
+  static constexpr int kept = Fragments::streamed ? 1 : (Fragments::words + Fragments::extra) / (halved<Fragments> ? 2 : 1);
 
   // Attends to slices first, first + step, ... below last. table: Layout::table_bytes, filled.
   KVT_HD void run(const Lanes& lanes, const SlicePages pages, const Queries& query, const std::byte* table, int first, int last,
@@ -288,7 +288,7 @@ class DecodeWarp {
   // Words of other lanes that registers need, once those of the slice, or of 16 rows, are there.
   template <class Fragments>
   KVT_HD KVT_INLINE static void follow(const Lanes& lanes, Reg<std::uint32_t>* words) {
-    if constexpr (Fragments::followers > 0) Fragments::follow(lanes, words);
+    if constexpr (requires { Fragments::follow(lanes, words); }) Fragments::follow(lanes, words);
   }
 
   KVT_HD void start(const Lanes& lanes, const Queries& query) {

@@ -6,7 +6,7 @@
 //
 //   DenseFragments<dim>          fp16 elements
 //   CodeFragments<bits, dim>     codes of LloydMax, 1 .. 6 bits
-//   TrellisFragments             see trellis_fragments.hpp
+//   TrellisFragments, GroupFragments   see trellis_fragments.hpp and group_fragments.hpp
 //   SliceLayout<Keys, Values>    key words, value words, scales of keys and values
 //
 // Tile s of a slice are rows 16 j .. 16 j + 15 and 16 dims, s = j dim / 16 + k: a fragment A of keys (rows by dims), and of
@@ -55,7 +55,7 @@ struct InOrder {
 template <class Scale, int unit>
 struct SliceScales {
   static constexpr int scale_bytes = static_cast<int>(sizeof(Scale)), scale_words = scale_bytes;
-  static constexpr bool scaled = true;
+  static constexpr bool scaled = true, grouped = false;
 
   KVT_HD KVT_INLINE static Float4 scales(std::uint32_t first, std::uint32_t second) {
     constexpr float over = 1.f / unit;
@@ -65,7 +65,7 @@ struct SliceScales {
 template <int unit>
 struct SliceScales<LogScale, unit> {
   static constexpr int scale_bytes = 1, scale_words = 1;
-  static constexpr bool scaled = true;
+  static constexpr bool scaled = true, grouped = false;
 
   KVT_HD KVT_INLINE static Float4 scales(std::uint32_t all, std::uint32_t) {
     constexpr float power = unit == 8 ? 3.f : 0.f;
@@ -81,7 +81,7 @@ struct SliceScales<LogScale, unit> {
 };
 struct NoScales {
   static constexpr int scale_bytes = 0, scale_words = 0;
-  static constexpr bool scaled = false;
+  static constexpr bool scaled = false, grouped = false;
   KVT_HD KVT_INLINE static Float4 scales(std::uint32_t, std::uint32_t) { return {{1, 1, 1, 1}}; }
 };
 
@@ -92,7 +92,7 @@ inline constexpr bool read_by_halves = dim > 192;
 template <int size>
 struct DenseFragments : InOrder<size>, NoScales {
   static_assert(size % 16 == 0);
-  static constexpr int dim = size, tiles = dim / 8, words = 4 * tiles, followers = 0, table_entries = 0, element_bits = 16;
+  static constexpr int dim = size, tiles = dim / 8, words = 4 * tiles, extra = 0, table_entries = 0, element_bits = 16;
   static constexpr bool streamed = true;  // too many words to hold those of the next slice
   static constexpr float unit = 1;        // what registers are multiplied by
 
@@ -129,7 +129,7 @@ template <int bits, int size>
 struct CodeFragments : InOrder<size>, SliceScales<Half, 1> {
   static_assert(bits >= 1 && bits <= 6 && size % 16 == 0);
   using Codes = LloydMax<bits, size>;
-  static constexpr int dim = size, tiles = dim / 8, followers = 0, element_bits = bits;
+  static constexpr int dim = size, tiles = dim / 8, extra = 0, element_bits = bits;
   static constexpr bool streamed = false;
   static constexpr bool arithmetic = bits <= 2, in_pairs = bits == 3 || bits == 4;
 
@@ -325,7 +325,7 @@ struct SliceLayout {
   using Keys = KeyFragments;
   using Values = ValueFragments;
   using Pages = SlicePages;
-  static constexpr bool fragments = true;
+  static constexpr bool fragments = true, grouped = Keys::grouped || Values::grouped;
   static constexpr int dim = Keys::dim;
   static constexpr int word_bytes = 4 * 32;
   static constexpr int values_at = Keys::words * word_bytes, scales_at = values_at + Values::words * word_bytes;
@@ -333,7 +333,11 @@ struct SliceLayout {
   static constexpr int most_scale_words = Keys::scale_words > Values::scale_words ? Keys::scale_words : Values::scale_words;
   static constexpr int value_scale_word = Keys::scaled ? most_scale_words : 0;
   static constexpr int scale_words = value_scale_word + (Values::scaled ? most_scale_words : 0);
-  static constexpr int bytes = (scales_at + 32 * scale_words + 127) / 128 * 128;
+  // Scales of groups, of keys then of values, where the fragments want them.
+  static constexpr int key_groups_at = scales_at + 32 * scale_words;
+  static constexpr int value_groups_at = key_groups_at + (Keys::grouped ? slice_rows * Keys::scale_bytes : 0);
+  static constexpr int groups_end = value_groups_at + (Values::grouped ? slice_rows * Values::scale_bytes : 0);
+  static constexpr int bytes = (groups_end + 127) / 128 * 128;
   static constexpr int tables = (Keys::table_entries > Values::table_entries ? Keys::table_entries : Values::table_entries);
   static constexpr int table_bytes = tables * table_stride;
 
@@ -347,14 +351,14 @@ struct SliceLayout {
   }
   template <bool keys>
   using Part = std::conditional_t<keys, Keys, Values>;
-  // A row's scale in a slice, from and to Part<keys>::scale_bytes.
+  // Byte k of Part<keys>::scale_bytes, the scale of a row or the numbers of its groups.
   template <bool keys>
-  KVT_HD static void write_scale(std::byte* slice, int row, const void* from) {
-    std::memcpy(slice + scale_at<keys>(row), from, Part<keys>::scale_bytes);
-  }
-  template <bool keys>
-  KVT_HD static void read_scale(const std::byte* slice, int row, void* to) {
-    std::memcpy(to, slice + scale_at<keys>(row), Part<keys>::scale_bytes);
+  KVT_HD KVT_INLINE static constexpr int scale_at(int row, int k) {
+    if constexpr (Part<keys>::grouped) {
+      return (keys ? key_groups_at : value_groups_at) + Part<keys>::scale_place(row, k);
+    } else {
+      return scales_at + 4 * (row % 8 * scale_words + (keys ? 0 : value_scale_word)) + row / 8 * Part<keys>::scale_bytes + k;
+    }
   }
 
   // All of a lane's words; from: 16 bytes a lane.
@@ -369,6 +373,7 @@ struct SliceLayout {
     load_fours<fours>(lanes, from, to);
     if constexpr (twos > fours) load_words<2>(lanes, at(fours, 8), to + fours);
     if constexpr (Fragments::words > twos) load_words<1>(lanes, at(twos, 4), to + twos);
+    if constexpr (Fragments::grouped) load_groups<Fragments::extra, Fragments>(lanes, from, 0, to + Fragments::words);
   }
   // Those of 16 rows, where they are a multiple of four.
   template <class Fragments, class Lanes>
@@ -377,6 +382,7 @@ struct SliceLayout {
     constexpr int count = Fragments::words / 2;
     static_assert(count % 4 == 0 && Fragments::tiles % 8 == 0);
     load_fours<count>(lanes, offset(lanes, from, half * count * word_bytes), to);
+    if constexpr (Fragments::grouped) load_groups<Fragments::extra / 2, Fragments>(lanes, from, half, to + count);
   }
   // Writes the keys (or the values) of a slice from row `keep` on: element(row, dim) is a code, or the bits of a dense element,
   // and negative for rows that do not exist. Those become zeros, since weights of zero meet them.
@@ -459,10 +465,6 @@ struct SliceLayout {
   static void each_place(Visit&& visit) {
     for (int k = 0; k < dim; ++k) visit(k / 8, k / 2 % 4, k % 2);
   }
-  template <bool keys>
-  KVT_HD KVT_INLINE static constexpr int scale_at(int row) {
-    return scales_at + 4 * (row % 8 * scale_words + (keys ? 0 : value_scale_word)) + row / 8 * Part<keys>::scale_bytes;
-  }
   template <class Fragments>
   KVT_HD KVT_INLINE static std::uint32_t word_of(const std::byte* part, int lane, int w) {
     std::uint32_t word;
@@ -474,6 +476,21 @@ struct SliceLayout {
                                            typename Lanes::template Reg<std::uint32_t>* to) {
     KVT_UNROLL_ON_DEVICE
     for (int w = 0; w < count; w += 4) load_words<4>(lanes, offset(lanes, from, w * word_bytes), to + w);
+  }
+  // Part number `part`, of `count` words, of a lane's scales of groups; from: as load().
+  template <int count, class Fragments, class Lanes>
+  KVT_HD KVT_INLINE static void load_groups(const Lanes& lanes, const typename Lanes::template Reg<const std::byte*>& from,
+                                            int part, typename Lanes::template Reg<std::uint32_t>* to) {
+    constexpr int begin = std::is_same_v<Fragments, Keys> ? key_groups_at : value_groups_at - values_at;
+    constexpr int width = count % 4 == 0 ? 4 : count % 2 == 0 ? 2 : 1;
+    const auto at = map(
+        lanes,
+        [part](int lane, const std::byte* p) {
+          return p + (begin - 16 * lane + 4 * (Fragments::part_of(lane) * Fragments::extra + part * count));
+        },
+        from);
+    KVT_UNROLL_ON_DEVICE
+    for (int w = 0; w < count; w += width) load_words<width>(lanes, offset(lanes, at, 4 * w), to + w);
   }
   template <class Fragments>
   KVT_HD static void fill_table(std::byte* table, int thread, int threads) {

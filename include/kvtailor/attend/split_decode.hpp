@@ -13,6 +13,7 @@
 
 #include "kvtailor/attend/block_stream.hpp"
 #include "kvtailor/attend/decode_warp.hpp"
+#include "kvtailor/attend/group_fragments.hpp"
 #include "kvtailor/attend/row_slices.hpp"
 #include "kvtailor/attend/trellis_fragments.hpp"
 #include "kvtailor/codec/kv_codec.hpp"
@@ -67,13 +68,26 @@ struct DecodePartials {
 };
 
 // Of a codec whose codes tensor cores read: the fragments of keys and of values (see slices.hpp), element d of a row as the
-// codec encodes it alone or, on the host, all of them, and what it stands for without the row's scale: value(element, d), with
-// element(d) of any dim.
+// codec encodes it alone or, on the host, all of them; byte k of its scales there; and what it stands for: scale(byte) times
+// value(element, byte, d), with element(d) of any dim and byte(k) of its scales.
 template <class Codec>
 struct FragmentsOf;
+namespace detail {
+template <class Scale>
+struct ScaleFirst {
+  KVT_HD static constexpr int scale_at(int k) { return k; }
+  template <class Bytes>
+  KVT_HD static float scale(Bytes&& byte) {
+    unsigned char stored[sizeof(Scale)];
+    for (int k = 0; k < static_cast<int>(sizeof(Scale)); ++k) stored[k] = byte(k);
+    Scale own;
+    std::memcpy(&own, stored, sizeof own);
+    return to_float(own);
+  }
+};
+}  // namespace detail
 template <int bits, int dim, NormCorrection correction>
-struct FragmentsOf<LloydMax<bits, dim, correction, Half>> {
-  using Scale = Half;
+struct FragmentsOf<LloydMax<bits, dim, correction, Half>> : detail::ScaleFirst<Half> {
   using Keys = CodeFragments<bits, dim>;
   using Values = Keys;
   KVT_HD static int element(const std::byte* row, int d) {
@@ -85,8 +99,8 @@ struct FragmentsOf<LloydMax<bits, dim, correction, Half>> {
   static void pack(const int* elements, std::byte* row) {
     LloydMax<bits, dim, correction>::pack(Serial{}, elements, reinterpret_cast<unsigned char*>(row) + sizeof(Half));
   }
-  template <class Element>
-  KVT_HD static float value(Element&& element, int d) {
+  template <class Element, class Bytes>
+  KVT_HD static float value(Element&& element, Bytes&&, int d) {
     using Codes = LloydMax<bits, dim, correction>;
     static constexpr typename Codes::Levels levels;
     return levels.value[element(d)] * Codes::unit;
@@ -97,6 +111,7 @@ requires requires { typename FragmentsOf<Codec>::Keys; }
 struct FragmentsOf<Rotated<Codec>> : FragmentsOf<Codec> {};
 template <int dim>
 struct FragmentsOf<Dense<Half, dim>> {
+  KVT_HD static constexpr int scale_at(int k) { return k; }
   using Keys = DenseFragments<dim>;
   using Values = Keys;
   KVT_HD static int element(const std::byte* row, int d) { return reinterpret_cast<const Half*>(row)[d].bits; }
@@ -106,17 +121,20 @@ struct FragmentsOf<Dense<Half, dim>> {
   static void pack(const int* elements, std::byte* row) {
     for (int d = 0; d < dim; ++d) reinterpret_cast<Half*>(row)[d].bits = static_cast<std::uint16_t>(elements[d]);
   }
-  template <class Element>
-  KVT_HD static float value(Element&& element, int d) {
+  template <class Bytes>
+  KVT_HD static float scale(Bytes&&) {
+    return 1;
+  }
+  template <class Element, class Bytes>
+  KVT_HD static float value(Element&& element, Bytes&&, int d) {
     return to_float(Half{static_cast<std::uint16_t>(element(d))});
   }
 };
 
 template <int bits, int dim, int window, class RowScale>
 requires(dim % 16 == 0 && dim * bits / 8 >= window - bits &&
-         window > bits) struct FragmentsOf<Trellis<bits, dim, window, RowScale>> {
+         window > bits) struct FragmentsOf<Trellis<bits, dim, window, RowScale>> : detail::ScaleFirst<RowScale> {
   using Codec = Trellis<bits, dim, window, RowScale>;
-  using Scale = RowScale;
   using Keys = TrellisFragments<Codec, true>;
   using Values = TrellisFragments<Codec, false>;
   KVT_HD static int element(const std::byte* row, int d) {
@@ -130,10 +148,33 @@ requires(dim % 16 == 0 && dim * bits / 8 >= window - bits &&
     std::memset(codes, 0, Codec::code_bytes);
     for (int d = 0; d < dim; ++d) Codec::add_code(codes, d, elements[d]);
   }
-  template <class Element>
-  KVT_HD static float value(Element&& element, int d) {
+  template <class Element, class Bytes>
+  KVT_HD static float value(Element&& element, Bytes&&, int d) {
     static constexpr typename Codec::Values values;
     return values.of[Codec::state_of(element, d)];
+  }
+};
+
+template <int bits, int dim, IntRange range>
+struct FragmentsOf<GroupInt<bits, dim, range>> {
+  using Codec = GroupInt<bits, dim, range>;
+  using Keys = GroupFragments<Codec, true>;
+  using Values = GroupFragments<Codec, false>;
+  KVT_HD static int element(const std::byte* row, int d) {
+    return Codec::code_at(reinterpret_cast<const unsigned char*>(row), d);
+  }
+  static void unpack(const std::byte* row, int* elements) {
+    for (int d = 0; d < dim; ++d) elements[d] = element(row, d);
+  }
+  static void pack(const int* elements, std::byte* row) { Codec::set_codes(elements, reinterpret_cast<unsigned char*>(row)); }
+  KVT_HD static constexpr int scale_at(int k) { return Codec::scale_at(k); }
+  template <class Bytes>
+  KVT_HD static float scale(Bytes&&) {
+    return 1;
+  }
+  template <class Element, class Bytes>
+  KVT_HD static float value(Element&& element, Bytes&& byte, int d) {
+    return Codec::value_of(element(d), byte, d);
   }
 };
 
@@ -271,9 +312,9 @@ struct DecodeWork {
   using Pages = typename Layout::Pages;
   static constexpr int dim = Key::head_dim, dynamic_bytes = Layout::table_bytes;
   static constexpr int key_basis = max_basis_dim<Key>, basis = max_basis_dim<Value>;
-  static constexpr bool light =
-      Layout::fragments ? dim <= 128 && dynamic_bytes == 0 && !limited : key_basis <= 64 && basis <= 64 && width == 8;
-  static constexpr bool middling = Layout::fragments ? dim <= 64 && dynamic_bytes > 0 && width == 8
+  static constexpr bool light = Layout::fragments ? dim <= 128 && dynamic_bytes == 0 && !Layout::grouped && !limited
+                                                  : key_basis <= 64 && basis <= 64 && width == 8;
+  static constexpr bool middling = Layout::fragments ? dim <= 64 && (dynamic_bytes > 0 || Layout::grouped) && width == 8
                                                      : !light && key_basis <= 128 && basis <= 128 && width == 8;
   static constexpr bool in_blocks = !std::is_same_v<Pages, SlicePages>;
   static constexpr int warps = [] {

@@ -38,7 +38,7 @@ class TrellisFragments<Trellis<bits, size, window, RowScale>, is_key> : public S
   static_assert(dim % 16 == 0 && string_bits >= reach && reach > 0, "a state ends in the next lane at most");
 
  public:
-  static constexpr int words = (dim * bits + 31) / 32, followers = strings;
+  static constexpr int words = (dim * bits + 31) / 32, extra = strings;
 
   template <bool keys>
   KVT_HD KVT_INLINE static constexpr SlicePlace place(int lane, int tile, int i, int h) {

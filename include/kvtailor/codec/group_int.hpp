@@ -48,6 +48,30 @@ struct GroupInt
     return tile_codes + (code / 4 * 8 + row) * 4 + code % 4;
   }
 
+  // fp16 numbers of a row, a scale, or it and the least element, for each group, and byte k of them in a row alone.
+  static constexpr int num_groups = (dim + group_size - 1) / group_size, scale_numbers = num_groups * header_bytes / 2;
+  KVT_HD static constexpr int scale_at(int k) { return k / header_bytes * group_bytes + k % header_bytes; }
+  // Codes of a row alone, and the element that one stands for, by byte k of the numbers.
+  KVT_HD static int code_at(const unsigned char* row, int d) {
+    const unsigned char* const codes = row + d / group_size * group_bytes + header_bytes;
+    return d < dim - last_size ? Codes<group_size>::at(codes, d % group_size) : Codes<last_codes>::at(codes, d % group_size);
+  }
+  static void set_codes(const int* codes, unsigned char* row) {
+    float whole[dim];
+    for (int d = 0; d < dim; ++d) whole[d] = static_cast<float>(codes[d]);
+    for (int g = 0; g < num_groups; ++g) {
+      unsigned char* const to = row + g * group_bytes + header_bytes;
+      g < dim / group_size ? Codes<group_size>::pack(Serial{}, whole + g * group_size, to)
+                           : Codes<last_codes>::pack(Serial{}, whole + g * group_size, to);
+    }
+  }
+  template <class Numbers>
+  KVT_HD static float value_of(int code, Numbers&& byte, int d) {
+    unsigned char header[header_bytes];
+    for (int j = 0; j < header_bytes; ++j) header[j] = byte(d / group_size * header_bytes + j);
+    return Header(header).value(code);
+  }
+
   // Scale and least element must fit in fp16.
   static constexpr double max_row_norm() {
     return static_cast<double>(Half::max) * (!symmetric ? 1 : bits == 8 ? 127 : 1 << (bits - 1));
@@ -97,7 +121,7 @@ struct GroupInt
   template <int n>
   using Codes = detail::IntCodes<bits, n>;
   using Levels = detail::IntLevels<bits>;
-  static constexpr int half = 1 << (bits - 1);
+  static constexpr int half = 1 << (bits - 1), last_codes = last_size > 0 ? last_size : group_size;
   static constexpr int tile_codes = dim / group_size * header_bytes * 8;  // where those of a tile begin
 
   // The bytes of a row from `first` on.

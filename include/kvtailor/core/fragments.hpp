@@ -57,6 +57,32 @@ KVT_HD KVT_INLINE float high_half(std::uint32_t both) {
   return to_float(Half{static_cast<std::uint16_t>(both >> 16)});
 #endif
 }
+// x 2^power as fp16 in both halves of a word, if it is a normal number of fp16, |x| < 2^11, or zero.
+KVT_HD constexpr std::uint32_t both_halves(int x, int power) {
+  if (x == 0) return 0;
+  std::uint32_t size = static_cast<std::uint32_t>(x < 0 ? -x : x), exponent = static_cast<std::uint32_t>(power + 25);
+  for (; size < 1024; size *= 2) --exponent;
+  return ((x < 0 ? 0x8000u : 0u) | exponent << 10 | (size & 1023u)) * 0x10001u;
+}
+// a b and a b + c, of both halves, rounded once.
+KVT_HD KVT_INLINE std::uint32_t multiply_halves(std::uint32_t a, std::uint32_t b) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t out;
+  asm("mul.rn.f16x2 %0, %1, %2;" : "=r"(out) : "r"(a), "r"(b));
+  return out;
+#else
+  return pack_halves(low_half(a) * low_half(b), high_half(a) * high_half(b));
+#endif
+}
+KVT_HD KVT_INLINE std::uint32_t fma_halves(std::uint32_t a, std::uint32_t b, std::uint32_t c) {
+#if defined(__CUDA_ARCH__)
+  std::uint32_t out;
+  asm("fma.rn.f16x2 %0, %1, %2, %3;" : "=r"(out) : "r"(a), "r"(b), "r"(c));
+  return out;
+#else
+  return pack_halves(std::fma(low_half(a), low_half(b), low_half(c)), std::fma(high_half(a), high_half(b), high_half(c)));
+#endif
+}
 // 2^x within 2^-22 of itself; zero below -126.
 KVT_HD KVT_INLINE float fast_exp2(float x) {
 #if defined(__CUDA_ARCH__)
@@ -98,6 +124,14 @@ KVT_HD KVT_INLINE std::uint32_t byte_above(std::uint32_t x, int index, std::uint
   return __byte_perm(x, low, 0x5504u | static_cast<unsigned>(index) << 4);
 #else
   return (x >> (8 * index) & 0xffu) << 8 | low;
+#endif
+}
+// Bytes `index` and index + 2 of x, 0 or 1, as the lower bytes of the halves of a word whose upper ones are those of `above`.
+KVT_HD KVT_INLINE std::uint32_t bytes_below(std::uint32_t x, int index, std::uint32_t above) {
+#if defined(__CUDA_ARCH__)
+  return __byte_perm(x, above, index == 0 ? 0x7250u : 0x7351u);
+#else
+  return (x >> (8 * index) & 0xff00ffu) | (above & 0xff00ff00u);
 #endif
 }
 // from + count * bytes, by one instruction.

@@ -123,15 +123,11 @@ struct ScoredRows {
   template <class Lanes>
   KVT_HD static void encoded_key(const Lanes& lanes, const std::byte* slice, int row, float* to) {
     if constexpr (Body::fragments) {
-      float scale = 1;
-      if constexpr (Body::Keys::scaled) {
-        typename FragmentsOf<Key>::Scale stored;
-        Body::template read_scale<true>(slice, row, &stored);
-        scale = to_float(stored);
-      }
+      const auto byte = [&](int k) { return std::to_integer<unsigned char>(slice[Body::template scale_at<true>(row, k)]); };
+      const float scale = FragmentsOf<Key>::scale(byte);
       lanes.each([&](int lane) {
         for (int d = lane; d < dim; d += Lanes::size) {
-          to[d] = scale * FragmentsOf<Key>::value([&](int e) { return Body::template element<true>(slice, row, e); }, d);
+          to[d] = scale * FragmentsOf<Key>::value([&](int e) { return Body::template element<true>(slice, row, e); }, byte, d);
         }
       });
     } else {

@@ -33,12 +33,19 @@ namespace detail {
 
 struct Nothing {};
 
+// Scales of a row of a slice, of bytes key(k) and value(k).
+template <class Layout, class Key, class Value>
+KVT_HD void write_scales(std::byte* slice, int row, Key&& key, Value&& value) {
+  for (int k = 0; k < Layout::Keys::scale_bytes; ++k) slice[Layout::template scale_at<true>(row, k)] = key(k);
+  for (int k = 0; k < Layout::Values::scale_bytes; ++k) slice[Layout::template scale_at<false>(row, k)] = value(k);
+}
+
 // Rows on their way from slice to slice, by their codes, in memory that the warps of a block share.
 template <class Layout>
 struct MovingRows {
   static constexpr int count = slice_rows, dim = Layout::dim;
   std::uint16_t key[count][dim], value[count][dim];
-  std::byte key_scale[count][2], value_scale[count][2];
+  std::byte key_scale[count][Layout::Keys::scale_bytes + 1], value_scale[count][Layout::Values::scale_bytes + 1];
 
   // A row of a slice to place k.
   template <class Lanes>
@@ -50,8 +57,8 @@ struct MovingRows {
       }
     });
     lanes.once([&] {
-      Layout::template read_scale<true>(from, row, key_scale[k]);
-      Layout::template read_scale<false>(from, row, value_scale[k]);
+      for (int j = 0; j < Layout::Keys::scale_bytes; ++j) key_scale[k][j] = from[Layout::template scale_at<true>(row, j)];
+      for (int j = 0; j < Layout::Values::scale_bytes; ++j) value_scale[k][j] = from[Layout::template scale_at<false>(row, j)];
     });
   }
   // The first n places to a slice, which has no other rows then.
@@ -63,9 +70,9 @@ struct MovingRows {
       if (warp == 1) Layout::template pack<false>(lanes, to, 0, [&](int r, int d) { return r < n ? value[r][d] : -1; });
       if (warp == 2) {
         lanes.each([&](int r) {
-          constexpr std::byte zero[2] = {};
-          Layout::template write_scale<true>(to, r, r < n ? key_scale[r] : zero);
-          Layout::template write_scale<false>(to, r, r < n ? value_scale[r] : zero);
+          write_scales<Layout>(
+              to, r, [&](int k) { return r < n ? key_scale[r][k] : std::byte{}; },
+              [&](int k) { return r < n ? value_scale[r][k] : std::byte{}; });
         });
       }
     });
@@ -261,9 +268,9 @@ struct HeadRows {
       if (warp == 2) {
         lanes.each([&](int r) {
           if (r < begin) return;
-          constexpr std::byte zero[2] = {};  // rows begin with their scale
-          Body::template write_scale<true>(out, r, is_new(r) ? encoding.keys[r] : zero);
-          Body::template write_scale<false>(out, r, is_new(r) ? encoding.values[r] : zero);
+          write_scales<Body>(
+              out, r, [&](int k) { return is_new(r) ? encoding.keys[r][FragmentsOf<Key>::scale_at(k)] : std::byte{}; },
+              [&](int k) { return is_new(r) ? encoding.values[r][FragmentsOf<Value>::scale_at(k)] : std::byte{}; });
         });
       }
     });

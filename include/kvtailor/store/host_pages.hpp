@@ -105,8 +105,12 @@ struct SliceRows {
     Layout::template read<false>(from, elements);
     for (int r = 0; r < count; ++r) {
       FragmentsOf<Value>::pack(elements[r], values[r]);
-      Layout::template read_scale<true>(from, r, keys[r]);
-      Layout::template read_scale<false>(from, r, values[r]);
+      for (int k = 0; k < Layout::Keys::scale_bytes; ++k) {
+        keys[r][FragmentsOf<Key>::scale_at(k)] = from[Layout::template scale_at<true>(r, k)];
+      }
+      for (int k = 0; k < Layout::Values::scale_bytes; ++k) {
+        values[r][FragmentsOf<Value>::scale_at(k)] = from[Layout::template scale_at<false>(r, k)];
+      }
     }
   }
   void write_fragments(std::byte* to, int count) const {
@@ -115,8 +119,9 @@ struct SliceRows {
     Layout::template write<true>(elements, to);
     for (int r = 0; r < count; ++r) {
       FragmentsOf<Value>::unpack(values[r], elements[r]);
-      Layout::template write_scale<true>(to, r, keys[r]);
-      Layout::template write_scale<false>(to, r, values[r]);
+      detail::write_scales<Layout>(
+          to, r, [&](int k) { return keys[r][FragmentsOf<Key>::scale_at(k)]; },
+          [&](int k) { return values[r][FragmentsOf<Value>::scale_at(k)]; });
     }
     Layout::template write<false>(elements, to);
   }
