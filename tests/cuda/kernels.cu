@@ -46,7 +46,7 @@ void use_decode(const void** kernels) {
   use<DecodeWork<Key, Value, false, 8, Half>>(kernels);
   use<DecodeWork<Key, Value, true, 8, Half>>(kernels);
   if constexpr (widest_decode<Key, Value> == 16) use<DecodeWork<Key, Value, true, 16, Half>>(kernels);
-  use<FinishWork<Value, Half>>(kernels);
+  use<FinishWork<Value, Half, typename LayoutOf<Key, Value>::Pages>>(kernels);
 }
 template <class Codec>
 void use_rows(const void** kernels) {
@@ -109,9 +109,7 @@ void use_blocks(const void** kernels) {
   using Codec = KvCodec<Key, Value, Half>;
   using Pages = typename LayoutOf<Key, Value>::Pages;
   use<CountWork<Half, Pages>>(kernels);
-  use<DecodeWork<Key, Value, false, 8, Half>>(kernels);
-  use<DecodeWork<Key, Value, true, 8, Half>>(kernels);
-  use<FinishWork<Value, Half, Pages>>(kernels);
+  use_decode<Key, Value>(kernels);
   use<AppendBlocksWork<Codec, Half>>(kernels);
   use<CutBlocksWork<Codec>>(kernels);
   use<MeasureBlocksWork<Codec>>(kernels);
@@ -165,7 +163,8 @@ void use_kernels(const void** kernels) {
   use_decode<Rotated<Trellis<3, 128>>, TurboQuant<4, 128>>(kernels);
   use_decode<Rotated<Trellis<2, 64>>, Rotated<Trellis<1, 64>>>(kernels);
   use_decode<Rotated<Trellis<4, 256>>, Rotated<Trellis<3, 256>>>(kernels);
-  use_blocks<Rotated<LowRank<Short<2, 128>>>>(kernels);
+  use_blocks<Rotated<LowRank<Trellis<2, 128>>>, Rotated<LowRank<Short<2, 128>>>>(kernels);
+  use_decode<Rotated<LowRank<Short<3, 64>>>, Rotated<Shifted<Trellis<2, 64, 6>>>>(kernels);
   use_blocks<KiviKeys<2, 64>, KiviValues<2, 64>>(kernels);
   use_blocks<Chosen<256>>(kernels);
 }

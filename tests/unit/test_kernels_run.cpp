@@ -245,8 +245,9 @@ TEST_CASE("caches of every codec and every head dim") {
   run<KvCodec<Rotated<Trellis<2, 128>>>, KeyDiff, Adaptive>();
   run<KvCodec<Rotated<Trellis<2, 128>>>, SnapKv>();
   run<KvCodec<TurboQuantUnbiased<3, 256>>, SnapKv>();
-  run<KvCodec<Rotated<LowRank<Short<2, 128>>>>>();
-  run<KvCodec<Rotated<LowRank<Short<2, 128>>>>, SnapKv>();
+  run<KvCodec<Rotated<LowRank<Trellis<2, 128>>>, Rotated<LowRank<Short<2, 128>>>>>();
+  run<KvCodec<Rotated<LowRank<Trellis<2, 128>>>, Rotated<LowRank<Short<2, 128>>>>, SnapKv>();
+  run<KvCodec<Rotated<LowRank<Short<3, 64>>>, Rotated<Shifted<Trellis<2, 64, 6>>>>>();
   run<KvCodec<KiviKeys<2, 64>, KiviValues<2, 64>>>();
   run<KvCodec<KiviKeys<2, 64>, KiviValues<2, 64>>, SnapKv>();
   run<KvCodec<Chosen<256>>>();

@@ -5,15 +5,13 @@
 //   BlockRecord   rows of a head that were encoded together
 //   BlockStream   those of a head, one after another in pages
 //   BlockLayout   of such a stream, for DecodeWork
-//   BlockWarp     attention over pages of it by one warp, with fp32 products: what DecodeWarp is for tensor cores
+//   BlockWarp     attention over pages of it by one warp, with fp32 products, or with tensor cores where BlockLanes has them
 #pragma once
 
 #include <limits>
 
-#include "kvtailor/attend/decode_warp.hpp"
+#include "kvtailor/attend/block_products.hpp"
 #include "kvtailor/codec/kv_codec.hpp"
-#include "kvtailor/codec/rotated.hpp"
-#include "kvtailor/codec/shifted.hpp"
 
 namespace kvt::inline v0 {
 
@@ -169,10 +167,25 @@ struct BlockLayout {
     float max[width], sum[width];
   };
   static constexpr int warp_bytes = static_cast<int>(sizeof(Memory));
-  // Beside the vectors that all warps share, a block has 99 KiB on the smallest of multiprocessors (sm_86, sm_89).
-  static constexpr int shared_bytes = width * (max_basis_dim<Key> + basis) * 4 + 1024;
-  static constexpr int warps = std::clamp(((99 << 10) - shared_bytes) / warp_bytes, 1, 8), table_bytes = warps * warp_bytes;
-  static_assert(table_bytes <= 128 << 10, "a multiprocessor of the A100 has no room for blocks of so many bytes");
+  // What all warps share: vectors and their fragments; and tables of codes, where there is room for them.
+  static constexpr int shared_bytes = width * (max_basis_dim<Key> + basis) * 4 + 16 * dim + 1024;
+  template <class Codec>
+  using RowsOf = std::conditional_t<(shared_kib >= 163), TensorRowsOf<Codec>, void>;
+  using KeyRows = RowsOf<Key>;
+  using ValueRows = RowsOf<Value>;
+  using Keys = std::conditional_t<std::is_void_v<KeyRows>, void, TrellisStrings<KeyRows, true>>;
+  static constexpr bool tensor_keys = !std::is_void_v<KeyRows>, tensor_values = !std::is_void_v<ValueRows>;
+  static constexpr int tables_bytes = tensor_keys || tensor_values ? 256 * table_stride : 0;
+  // Warps that do without tables leave room for a second block of threads.
+  static constexpr int most_bytes = (tables_bytes > 0 ? shared_kib << 10 : 99 << 10) - shared_bytes - tables_bytes;
+  static constexpr int warps = std::clamp(most_bytes / warp_bytes, 1, 8), table_bytes = tables_bytes + warps * warp_bytes;
+  static_assert(table_bytes <= 128 << 10 || table_bytes <= most_bytes + tables_bytes,
+                "a multiprocessor of the A100 has no room for blocks of so many bytes");
+
+  KVT_HD static void fill_tables(std::byte* table, int thread, int threads) {
+    if constexpr (tensor_keys) fill_table<TrellisStrings<KeyRows, true>>(table, thread, threads);
+    if constexpr (tensor_values) fill_table<TrellisStrings<ValueRows, false>>(table + value_table_offset, thread, threads);
+  }
 };
 
 // limited: whether a window, positions or a soft cap are looked at; otherwise every row is seen.
@@ -184,10 +197,13 @@ class BlockWarp {
   using Queries = DecodeQueries<float>;  // vectors: [m, basis of the keys], in their basis, times scale and log2(e)
   static constexpr int width = Layout::width, basis = Layout::basis;
 
-  // Attends to what begins in pages first, first + step, ... below last. memory: Layout::warp_bytes.
-  KVT_HD void run(const Lanes& lanes, const Stream& stream, const Queries& query, std::byte* memory, int first, int last,
-                  int step) {
-    memory_ = reinterpret_cast<Memory*>(memory);
+  // Attends to what begins in pages first, first + step, ... below last.
+  // table: Layout::table_bytes, its tables filled; fragments: of the vectors, if there are tensor_keys.
+  KVT_HD void run(const Lanes& lanes, const Stream& stream, const Queries& query, std::byte* table, int first, int last,
+                  int step, int warp, const QueryFragments<Layout::dim>* fragments) {
+    memory_ = reinterpret_cast<Memory*>(table + Layout::tables_bytes + warp * Layout::warp_bytes);
+    table_ = table;
+    fragments_ = fragments;
     length_ = basis_dim(stream.values);
     lanes.each([&](int lane) {
       for (int j = lane; j < width; j += Lanes::size) {
@@ -226,10 +242,23 @@ class BlockWarp {
     if (limited && !any_seen(stream, offset, record, query)) return;
     float* const logits = memory_->logit[0];
     stream.read(lanes, offset + record.keys_at(), record.key_bytes, memory_->block);
-    stream.keys.logits(lanes, memory_->block, record.rows, query.vectors, query.m, logits, Layout::most_rows);
+    with<typename Layout::KeyRows>(lanes, table_, [&](const auto& own) {
+      stream.keys.logits(own, memory_->block, record.rows, query.vectors, query.m, logits, Layout::most_rows);
+    });
     for (int j = 0; j < query.m; ++j) to_weights(lanes, stream, offset, record.rows, query, j);
     stream.read(lanes, offset + record.values_at(), record.value_bytes, memory_->block);
-    stream.values.accumulate(lanes, memory_->block, record.rows, logits, query.m, Layout::most_rows, memory_->rows);
+    with<typename Layout::ValueRows>(lanes, table_ + value_table_offset, [&](const auto& own) {
+      stream.values.accumulate(own, memory_->block, record.rows, logits, query.m, Layout::most_rows, memory_->rows);
+    });
+  }
+  // f(lanes that read Rows), or the lanes as they are.
+  template <class Rows, class F>
+  KVT_HD void with(const Lanes& lanes, const std::byte* table, F&& f) const {
+    if constexpr (std::is_void_v<Rows>) {
+      f(lanes);
+    } else {
+      f(BlockLanes<Lanes, Rows>{lanes, table, fragments_});
+    }
   }
   // Whether a vector may see a row; positions rise.
   KVT_HD static bool any_seen(const Stream& stream, int offset, const BlockRecord& record, const Queries& query) {
@@ -274,6 +303,8 @@ class BlockWarp {
   }
 
   Memory* memory_ = nullptr;
+  const std::byte* table_ = nullptr;
+  const QueryFragments<Layout::dim>* fragments_ = nullptr;
   int length_ = 0;  // elements of a sum
 };
 

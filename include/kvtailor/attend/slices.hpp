@@ -318,6 +318,14 @@ struct CodeFragments : InOrder<size>, SliceScales<Half, 1> {
 
 // Entries for K and V lie side by side: 256 bytes hold 32 copies of each.
 inline constexpr int table_stride = 256, value_table_offset = 128;
+template <class Fragments>
+KVT_HD void fill_table(std::byte* table, int thread, int threads) {
+  if constexpr (Fragments::table_entries > 0) {
+    for (int k = thread; k < Fragments::table_entries * 32; k += threads) {
+      *reinterpret_cast<std::uint32_t*>(table + k / 32 * table_stride + k % 32 * 4) = Fragments::table_entry(k / 32);
+    }
+  }
+}
 
 template <class KeyFragments, class ValueFragments>
 struct SliceLayout {
@@ -359,6 +367,13 @@ struct SliceLayout {
     } else {
       return scales_at + 4 * (row % 8 * scale_words + (keys ? 0 : value_scale_word)) + row / 8 * Part<keys>::scale_bytes + k;
     }
+  }
+
+  // A row's, of bytes key(k) and value(k).
+  template <class Key, class Value>
+  KVT_HD static void write_scales(std::byte* slice, int row, Key&& key, Value&& value) {
+    for (int k = 0; k < Keys::scale_bytes; ++k) slice[scale_at<true>(row, k)] = key(k);
+    for (int k = 0; k < Values::scale_bytes; ++k) slice[scale_at<false>(row, k)] = value(k);
   }
 
   // All of a lane's words; from: 16 bytes a lane.
@@ -491,14 +506,6 @@ struct SliceLayout {
         from);
     KVT_UNROLL_ON_DEVICE
     for (int w = 0; w < count; w += width) load_words<width>(lanes, offset(lanes, at, 4 * w), to + w);
-  }
-  template <class Fragments>
-  KVT_HD static void fill_table(std::byte* table, int thread, int threads) {
-    if constexpr (Fragments::table_entries > 0) {
-      for (int k = thread; k < Fragments::table_entries * 32; k += threads) {
-        *reinterpret_cast<std::uint32_t*>(table + k / 32 * table_stride + k % 32 * 4) = Fragments::table_entry(k / 32);
-      }
-    }
   }
 };
 

@@ -285,9 +285,13 @@ struct DecodeStep {
 // What the warps of a block share, beside the tables.
 template <class Key, class Value, int warps, int width>
 struct DecodeShared {
-  static constexpr bool fragments = LayoutOf<Key, Value>::fragments;
+  using Layout = LayoutOf<Key, Value>;
+  static constexpr bool fragments = Layout::fragments, packed = [] {
+    if constexpr (requires { Layout::tensor_keys; }) return Layout::tensor_keys;
+    return fragments;
+  }();
 
-  std::conditional_t<fragments, QueryFragments<Key::head_dim>, std::byte> queries[width / 8];
+  std::conditional_t<packed, QueryFragments<Key::head_dim>, std::byte> queries[width / 8];
   float prepared[width * max_basis_dim<Key>];  // queries in the basis of the keys
   float rows[width * max_basis_dim<Value>];    // queries as they come, then weighted rows
   float max[warps][width], sum[warps][width], factor[warps][width];
@@ -333,7 +337,7 @@ struct DecodeWork {
     const SplitDecode& split = step.split;
     const int from = split.start(index), to = split.start(index + 1);
     if (from >= to) return;
-    if constexpr (Layout::fragments && dynamic_bytes > 0) {
+    if constexpr (requires { Layout::fill_tables(table, 0, 0); }) {
       block.each_warp([&](const Lanes& lanes, int warp) {
         lanes.each([&](int lane) { Layout::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
       });
@@ -358,7 +362,7 @@ struct DecodeWork {
             });
         }
       });
-      if constexpr (Layout::fragments) {
+      if constexpr (Shared::packed) {
         block.each_warp([&](const Lanes& lanes, int warp) {
           for (int v = 0; v < width / 8; ++v) {
             shared.queries[v].template pack<typename Layout::Keys>(lanes, shared.prepared + 8 * v * dim, m - 8 * v, warp,
@@ -372,9 +376,14 @@ struct DecodeWork {
         const auto [skipped, whole] = step.seen[x];
         const typename WarpWork::Queries query{shared.vectors(), shared.position, m,       step.cap * log2e,
                                                step.window,      whole.from,      whole.to};
-        std::byte* memory = table;
-        if constexpr (in_blocks) memory += warp * Layout::warp_bytes;
-        work[warp].run(lanes, pages, query, memory, skipped + share.from + warp, skipped + share.to, warps);
+        const int first = skipped + share.from + warp, last = skipped + share.to;
+        if constexpr (in_blocks) {
+          const QueryFragments<dim>* fragments = nullptr;
+          if constexpr (Shared::packed) fragments = shared.queries;
+          work[warp].run(lanes, pages, query, table, first, last, warps, warp, fragments);
+        } else {
+          work[warp].run(lanes, pages, query, table, first, last, warps);
+        }
         work[warp].store_state(lanes, shared.max[warp], shared.sum[warp]);
       });
       // The warps' results at one maximum. Each adds its rows in turn, so that sums are always the same.

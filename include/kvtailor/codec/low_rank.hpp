@@ -588,20 +588,37 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
     }
   }
 
-  // to[j] += (from[j] . a) b for m vectors. Lanes decode what they need when they need it.
+  // to[j] += (from[j] . a) b for m vectors, eight of which share what a lane has decoded.
   template <class Lanes>
   KVT_HD KVT_INLINE static void add_pair(const Lanes& lanes, const detail::FactorRun& a, int a_size, const float* from,
                                          int from_stride, const detail::FactorRun& b, int b_size, float* to, int to_stride,
                                          int m) {
-    for (int j = 0; j < m; ++j) {
-      typename Lanes::template Reg<float> part;
+    constexpr int most = 8;
+    for (int first = 0; first < m; first += most) {
+      const int count = m - first < most ? m - first : most;
+      const auto each_vector = [count](auto f) KVT_INLINE_LAMBDA {
+        KVT_UNROLL_ON_DEVICE
+        for (int j = 0; j < most; ++j) {
+          if (j < count) f(j);
+        }
+      };
+      const float* const x = from + first * from_stride;
+      float* const out = to + first * to_stride;
+      typename Lanes::template Reg<float> part[most];
+      float along[most];
       lanes.each([&](int lane) {
-        part[lane] = 0;
-        for (int i = lane; i < a_size; i += Lanes::size) part[lane] += a[i] * from[j * from_stride + i];
+        each_vector([&](int j) { part[j][lane] = 0; });
+        for (int i = lane; i < a_size; i += Lanes::size) {
+          const float factor = a[i];
+          each_vector([&](int j) { part[j][lane] += factor * x[j * from_stride + i]; });
+        }
       });
-      const float along = lanes.sum(part);
+      each_vector([&](int j) { along[j] = lanes.sum(part[j]); });
       lanes.each([&](int lane) {
-        for (int i = lane; i < b_size; i += Lanes::size) to[j * to_stride + i] += along * b[i];
+        for (int i = lane; i < b_size; i += Lanes::size) {
+          const float factor = b[i];
+          each_vector([&](int j) { out[j * to_stride + i] += along[j] * factor; });
+        }
       });
     }
   }

@@ -117,7 +117,7 @@ concept PlainCodec = StorageCodec<C> && C::plain;
 //                                                      see and may begin with x
 // Rows are `basis` elements in the codec's basis; a codec with more than dim of them decodes for itself. One whose elements are
 // small integers times a scale may have a type Integers, made of (block, n), and the host attends to those: see
-// integer_rows.hpp.
+// integer_rows.hpp. Lanes that know how to read its rows attend to them by themselves: see BlockLanes.
 template <class Self, int dim, int scale_size, int code_size, int basis = dim>
 struct RowCodec : PlainBasis<dim> {
   static constexpr int scale_bytes = scale_size, code_bytes = code_size, row_bytes = scale_bytes + code_bytes;
@@ -190,6 +190,9 @@ struct RowCodec : PlainBasis<dim> {
       return detail::IntegerRows<Integers>::logits(lanes, Integers{block, n}, n, prepared, m, out, stride);
     }
 #endif
+    if constexpr (requires { lanes.logits_of(self(), block, n, prepared, m, out, stride); }) {
+      return lanes.logits_of(self(), block, n, prepared, m, out, stride);
+    }
     if (m < 1) return;  // and compilers need not ask again for each row
     const std::byte* const codes = block + scale_bytes * n;
     const ReadAhead<Lanes, code_bytes> ahead(lanes, codes, n);
@@ -219,6 +222,9 @@ struct RowCodec : PlainBasis<dim> {
       return detail::IntegerRows<Integers>::accumulate(lanes, Integers{block, n}, n, weights, m, stride, acc);
     }
 #endif
+    if constexpr (requires { lanes.accumulate_of(self(), block, n, weights, m, stride, acc); }) {
+      return lanes.accumulate_of(self(), block, n, weights, m, stride, acc);
+    }
     if (m < 1) return;
     int row = 0;
     if constexpr (Lanes::size == 1) {

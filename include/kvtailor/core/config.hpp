@@ -33,6 +33,21 @@
 #define KVT_INLINE_LAMBDA __attribute__((always_inline))
 #endif
 
+// KiB of shared memory that a block of threads may have on every architecture that this is compiled for.
+namespace kvt::inline v0 {
+inline constexpr int shared_kib = [] {
+  int least = 163;
+#if defined(__CUDA_ARCH_LIST__)
+  least = 227;
+  for (const int arch : {__CUDA_ARCH_LIST__}) {
+    const int own = arch == 800 || arch == 870 ? 163 : arch >= 900 && arch < 1200 ? 227 : 99;
+    least = own < least ? own : least;
+  }
+#endif
+  return least;
+}();
+}  // namespace kvt::inline v0
+
 // Before a loop of constant length that is to become straight code.
 #if defined(__CUDA_ARCH__)
 #define KVT_UNROLL _Pragma("unroll")

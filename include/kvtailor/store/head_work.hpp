@@ -33,13 +33,6 @@ namespace detail {
 
 struct Nothing {};
 
-// Scales of a row of a slice, of bytes key(k) and value(k).
-template <class Layout, class Key, class Value>
-KVT_HD void write_scales(std::byte* slice, int row, Key&& key, Value&& value) {
-  for (int k = 0; k < Layout::Keys::scale_bytes; ++k) slice[Layout::template scale_at<true>(row, k)] = key(k);
-  for (int k = 0; k < Layout::Values::scale_bytes; ++k) slice[Layout::template scale_at<false>(row, k)] = value(k);
-}
-
 // Rows on their way from slice to slice, by their codes, in memory that the warps of a block share.
 template <class Layout>
 struct MovingRows {
@@ -70,7 +63,7 @@ struct MovingRows {
       if (warp == 1) Layout::template pack<false>(lanes, to, 0, [&](int r, int d) { return r < n ? value[r][d] : -1; });
       if (warp == 2) {
         lanes.each([&](int r) {
-          write_scales<Layout>(
+          Layout::write_scales(
               to, r, [&](int k) { return r < n ? key_scale[r][k] : std::byte{}; },
               [&](int k) { return r < n ? value_scale[r][k] : std::byte{}; });
         });
@@ -268,7 +261,7 @@ struct HeadRows {
       if (warp == 2) {
         lanes.each([&](int r) {
           if (r < begin) return;
-          write_scales<Body>(
+          Body::write_scales(
               out, r, [&](int k) { return is_new(r) ? encoding.keys[r][FragmentsOf<Key>::scale_at(k)] : std::byte{}; },
               [&](int k) { return is_new(r) ? encoding.values[r][FragmentsOf<Value>::scale_at(k)] : std::byte{}; });
         });

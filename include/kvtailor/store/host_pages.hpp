@@ -119,7 +119,7 @@ struct SliceRows {
     Layout::template write<true>(elements, to);
     for (int r = 0; r < count; ++r) {
       FragmentsOf<Value>::unpack(values[r], elements[r]);
-      detail::write_scales<Layout>(
+      Layout::write_scales(
           to, r, [&](int k) { return keys[r][FragmentsOf<Key>::scale_at(k)]; },
           [&](int k) { return values[r][FragmentsOf<Value>::scale_at(k)]; });
     }
