@@ -174,7 +174,8 @@ struct BlockLayout {
   using KeyRows = RowsOf<Key>;
   using ValueRows = RowsOf<Value>;
   using Keys = std::conditional_t<std::is_void_v<KeyRows>, void, TrellisStrings<KeyRows, true>>;
-  static constexpr bool tensor_keys = !std::is_void_v<KeyRows>, tensor_values = !std::is_void_v<ValueRows>;
+  static constexpr bool tensor_keys = !std::is_void_v<KeyRows>, tensor_values = !std::is_void_v<ValueRows>,
+                        packs_queries = tensor_keys;
   static constexpr int tables_bytes = tensor_keys || tensor_values ? 256 * table_stride : 0;
   // Warps that do without tables leave room for a second block of threads.
   static constexpr int most_bytes = (tables_bytes > 0 ? shared_kib << 10 : 99 << 10) - shared_bytes - tables_bytes;

@@ -288,7 +288,7 @@ class DecodeWarp {
   // Words of other lanes that registers need, once those of the slice, or of 16 rows, are there.
   template <class Fragments>
   KVT_HD KVT_INLINE static void follow(const Lanes& lanes, Reg<std::uint32_t>* words) {
-    if constexpr (requires { Fragments::follow(lanes, words); }) Fragments::follow(lanes, words);
+    if constexpr (Fragments::follows) Fragments::follow(lanes, words);
   }
 
   KVT_HD void start(const Lanes& lanes, const Queries& query) {

@@ -26,8 +26,8 @@ struct RowSlices {
   using Key = KeyCodec;
   using Value = ValueCodec;
   using Pages = SlicePages;
-  static constexpr bool fragments = false, grouped = false;
-  static constexpr int dim = Key::head_dim, table_bytes = 0;
+  static constexpr bool fragments = false, grouped = false, packs_queries = false;
+  static constexpr int dim = Key::head_dim, tables_bytes = 0, table_bytes = 0;
   static constexpr int values_at = (slice_rows * Key::row_bytes + 63) / 64 * 64;
   static constexpr int bytes = (values_at + slice_rows * Value::row_bytes + 127) / 128 * 128;
 

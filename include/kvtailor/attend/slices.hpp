@@ -55,7 +55,7 @@ struct InOrder {
 template <class Scale, int unit>
 struct SliceScales {
   static constexpr int scale_bytes = static_cast<int>(sizeof(Scale)), scale_words = scale_bytes;
-  static constexpr bool scaled = true, grouped = false;
+  static constexpr bool scaled = true, grouped = false, follows = false;
 
   KVT_HD KVT_INLINE static Float4 scales(std::uint32_t first, std::uint32_t second) {
     constexpr float over = 1.f / unit;
@@ -65,7 +65,7 @@ struct SliceScales {
 template <int unit>
 struct SliceScales<LogScale, unit> {
   static constexpr int scale_bytes = 1, scale_words = 1;
-  static constexpr bool scaled = true, grouped = false;
+  static constexpr bool scaled = true, grouped = false, follows = false;
 
   KVT_HD KVT_INLINE static Float4 scales(std::uint32_t all, std::uint32_t) {
     constexpr float power = unit == 8 ? 3.f : 0.f;
@@ -81,7 +81,7 @@ struct SliceScales<LogScale, unit> {
 };
 struct NoScales {
   static constexpr int scale_bytes = 0, scale_words = 0;
-  static constexpr bool scaled = false, grouped = false;
+  static constexpr bool scaled = false, grouped = false, follows = false;
   KVT_HD KVT_INLINE static Float4 scales(std::uint32_t, std::uint32_t) { return {{1, 1, 1, 1}}; }
 };
 
@@ -347,7 +347,8 @@ struct SliceLayout {
   static constexpr int groups_end = value_groups_at + (Values::grouped ? slice_rows * Values::scale_bytes : 0);
   static constexpr int bytes = (groups_end + 127) / 128 * 128;
   static constexpr int tables = (Keys::table_entries > Values::table_entries ? Keys::table_entries : Values::table_entries);
-  static constexpr int table_bytes = tables * table_stride;
+  static constexpr int tables_bytes = tables * table_stride, table_bytes = tables_bytes;  // of tables, and of all there
+  static constexpr bool packs_queries = true;
 
   // Byte of a lane's word, from the first word of keys or of values.
   template <class Fragments>

@@ -286,12 +286,8 @@ struct DecodeStep {
 template <class Key, class Value, int warps, int width>
 struct DecodeShared {
   using Layout = LayoutOf<Key, Value>;
-  static constexpr bool fragments = Layout::fragments, packed = [] {
-    if constexpr (requires { Layout::tensor_keys; }) return Layout::tensor_keys;
-    return fragments;
-  }();
 
-  std::conditional_t<packed, QueryFragments<Key::head_dim>, std::byte> queries[width / 8];
+  std::conditional_t<Layout::packs_queries, QueryFragments<Key::head_dim>, std::byte> queries[width / 8];
   float prepared[width * max_basis_dim<Key>];  // queries in the basis of the keys
   float rows[width * max_basis_dim<Value>];    // queries as they come, then weighted rows
   float max[warps][width], sum[warps][width], factor[warps][width];
@@ -299,7 +295,7 @@ struct DecodeShared {
 
   // What warps attend with.
   KVT_HD const auto* vectors() const {
-    if constexpr (fragments) {
+    if constexpr (Layout::fragments) {
       return queries;
     } else {
       return prepared;
@@ -337,7 +333,7 @@ struct DecodeWork {
     const SplitDecode& split = step.split;
     const int from = split.start(index), to = split.start(index + 1);
     if (from >= to) return;
-    if constexpr (requires { Layout::fill_tables(table, 0, 0); }) {
+    if constexpr (Layout::tables_bytes > 0) {
       block.each_warp([&](const Lanes& lanes, int warp) {
         lanes.each([&](int lane) { Layout::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
       });
@@ -362,7 +358,7 @@ struct DecodeWork {
             });
         }
       });
-      if constexpr (Shared::packed) {
+      if constexpr (Layout::packs_queries) {
         block.each_warp([&](const Lanes& lanes, int warp) {
           for (int v = 0; v < width / 8; ++v) {
             shared.queries[v].template pack<typename Layout::Keys>(lanes, shared.prepared + 8 * v * dim, m - 8 * v, warp,
@@ -379,7 +375,7 @@ struct DecodeWork {
         const int first = skipped + share.from + warp, last = skipped + share.to;
         if constexpr (in_blocks) {
           const QueryFragments<dim>* fragments = nullptr;
-          if constexpr (Shared::packed) fragments = shared.queries;
+          if constexpr (Layout::packs_queries) fragments = shared.queries;
           work[warp].run(lanes, pages, query, table, first, last, warps, warp, fragments);
         } else {
           work[warp].run(lanes, pages, query, table, first, last, warps);

@@ -127,7 +127,7 @@ class TrellisFragments<Trellis<bits, size, window, RowScale>, is_key>
 
  public:
   static constexpr int dim = size, tiles = dim / 8, element_bits = bits;
-  static constexpr bool streamed = false;
+  static constexpr bool streamed = false, follows = true;  // words of other lanes
   // Of the scale, since weights are at most 8 where they meet it, and the largest is near that of fp16.
   static constexpr float unit = 8;
 

@@ -82,6 +82,17 @@ KVT_HD KVT_INLINE int count_marked(const Lanes& lanes, const unsigned char* mark
 
 }  // namespace detail
 
+namespace detail {
+
+// Lanes that attend to blocks of rows by themselves.
+template <class Lanes, class Rows>
+concept ReadsRows = requires(const Lanes& lanes, const Rows& rows, const std::byte* block, const float* in, float* out) {
+  lanes.logits_of(rows, block, 1, in, 1, out, 1);
+  lanes.accumulate_of(rows, block, 1, in, 1, 1, out);
+};
+
+}  // namespace detail
+
 template <int dim>
 struct PlainBasis {
   static_assert(is_supported_head_dim(dim), "head_dim must be 40, 64, 80, 96, 112, 128, 192 or 256");
@@ -190,7 +201,7 @@ struct RowCodec : PlainBasis<dim> {
       return detail::IntegerRows<Integers>::logits(lanes, Integers{block, n}, n, prepared, m, out, stride);
     }
 #endif
-    if constexpr (requires { lanes.logits_of(self(), block, n, prepared, m, out, stride); }) {
+    if constexpr (detail::ReadsRows<Lanes, Self>) {
       return lanes.logits_of(self(), block, n, prepared, m, out, stride);
     }
     if (m < 1) return;  // and compilers need not ask again for each row
@@ -222,7 +233,7 @@ struct RowCodec : PlainBasis<dim> {
       return detail::IntegerRows<Integers>::accumulate(lanes, Integers{block, n}, n, weights, m, stride, acc);
     }
 #endif
-    if constexpr (requires { lanes.accumulate_of(self(), block, n, weights, m, stride, acc); }) {
+    if constexpr (detail::ReadsRows<Lanes, Self>) {
       return lanes.accumulate_of(self(), block, n, weights, m, stride, acc);
     }
     if (m < 1) return;
