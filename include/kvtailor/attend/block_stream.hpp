@@ -173,7 +173,7 @@ struct BlockLayout {
   using RowsOf = std::conditional_t<(shared_kib >= 163), TensorRowsOf<Codec>, void>;
   using KeyRows = RowsOf<Key>;
   using ValueRows = RowsOf<Value>;
-  using Keys = std::conditional_t<std::is_void_v<KeyRows>, void, TrellisStrings<KeyRows, true>>;
+  using Keys = std::conditional_t<std::is_void_v<KeyRows>, void, CodeStrings<KeyRows, true>>;
   static constexpr bool tensor_keys = !std::is_void_v<KeyRows>, tensor_values = !std::is_void_v<ValueRows>,
                         packs_queries = tensor_keys;
   static constexpr int tables_bytes = tensor_keys || tensor_values ? 256 * table_stride : 0;
@@ -184,8 +184,8 @@ struct BlockLayout {
                 "a multiprocessor of the A100 has no room for blocks of so many bytes");
 
   KVT_HD static void fill_tables(std::byte* table, int thread, int threads) {
-    if constexpr (tensor_keys) fill_table<TrellisStrings<KeyRows, true>>(table, thread, threads);
-    if constexpr (tensor_values) fill_table<TrellisStrings<ValueRows, false>>(table + value_table_offset, thread, threads);
+    if constexpr (tensor_keys) fill_table<CodeStrings<KeyRows, true>>(table, thread, threads);
+    if constexpr (tensor_values) fill_table<CodeStrings<ValueRows, false>>(table + value_table_offset, thread, threads);
   }
 };
 

@@ -51,30 +51,32 @@ struct InOrder {
   }
 };
 
-// Scales of rows g, g + 8, g + 16 and g + 24 in one word or two, as floats over `unit`.
-template <class Scale, int unit>
+// A scale over 2^power, within 2^-22 of itself: all bits of it are for those who encode.
+template <int power = 0, class Scale>
+KVT_HD KVT_INLINE float near_float(Scale scale) {
+  if constexpr (std::is_same_v<Scale, LogScale>) {
+    return scale.bits == 0 ? 0.f : fast_exp2(static_cast<float>(scale.bits) * .125f - (16.f + power));
+  } else {
+    return to_float(scale) * (1.f / (1 << power));
+  }
+}
+
+// Scales of rows g, g + 8, g + 16 and g + 24 in one word or two, as floats over 2^power.
+template <class Scale, int power>
 struct SliceScales {
   static constexpr int scale_bytes = static_cast<int>(sizeof(Scale)), scale_words = scale_bytes;
   static constexpr bool scaled = true, grouped = false, follows = false;
 
   KVT_HD KVT_INLINE static Float4 scales(std::uint32_t first, std::uint32_t second) {
-    constexpr float over = 1.f / unit;
-    return {{low_half(first) * over, high_half(first) * over, low_half(second) * over, high_half(second) * over}};
-  }
-};
-template <int unit>
-struct SliceScales<LogScale, unit> {
-  static constexpr int scale_bytes = 1, scale_words = 1;
-  static constexpr bool scaled = true, grouped = false, follows = false;
-
-  KVT_HD KVT_INLINE static Float4 scales(std::uint32_t all, std::uint32_t) {
-    constexpr float power = unit == 8 ? 3.f : 0.f;
-    static_assert(unit == 1 || unit == 8);
     Float4 x;
     KVT_UNROLL_ON_DEVICE
     for (int i = 0; i < 4; ++i) {
-      const std::uint32_t bits = all >> (8 * i) & 0xffu;
-      x.x[i] = bits == 0 ? 0.f : fast_exp2(static_cast<float>(bits) * .125f - (16.f + power));
+      if constexpr (scale_bytes == 1) {
+        x.x[i] = near_float<power>(Scale{static_cast<std::uint8_t>(first >> (8 * i))});
+      } else {
+        const std::uint32_t both = i < 2 ? first : second;
+        x.x[i] = (i % 2 == 0 ? low_half(both) : high_half(both)) * (1.f / (1 << power));
+      }
     }
     return x;
   }
@@ -126,7 +128,7 @@ struct DenseFragments : InOrder<size>, NoScales {
 // many as fit lie in a word from the low bits up, and two bits of each word that are left over make up the last fields of four
 // tiles, so that nothing is wasted.
 template <int bits, int size>
-struct CodeFragments : InOrder<size>, SliceScales<Half, 1> {
+struct CodeFragments : InOrder<size>, SliceScales<Half, 0> {
   static_assert(bits >= 1 && bits <= 6 && size % 16 == 0);
   using Codes = LloydMax<bits, size>;
   static constexpr int dim = size, tiles = dim / 8, extra = 0, element_bits = bits;

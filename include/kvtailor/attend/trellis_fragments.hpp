@@ -1,135 +1,28 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Trellis codes for tensor cores.
-//   TrellisStrings     which elements a lane holds, and registers of them
-//   TrellisFragments   slices of them
-//
-// A lane holds neighbours of a row's ring: a quarter of it of keys, an eighth of values, as one string of bits for each of its
-// rows. So a state is bits of the lane's own words, but for the last ones of a string, which end with the first bits of the
-// next lane's: these come by a shuffle. Dims lie in the order of the ring, to which queries are put, and which sums are taken
-// out of.
-//
-// A byte of a string, shifted so that a state begins there, is an index of a table of which every lane has a copy. Where two
-// states are no more than a byte, an entry is both elements, else it is one, twice.
+// TrellisFragments: slices of trellis codes, as the strings of code_strings.hpp. What follows a string comes from the next lane
+// by a shuffle.
 #pragma once
 
-#include "kvtailor/attend/slices.hpp"
-#include "kvtailor/codec/trellis.hpp"
+#include "kvtailor/attend/code_strings.hpp"
 
 namespace kvt::inline v0 {
-
-template <class Codec, bool is_key>
-class TrellisStrings;
-
-template <int bits, int size, int window, class Scale, bool is_key>
-class TrellisStrings<Trellis<bits, size, window, Scale>, is_key> {
-  using Codec = Trellis<bits, size, window, Scale>;
-  static constexpr bool in_pairs = window + bits <= 8;
-
- public:
-  static constexpr int dim = size, across = dim / 16, table_entries = 256;
-  static constexpr int own = is_key ? dim / 4 : dim / 8;  // elements of a string
-  static constexpr int strings = is_key ? 2 : 4;          // of a lane, of 16 rows
-  static constexpr int string_bits = own * bits, reach = window - bits;
-  static_assert(dim % 16 == 0 && string_bits >= reach && reach > 0, "a state ends in the next lane at most");
-
-  // A lane's part of a ring, the lane that has the next one, and the row of its string r, of 16 rows or more.
-  KVT_HD KVT_INLINE static constexpr int part_of(int lane) { return is_key ? lane % 4 : lane / 4; }
-  KVT_HD KVT_INLINE static constexpr int next_lane(int lane) {
-    return is_key ? lane / 4 * 4 + (lane + 1) % 4 : (lane + 4) % 32;
-  }
-  KVT_HD KVT_INLINE static constexpr int row_of(int lane, int r) {
-    const int k = r % strings;
-    return r / strings * 16 + (is_key ? lane / 4 + 8 * k : 2 * (lane % 4) + 8 * (k / 2) + k % 2);
-  }
-  // The string that a half of a register is of, and its place there.
-  KVT_HD KVT_INLINE static constexpr int string_of(int tile, int i, int h) {
-    return tile / across * strings + (is_key ? i % 2 : i / 2 * 2 + h);
-  }
-  KVT_HD KVT_INLINE static constexpr int place_of(int tile, int i, int h) {
-    return is_key ? tile % across * 4 + i / 2 * 2 + h : tile % across * 2 + i % 2;
-  }
-
-  template <bool keys>
-  KVT_HD KVT_INLINE static constexpr SlicePlace place(int lane, int tile, int i, int h) {
-    static_assert(keys == is_key);
-    return {row_of(lane, string_of(tile, i, h)), Codec::element_at(bits * (part_of(lane) * own + place_of(tile, i, h)))};
-  }
-  template <bool keys>
-  KVT_HD KVT_INLINE static constexpr FragmentPlace find(int row, int d) {
-    static_assert(keys == is_key);
-    const int at = Codec::first_bit(d) / bits, part = at / own, e = at % own, tile = row / 16 * across;
-    if (is_key) return {row % 8 * 4 + part, tile + e / 4, row % 16 / 8 + e % 4 / 2 * 2, e % 2};
-    return {part * 4 + row % 8 / 2, tile + e / 2, e % 2 + row % 16 / 8 * 2, row % 2};
-  }
-
-  KVT_HD static std::uint32_t table_entry(int index) {
-    static constexpr typename Codec::Values value;
-    constexpr int mask = Codec::num_states - 1;
-    return pack_halves(value.of[index & mask], value.of[(in_pairs ? index >> bits : index) & mask]);
-  }
-
-  // Registers of a tile. string_word(r, m): 32 bits of string r, from bit 32 m on, and what follows it; table: begins at the
-  // first copy of entry 0.
-  template <class Lanes, class StringWord>
-  KVT_HD KVT_INLINE static void unpack_strings(const Lanes& lanes, StringWord&& string_word, int tile, const std::byte* table,
-                                               typename Lanes::template Reg<std::uint32_t> (&a)[4]) {
-    const auto entry = [&](int i, int h) {
-      return look_up(lanes, string_word, string_of(tile, i, h), bits * place_of(tile, i, h), table);
-    };
-    const auto join = [&]<bool high>(const auto& x, const auto& y) {
-      return map(
-          lanes, [](int, std::uint32_t p, std::uint32_t q) { return join_halves<high, high>(p, q); }, x, y);
-    };
-    KVT_UNROLL_ON_DEVICE
-    for (int i = 0; i < 4; ++i) {
-      if constexpr (is_key && in_pairs) {
-        a[i] = entry(i, 0);
-      } else if constexpr (in_pairs) {  // an entry is two dims, a register two rows
-        if (i % 2 != 0) continue;
-        const auto first = entry(i, 0), second = entry(i, 1);
-        a[i] = join.template operator()<false>(first, second);
-        a[i + 1] = join.template operator()<true>(first, second);
-      } else {
-        a[i] = join.template operator()<false>(entry(i, 0), entry(i, 1));
-      }
-    }
-  }
-
- private:
-  // The entry of the state, or the two, that begin at a bit of a string.
-  template <class Lanes, class StringWord>
-  KVT_HD KVT_INLINE static auto look_up(const Lanes& lanes, StringWord&& string_word, int r, int bit, const std::byte* table) {
-    const int m = bit / 32, by = bit % 8, end = 32 * m + 24 + by;
-    // States of the same word that begin at the same bit of a byte share one shift.
-    const bool spread = by > 0 && end < string_bits && end % bits == 0;
-    const auto low = string_word(r, m), high = spread ? string_word(r, m + 1) : low;
-    return map(
-        lanes,
-        [table, by, bit](int lane, std::uint32_t x, std::uint32_t y) {
-          const std::uint32_t states = by == 0 ? x : shift_right(x, y, by);
-          return *reinterpret_cast<const std::uint32_t*>(
-              table + byte_above(states, bit % 32 / 8, static_cast<std::uint32_t>(4 * lane)));
-        },
-        low, high);
-  }
-};
 
 template <class Codec, bool is_key>
 class TrellisFragments;
 
 template <int bits, int size, int window, class RowScale, bool is_key>
 class TrellisFragments<Trellis<bits, size, window, RowScale>, is_key>
-    : public TrellisStrings<Trellis<bits, size, window, RowScale>, is_key>, public SliceScales<RowScale, 8> {
-  using Strings = TrellisStrings<Trellis<bits, size, window, RowScale>, is_key>;
+    : public CodeStrings<Trellis<bits, size, window, RowScale>, is_key>, public SliceScales<RowScale, 3> {
+  using Strings = CodeStrings<Trellis<bits, size, window, RowScale>, is_key>;
   using Strings::across, Strings::own, Strings::string_bits, Strings::reach;
 
  public:
   static constexpr int dim = size, tiles = dim / 8, element_bits = bits;
   static constexpr bool streamed = false, follows = true;  // words of other lanes
   // Of the scale, since weights are at most 8 where they meet it, and the largest is near that of fp16.
-  static constexpr float unit = 8;
+  static constexpr float unit = 8;  // 2^3
 
  private:
   // Of what is in registers at a time, and of a slice.
