@@ -29,10 +29,10 @@ struct Case {
 //
 // Queries are rounded to fp16, and so are weights times scales: with a relative error of at most 2^-11, rms 2^-12.2,
 // each independent of the others. A logit is off by 2^-12.2 |q| |k| / sqrt(dim) / sqrt(dim), which is 2^-12.2 `sharpness` for
-// rows and queries of normal elements, and an output by sqrt(1 + sharpness^2) 2^-12.2 sqrt(sum p^2) of a value's size. Eight
-// times that is the bound: it is the largest of up to 2,048 elements, and where few rows have weight, what these are rounded
-// by is up to 2.3 times the average (over lengths 17 to 59). The levels of two bits are right to 5e-4. Elements
-// of groups are rounded as well, which doubles the square of the error.
+// rows and queries of normal elements, and an output by sqrt(1 + sharpness^2) 2^-12.2 sqrt(sum p^2) of a value's size. Six
+// times that is the bound, since it is the largest of up to 2,048 elements. The levels of two bits are right to 5e-4. Elements
+// of groups are rounded as well, which doubles the square of the error. Where few rows have weight, what these are rounded by
+// is up to 2.3 times the average (over lengths 17 to 59): trellises and groups, which are many cases more, have eight times.
 template <class Key, class Value, bool limited = false>
 double error_of(const Case& c) {
   constexpr int dim = Key::head_dim;
@@ -117,7 +117,9 @@ double error_of(const Case& c) {
     for (int r = 0; r < c.rows; ++r) spread += std::pow(std::exp(logit[static_cast<std::size_t>(r)] - top) / total, 2);
     for (const double x : out) length += x * x / (total * total * dim);
     constexpr int of_keys = Layout::Keys::grouped ? 2 : 1, of_values = Layout::Values::grouped ? 2 : 1;
-    double bound = 8 * std::exp2(-12.2) * std::sqrt((of_values + of_keys * c.sharpness * c.sharpness) * spread) * size;
+    constexpr bool of_many = Layout::grouped || Layout::Keys::follows || Layout::Values::follows;
+    double bound =
+        (of_many ? 8 : 6) * std::exp2(-12.2) * std::sqrt((of_values + of_keys * c.sharpness * c.sharpness) * spread) * size;
     if (std::is_same_v<Key, TurboQuant<2, dim>>) bound += 5e-4 * 4 * c.sharpness * std::sqrt(spread) * size;
     if (std::is_same_v<Value, TurboQuant<2, dim>>) bound += 5e-4 * 4 * std::sqrt(length);
     for (int d = 0; d < dim; ++d) {
