@@ -177,7 +177,7 @@ struct BlockLayout {
   static constexpr bool tensor_keys = !std::is_void_v<KeyRows>, tensor_values = !std::is_void_v<ValueRows>,
                         packs_queries = tensor_keys;
   static constexpr int tables_bytes = tensor_keys || tensor_values ? 256 * table_stride : 0;
-  // Warps that do without tables leave room for a second block of threads.
+  // Without tables, what a block has on the smallest of multiprocessors (sm_86, sm_89).
   static constexpr int most_bytes = (tables_bytes > 0 ? shared_kib << 10 : 99 << 10) - shared_bytes - tables_bytes;
   static constexpr int warps = std::clamp(most_bytes / warp_bytes, 1, 8), table_bytes = tables_bytes + warps * warp_bytes;
   static_assert(table_bytes <= 128 << 10 || table_bytes <= most_bytes + tables_bytes,
@@ -198,8 +198,8 @@ class BlockWarp {
   using Queries = DecodeQueries<float>;  // vectors: [m, basis of the keys], in their basis, times scale and log2(e)
   static constexpr int width = Layout::width, basis = Layout::basis;
 
-  // Attends to what begins in pages first, first + step, ... below last.
-  // table: Layout::table_bytes, its tables filled; fragments: of the vectors, if there are tensor_keys.
+  // Attends to what begins in pages first, first + step, ... below last. table: Layout::table_bytes, its tables filled;
+  // fragments: of the vectors, if there are tensor_keys.
   KVT_HD void run(const Lanes& lanes, const Stream& stream, const Queries& query, std::byte* table, int first, int last,
                   int step, int warp, const QueryFragments<Layout::dim>* fragments) {
     memory_ = reinterpret_cast<Memory*>(table + Layout::tables_bytes + warp * Layout::warp_bytes);

@@ -10,7 +10,7 @@
 //
 // The running maximum is raised only when a logit is above it by `slack`: rarely, and by all lanes together. Weights are at
 // most 2^slack, so that a weight times the largest scale of a value that caches take, 65504 / 8.188, is below the largest fp16.
-// Error: queries, and weights times scales, are rounded to fp16 (2^-11 of each, below 2^-14 to 2^-25).
+// Error: queries, weights times scales, and elements of groups are rounded to fp16 (2^-11 of each, below 2^-14 to 2^-25).
 #pragma once
 
 #include "kvtailor/attend/slices.hpp"

@@ -48,8 +48,6 @@ class GroupFragments<GroupInt<bits, size, range>, is_key> : public InOrder<size>
     return is_key ? 4 * first + 2 * second + k % 2 : 4 * (2 * first + second) + row % 2 * 2 + k % 2;
   }
 
-  KVT_HD static std::uint32_t table_entry(int) { return 0; }
-
   template <class Lanes>
   KVT_HD KVT_INLINE static void unpack(const Lanes& lanes, const typename Lanes::template Reg<std::uint32_t>* word, int tile,
                                        const std::byte*, typename Lanes::template Reg<std::uint32_t> (&a)[4]) {

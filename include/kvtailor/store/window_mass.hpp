@@ -7,7 +7,8 @@
 // twice, first for the maximum and the sum of each query, then for weights: nothing but a number for each row is written down.
 // A query of tensor cores is two fp16 numbers an element, what rounding leaves of the first in the second, so that a logit is
 // as good as in fp32.
-// Error: of logits, 2^-24 of the sizes of the products, and that of keys (two bits: levels right to 5e-4).
+// Error: of logits, 2^-24 of the sizes of the products, and that of keys (two bits: levels right to 5e-4; groups:
+// elements right to 2^-11).
 #pragma once
 
 #include "kvtailor/store/device_queries.hpp"
