@@ -31,12 +31,9 @@ struct Falling {
   double slope = 0.7;
 
   kvt::Status allocate(const kvt::BudgetRequest& want, std::span<int> keep) const noexcept try {
-    const std::vector<std::int64_t> lower(want.floor.begin(), want.floor.end()), upper(want.seen.begin(), want.seen.end());
-    std::vector<std::int64_t> share(keep.size());
     std::vector<double> weight(keep.size());
     for (std::size_t h = 0; h < weight.size(); ++h) weight[h] = std::pow(slope, static_cast<int>(h) / want.num_kv_heads);
-    kvt::apportion(want.total, weight, lower, upper, share);  // meets the total and every head's bounds
-    std::copy(share.begin(), share.end(), keep.begin());
+    kvt::apportion(want, weight, keep);  // meets the total and every head's bounds
     return kvt::success();
   } catch (const std::bad_alloc&) {
     return kvt::error(kvt::Errc::out_of_memory, "out of memory while sharing out a budget");

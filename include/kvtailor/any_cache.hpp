@@ -9,6 +9,7 @@
 #include <string>
 
 #include "kvtailor/attend/plan.hpp"
+#include "kvtailor/core/evidence.hpp"
 
 namespace kvt::inline v0 {
 
@@ -19,9 +20,12 @@ class AnyCache {
   virtual const Geometry& geometry() const noexcept = 0;
   virtual const CacheOptions& options() const noexcept = 0;
   virtual Status append(int layer, const float* keys, const float* values, std::span<const int> positions) noexcept = 0;
+  virtual EvidenceSet needs() const noexcept = 0;
   virtual bool wants_queries() const noexcept = 0;
   virtual Status observe(int layer, const float* queries, std::span<const int> positions,
                          const AttendOptions& attend) noexcept = 0;
+  virtual Status observe_hidden(int layer, const float* before, const float* after, int n, int width) noexcept = 0;
+  virtual void forget() noexcept = 0;
   virtual Status add_to_plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend,
                              float* out, AttendPlan& plan) const noexcept = 0;
   Status plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend, float* out,
@@ -42,7 +46,8 @@ class AnyCache {
 };
 
 // The names of three policies, with parameters: allocator "adaptive:safeguard=0.1", selector
-// "snap_kv:window=32,kernel=7,pool=max", codec "turbo3/turbo2" (keys / values) or one name for both.
+// "snap_kv:window=32,kernel=7,pool=max" or, around another, "chunk_kv:length=16(key_diff)", codec "turbo3/turbo2" (keys /
+// values) or one name for both.
 struct Composition {
   std::string allocator = "uniform";
   std::string selector = "sink_recent";

@@ -23,12 +23,12 @@
 #include <span>
 #include <vector>
 
-#include "kvtailor/attend/attention.hpp"
+#include "kvtailor/attend/row_attention.hpp"
 #include "kvtailor/budget/request.hpp"
 #include "kvtailor/core/check.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/store/cut.hpp"
-#include "kvtailor/store/query_window.hpp"
+#include "kvtailor/store/layer_evidence.hpp"
 #include "kvtailor/store/rebuilt_head.hpp"
 
 namespace kvt::inline v0 {
@@ -42,6 +42,16 @@ class KvCache {
   static_assert(!missing.has(Evidence::window_queries),
                 "this composition needs the evidence window_queries, which the engine does not provide: call observe() and "
                 "compose with full_evidence, or choose a selector that needs no queries (SinkRecent, KeyDiff)");
+  static_assert(!missing.has(Evidence::query_moments),
+                "this composition needs the evidence query_moments, which the engine does not provide: call observe()");
+  static_assert(!missing.has(Evidence::attention),
+                "this composition needs the evidence attention, which the engine does not provide: call observe()");
+  static_assert(
+      !missing.has(Evidence::layer_similarity),
+      "this composition needs the evidence layer_similarity, which the engine does not provide: call observe_hidden()");
+  static_assert(!missing.has(Evidence::rope), "this composition needs the evidence rope, which is not provided");
+  static_assert(!missing.has(Evidence::output_projection),
+                "this composition needs the evidence output_projection, which is not provided");
   static_assert(!missing.has(Evidence::keys), "this composition needs the evidence keys, which is not provided");
   static_assert(!missing.has(Evidence::values), "this composition needs the evidence values, which is not provided");
   static_assert(!missing.has(Evidence::positions), "this composition needs the evidence positions, which is not provided");
@@ -84,6 +94,9 @@ class KvCache {
       return error(Errc::bad_shape, "there are codecs for {} heads; the cache has {}", static_cast<double>(head_codecs.size()),
                    geometry.num_heads());
     }
+    KVT_TRY(detail::check_model(geometry, options, needs()));
+    if constexpr (requires { selector_.check(); }) KVT_TRY(selector_.check());
+    if constexpr (requires { budget_.check(geometry); }) KVT_TRY(budget_.check(geometry));
     KVT_TRY(codec_.validate());
     for (const Codec& each : head_codecs) KVT_TRY(each.validate());
     return guarded([&] {
@@ -120,7 +133,10 @@ class KvCache {
   // One past the last position appended to a layer.
   int end_position(int layer) const noexcept { return layers_[static_cast<std::size_t>(layer)].end; }
 
-  bool wants_queries() const noexcept { return needed().has(Evidence::window_queries); }
+  // What the policies need as their fields are.
+  EvidenceSet needs() const noexcept { return needs_of(budget_) | needs_of(selector_); }
+  // Whether observe() has anything to do.
+  bool wants_queries() const noexcept { return (needs().bits & query_evidence.bits) != 0; }
 
   // Adds n rows. Positions are not negative and increase; a row that is not finite or too large to be stored is refused.
   // Encodes the oldest rows first if the dense zone is over-full: rows of one append stay dense until the next.
@@ -184,20 +200,79 @@ class KvCache {
     });
   }
 
-  // Shows the cache the queries (post-RoPE) that come with the rows just appended. Costs nothing if no policy needs them.
+  // Shows the cache the queries (post-RoPE) that come with the rows just appended. Costs nothing if no policy needs them, and
+  // as much as the logits of attention if one needs the attention of rows.
   Status observe(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend = {}) noexcept {
     KVT_TRY(check_layer(layer));
     KVT_TRY(detail::check_attend(geometry_, queries, positions, attend));
     if (!wants_queries() || positions.empty()) return success();
-    Layer& state = layers_[static_cast<std::size_t>(layer)];
-    KVT_TRY(detail::check_positions(positions, state.queries.last_position() + 1));
+    const EvidenceSet wanted = needs();
+    LayerEvidence& evidence = layers_[static_cast<std::size_t>(layer)].evidence;
+    KVT_TRY(detail::check_positions(positions, evidence.end));
     return guarded([&] {
-      state.queries.push(queries, positions, static_cast<std::size_t>(geometry_.num_q_heads) * head_dim,
-                         static_cast<std::size_t>(window_of(selector_)));
-      state.attend = attend;
-      state.attend.sink_logits = {};
+      const auto heads = static_cast<std::size_t>(geometry_.num_kv_heads);
+      std::vector<std::vector<RowAttention>> given(wanted.has(Evidence::attention) ? heads : 0);
+      for (std::size_t h = 0; h < given.size(); ++h) {
+        const Head& store = head(layer, static_cast<int>(h));
+        evidence.attention_of(h, static_cast<std::size_t>(store.num_rows()), given[h]);
+        add_row_attention(store, geometry_, static_cast<int>(h), queries, positions, attend, given[h]);
+        if (h == evidence.attention.size()) evidence.attention.emplace_back(options_.memory);
+        evidence.attention[h].reserve(given[h].size(), true);
+      }
+      std::vector<float> turned;
+      if (wanted.has(Evidence::query_moments)) {
+        turn_back(layer, queries, positions, turned);
+        evidence.statistics.reserve(geometry_.num_q_heads, head_dim);
+      }
+      const auto width = static_cast<std::size_t>(geometry_.num_q_heads) * head_dim;
+      if (wanted.has(Evidence::window_queries)) {
+        evidence.queries.push(queries, positions, width, static_cast<std::size_t>(window_of(selector_)));
+      }
+      // Nothing fails from here on.
+      for (std::size_t h = 0; h < given.size(); ++h) {
+        evidence.attention[h].resize(0);
+        evidence.attention[h].push(given[h].data(), given[h].size());
+      }
+      if (!turned.empty()) {
+        evidence.statistics.add(turned.data(), static_cast<long long>(turned.size() / width), geometry_.num_q_heads, head_dim);
+      }
+      evidence.attend = attend;
+      evidence.attend.sink_logits = {};
+      evidence.end = positions.back() + 1;
       return success();
     });
+  }
+
+  // Shows the cache the hidden states [n, width] before and after a layer's attention is added. Costs nothing if no policy
+  // compares them.
+  Status observe_hidden(int layer, const float* before, const float* after, int n, int width) noexcept {
+    KVT_TRY(check_layer(layer));
+    if (n < 0 || width < 1) return error(Errc::bad_shape, "there are {} hidden states of width {}", n, width);
+    if (n > 0 && (before == nullptr || after == nullptr)) return error(Errc::bad_shape, "a pointer to hidden states is null");
+    if (!needs().has(Evidence::layer_similarity)) return success();
+    double sum = 0;
+    for (int i = 0; i < n; ++i, before += width, after += width) {
+      double xy = 0, xx = 0, yy = 0;
+      for (int d = 0; d < width; ++d) {
+        const auto x = static_cast<double>(before[d]), y = static_cast<double>(after[d]);
+        xy += x * y;
+        xx += x * x;
+        yy += y * y;
+      }
+      const double cosine = xx > 0 && yy > 0 ? xy / std::sqrt(xx * yy) : 0;
+      if (!std::isfinite(cosine)) return error(Errc::bad_value, "the hidden state {} is not finite or too large", i);
+      sum += cosine;
+    }
+    LayerEvidence& evidence = layers_[static_cast<std::size_t>(layer)].evidence;
+    evidence.similarity += sum;
+    evidence.compared += n;
+    return success();
+  }
+
+  // Forgets all that was observed, so that what comes next counts alone: queries that repeat a text, say, whose rows are
+  // truncated before the cut.
+  void forget() noexcept {
+    for (Layer& layer : layers_) layer.evidence.release();
   }
 
   // Prepares attention of n queries over what is stored: each sees the rows whose position is not after its own, and inside the
@@ -247,7 +322,8 @@ class KvCache {
 
   // Scores every row, shares out the budget, drops what is over it and encodes all but the newest recent_rows rows.
   // Rows that are encoded already keep their bytes. A budget of rows or a ratio is met exactly; bytes are not exceeded.
-  // Observed queries are used up: they take more memory than a tailored cache, and the next cut wants newer ones.
+  // Observed queries are used up: they take more memory than a tailored cache, and the next cut wants newer ones. The
+  // attention that rows were given stays with those that stay.
   Status compress(Retain retain) noexcept {
     KVT_TRY(check_layer(0));
     return guarded([&] {
@@ -261,14 +337,18 @@ class KvCache {
         rows += seen[h];
         floor_rows += floor[h];
       }
-      BudgetRequest want{0, geometry_.num_layers, geometry_.num_kv_heads, seen, floor, {}};
+      std::vector<float> similarity;
+      if (needs_of(budget_).has(Evidence::layer_similarity)) KVT_TRY(read_similarity(similarity));
+      BudgetRequest want{0, geometry_.num_layers, geometry_.num_kv_heads, seen, floor, {}, similarity};
       const bool bytes = retain.unit == Retain::Unit::bytes;
       KVT_TRY(resolve_rows(retain, geometry_.num_heads(), rows, floor_rows, memory().total(), want.total));
       std::vector<float> scores;
       if (!bytes && want.total == rows) {
         keep = seen;
       } else {
-        KVT_TRY(score(seen, floor, rows, scores));
+        const double share = bytes ? retain.amount / static_cast<double>(memory().total())
+                                   : static_cast<double>(want.total) / static_cast<double>(rows);
+        KVT_TRY(score(seen, floor, rows, share, scores));
         want.scores = scores;
         if (bytes) {
           KVT_TRY(fit_bytes(budget_, retain.amount, rows, floor_rows, want, keep,
@@ -284,8 +364,13 @@ class KvCache {
         if (keep[h] < seen[h]) cut({scores.data() + at, n}, keep[h], marks[h]);
         at += n;
       }
+      std::vector<LayerEvidence::Attention> attention = cut_attention(marks);
       rebuild(marks, true);
-      for (Layer& layer : layers_) layer.queries.release();
+      for (std::size_t l = 0; l < layers_.size(); ++l) {
+        layers_[l].evidence.attention.swap(attention[l]);
+        layers_[l].evidence.used_up();
+        layers_[l].cut(oldest_recent(l));
+      }
       return success();
     });
   }
@@ -317,7 +402,14 @@ class KvCache {
         std::fill(marks[h].begin(), marks[h].begin() + end, static_cast<unsigned char>(1));
       }
       rebuild(marks, false);
-      for (Layer& layer : layers_) layer.truncate(position);
+      for (std::size_t l = 0; l < layers_.size(); ++l) {
+        layers_[l].truncate(position);
+        auto& attention = layers_[l].evidence.attention;
+        for (std::size_t h = 0; h < attention.size(); ++h) {
+          const auto rows = static_cast<std::size_t>(num_rows(static_cast<int>(l), static_cast<int>(h)));
+          attention[h].resize(std::min(attention[h].size(), rows));
+        }
+      }
       return success();
     });
   }
@@ -375,9 +467,9 @@ class KvCache {
     sum.index_bytes += table_bytes();
     allocated += table_bytes();
     for (const Layer& layer : layers_) {
-      sum.evidence_bytes += layer.queries.used_bytes();
+      sum.evidence_bytes += layer.evidence.used_bytes();
       sum.index_bytes += layer.runs.used_bytes();
-      allocated += layer.queries.allocated_bytes() + layer.runs.allocated_bytes();
+      allocated += layer.evidence.allocated_bytes() + layer.runs.allocated_bytes();
       sum.dense_fp16_bytes += layer.appended() * geometry_.num_kv_heads * head_dim * 4;
     }
     sum.slack_bytes = allocated - sum.payload_bytes - sum.index_bytes - sum.evidence_bytes;
@@ -403,12 +495,18 @@ class KvCache {
     struct Run {
       int first, count;
     };
-    QueryWindow queries;
-    AttendOptions attend;  // of the queries
-    Buffer<Run> runs;      // all that was appended and not truncated, dropped rows too
-    int end = 0;           // one past the last position
+    LayerEvidence evidence;
+    Buffer<Run> runs;       // all that was appended and not truncated, dropped rows too
+    int end = 0;            // one past the last position
+    int newest = 0;         // rows of the last append
+    int chosen_before = 0;  // see HeadEvidence
 
-    explicit Layer(std::pmr::memory_resource* memory) : queries(memory), runs(memory) {}
+    explicit Layer(std::pmr::memory_resource* memory) : evidence(memory), runs(memory) {}
+    bool decodes() const noexcept { return newest == 1; }
+    // After a cut that left all rows from `position` on.
+    void cut(int position) noexcept {
+      if (!decodes() || chosen_before == 0) chosen_before = position;
+    }
     bool continues(int position) const noexcept {
       return !runs.empty() && position == runs[runs.size() - 1].first + runs[runs.size() - 1].count;
     }
@@ -427,6 +525,7 @@ class KvCache {
         }
       }
       end = positions.back() + 1;
+      newest = static_cast<int>(positions.size());
     }
     void truncate(int position) noexcept {
       while (!runs.empty() && runs[runs.size() - 1].first >= position) runs.resize(runs.size() - 1);
@@ -435,7 +534,8 @@ class KvCache {
         last.count = std::min(last.count, position - last.first);
       }
       end = std::min(end, position);
-      queries.truncate(position);
+      chosen_before = std::min(chosen_before, position);
+      evidence.truncate(position);
     }
     long long appended() const noexcept {
       long long rows = 0;
@@ -453,11 +553,12 @@ class KvCache {
     }
     // Fills a fresh layer.
     void copy_to(Layer& other) const {
-      queries.copy_to(other.queries);
+      evidence.copy_to(other.evidence);
       other.runs.reserve(runs.size());
       other.runs.push(runs.data(), runs.size());
-      other.attend = attend;
       other.end = end;
+      other.newest = newest;
+      other.chosen_before = chosen_before;
     }
   };
 
@@ -501,12 +602,60 @@ class KvCache {
     return other.init(geometry_, options_, codecs);
   }
 
-  EvidenceSet needed() const noexcept {
-    if constexpr (requires { selector_.active_needs(); }) {
-      return Budget::needs | selector_.active_needs();
-    } else {
-      return Budget::needs | Selector::needs;
+  const Rope& rope(int layer) const noexcept {
+    return options_.ropes[options_.ropes.size() == 1 ? 0 : static_cast<std::size_t>(layer)];
+  }
+  // Queries that are not of sink rows, as before RoPE: [n, num_q_heads, head_dim].
+  void turn_back(int layer, const float* queries, std::span<const int> positions, std::vector<float>& turned) const {
+    const auto heads = static_cast<std::size_t>(geometry_.num_q_heads);
+    const Rope& how = rope(layer);
+    std::vector<double> step(static_cast<std::size_t>(how.rotary_dim / 2));
+    for (std::size_t i = 0; i < step.size(); ++i) step[i] = how.step(static_cast<int>(i));
+    turned.reserve(positions.size() * heads * head_dim);
+    for (std::size_t q = 0; q < positions.size(); ++q) {
+      if (positions[q] < options_.sink_rows) continue;
+      const std::size_t at = turned.size();
+      turned.insert(turned.end(), queries + q * heads * head_dim, queries + (q + 1) * heads * head_dim);
+      how.turn_back(turned.data() + at, static_cast<int>(heads), head_dim, positions[q], step);
     }
+  }
+  // The mean cosine of each layer.
+  Status read_similarity(std::vector<float>& similarity) const {
+    for (const Layer& layer : layers_) {
+      if (layer.evidence.compared == 0) {
+        return error(Errc::no_evidence, "the budget allocator compares hidden states: call observe_hidden() before compress()");
+      }
+      similarity.push_back(static_cast<float>(layer.evidence.similarity / static_cast<double>(layer.evidence.compared)));
+    }
+    return success();
+  }
+  // What is left to rows once the marked ones are.
+  std::vector<LayerEvidence::Attention> cut_attention(const std::vector<std::vector<unsigned char>>& marks) const {
+    std::vector<LayerEvidence::Attention> left;
+    for (std::size_t l = 0; l < layers_.size(); ++l) {
+      const auto& attention = layers_[l].evidence.attention;
+      auto& own = left.emplace_back(options_.memory);
+      own.reserve(attention.size());
+      for (std::size_t h = 0; h < attention.size(); ++h) {
+        const auto& mark = marks[l * attention.size() + h];
+        own.emplace_back(options_.memory);
+        own[h].reserve(static_cast<std::size_t>(std::count(mark.begin(), mark.end(), 1)));
+        for (std::size_t row = 0; row < attention[h].size(); ++row) {
+          if (mark[row] != 0) own[h].push(&attention[h][row], 1);
+        }
+      }
+    }
+    return left;
+  }
+  // Where the recent rows of a layer begin.
+  int oldest_recent(std::size_t layer) const noexcept {
+    int first = layers_[layer].end;
+    for (int h = 0; h < geometry_.num_kv_heads; ++h) {
+      const Head& store = head(static_cast<int>(layer), h);
+      const auto recent = static_cast<std::size_t>(std::min(options_.recent_rows, store.recent().rows()));
+      if (recent > 0) first = std::min(first, store.positions()[store.positions().size() - recent]);
+    }
+    return first;
   }
 
   Status check_layer(int layer) const noexcept {
@@ -518,46 +667,74 @@ class KvCache {
   }
 
   // Scores of all heads, one after another; protected rows are above all.
-  Status score(std::span<const int> seen, std::span<const int> floor, std::int64_t rows, std::vector<float>& scores) const {
-    const EvidenceSet needs = needed();
+  Status score(std::span<const int> seen, std::span<const int> floor, std::int64_t rows, double share,
+               std::vector<float>& scores) const {
+    const EvidenceSet needs = needs_of(selector_);
     scores.assign(static_cast<std::size_t>(rows), 0.f);
     const auto longest = static_cast<std::size_t>(*std::max_element(seen.begin(), seen.end()));
     std::vector<float> keys(needs.has(Evidence::keys) ? longest * head_dim : 0);
     std::vector<float> values(needs.has(Evidence::values) ? longest * head_dim : 0);
-    std::vector<float> scratch(4 * (longest + head_dim)), queries;
+    std::vector<float> scratch(4 * (longest + head_dim)), queries, mean, covariance;
     std::vector<int> query_positions;
+    std::vector<RowAttention> attention;
+    const auto heads = static_cast<std::size_t>(geometry_.num_kv_heads);
+    std::vector<std::span<const int>> positions(heads);
+    std::vector<std::span<float>> layer_scores(heads);
     float* at = scores.data();
     for (int l = 0; l < geometry_.num_layers; ++l) {
       const Layer& layer = layers_[static_cast<std::size_t>(l)];
-      layer.queries.unroll(queries, query_positions);
-      for (int kv_head = 0; kv_head < geometry_.num_kv_heads; ++kv_head) {
-        const auto h = static_cast<std::size_t>(l * geometry_.num_kv_heads + kv_head);
-        const auto n = static_cast<std::size_t>(seen[h]);
-        const Head& store = heads_[h];
+      layer.evidence.queries.unroll(queries, query_positions);
+      for (std::size_t kv_head = 0; kv_head < heads; ++kv_head) {
+        const Head& store = head(l, static_cast<int>(kv_head));
+        const auto n = static_cast<std::size_t>(store.num_rows());
+        const int group = geometry_.group_size(), first_query = static_cast<int>(kv_head) * group;
         HeadEvidence evidence;
         evidence.layer = l;
-        evidence.kv_head = kv_head;
+        evidence.kv_head = static_cast<int>(kv_head);
         evidence.head_dim = head_dim;
-        evidence.group_size = geometry_.group_size();
-        evidence.positions = store.positions();
+        evidence.group_size = group;
+        evidence.positions = positions[kv_head] = store.positions();
         store.decode(keys.empty() ? nullptr : keys.data(), values.empty() ? nullptr : values.data());
         if (!keys.empty()) evidence.keys = {keys.data(), n * head_dim};
         if (!values.empty()) evidence.values = {values.data(), n * head_dim};
         evidence.window_stride = static_cast<std::int64_t>(geometry_.num_q_heads) * head_dim;
-        if (!queries.empty()) evidence.window_queries = queries.data() + kv_head * geometry_.group_size() * head_dim;
+        if (!queries.empty()) evidence.window_queries = queries.data() + first_query * head_dim;
         evidence.window_positions = query_positions;
-        evidence.attend = layer.attend;
+        evidence.attend = layer.evidence.attend;
+        if (needs.has(Evidence::query_moments) && layer.evidence.statistics.count() > 0) {
+          layer.evidence.statistics.unpack(first_query, group, head_dim, mean, covariance);
+          evidence.moments = {layer.evidence.statistics.count(), mean.data(), covariance.data()};
+        }
+        if (needs.has(Evidence::attention)) {
+          layer.evidence.attention_of(kv_head, n, attention);
+          evidence.attention = attention;
+        }
+        if (!options_.ropes.empty()) evidence.rope = &rope(l);
+        if (!options_.output_projections.empty()) {
+          evidence.output = options_.output_projections[static_cast<std::size_t>(l)];
+          evidence.output.weights += first_query * head_dim;
+          evidence.output_stride = evidence.window_stride;
+        }
+        evidence.end_position = layer.end;
+        evidence.share = share;
+        evidence.chosen_before = layer.decodes() ? layer.chosen_before : 0;
         evidence.scratch = scratch;
-        KVT_TRY(selector_.score(evidence, std::span<float>(at, n)));
-        const auto sinks = static_cast<std::size_t>(store.sink().rows());
-        const auto newest = n - (static_cast<std::size_t>(floor[h]) - sinks);
-        for (std::size_t row = 0; row < n; ++row) {
-          if (row < sinks || row >= newest) at[row] = std::numeric_limits<float>::infinity();
-          if (std::isnan(at[row])) {
+        layer_scores[kv_head] = {at, n};
+        KVT_TRY(selector_.score(evidence, layer_scores[kv_head]));
+        at += n;
+      }
+      if constexpr (JoinsHeads<Selector>) KVT_TRY(selector_.join({positions, layer_scores}));
+      for (std::size_t kv_head = 0; kv_head < heads; ++kv_head) {
+        const std::span<float> own = layer_scores[kv_head];
+        const auto h = static_cast<std::size_t>(l) * heads + kv_head;
+        const auto sinks = static_cast<std::size_t>(heads_[h].sink().rows());
+        const auto newest = own.size() - (static_cast<std::size_t>(floor[h]) - sinks);
+        for (std::size_t row = 0; row < own.size(); ++row) {
+          if (row < sinks || row >= newest) own[row] = std::numeric_limits<float>::infinity();
+          if (std::isnan(own[row])) {
             return error(Errc::bad_policy, "the token selector gave row {} the score NaN", static_cast<double>(row));
           }
         }
-        at += n;
       }
     }
     return success();

@@ -9,13 +9,10 @@
 #pragma once
 
 #include <array>
-#include <charconv>
 #include <string_view>
-#include <variant>
 
 #include "kvtailor/any_cache.hpp"
-#include "kvtailor/budget/adaptive.hpp"
-#include "kvtailor/budget/uniform.hpp"
+#include "kvtailor/budget/any_allocator.hpp"
 #include "kvtailor/cache.hpp"
 #include "kvtailor/codec/kivi.hpp"
 #include "kvtailor/codec/low_rank.hpp"
@@ -23,9 +20,7 @@
 #include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/codec/turbo_quant_unbiased.hpp"
-#include "kvtailor/select/key_diff.hpp"
-#include "kvtailor/select/sink_recent.hpp"
-#include "kvtailor/select/snap_kv.hpp"
+#include "kvtailor/select/any_selector.hpp"
 
 // An engine that knows its models may name fewer.
 #if !defined(KVT_HEAD_DIMS)
@@ -35,36 +30,6 @@
 namespace kvt::inline v0 {
 
 namespace detail {
-
-// std::visit for a variant that is never without a value, and so does not throw.
-template <std::size_t i = 0, class Variant, class F>
-auto chosen(const Variant& policy, F&& f) noexcept {
-  if constexpr (i + 1 < std::variant_size_v<Variant>) {
-    if (policy.index() != i) return chosen<i + 1>(policy, std::forward<F>(f));
-  }
-  return f(*std::get_if<i>(&policy));
-}
-
-struct AnyAllocator {
-  static constexpr EvidenceSet needs = Uniform::needs | Adaptive::needs;
-  std::variant<Uniform, Adaptive> policy;
-  Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept {
-    return chosen(policy, [&](const auto& p) { return p.allocate(want, keep); });
-  }
-};
-
-struct AnySelector {
-  static constexpr EvidenceSet needs = SinkRecent::needs | KeyDiff::needs | SnapKv::needs;
-  std::variant<SinkRecent, KeyDiff, SnapKv> policy;
-  int window = 1;  // queries the cache keeps for it
-
-  EvidenceSet active_needs() const noexcept {
-    return chosen(policy, [](const auto& p) { return EvidenceSet(p.needs); });
-  }
-  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
-    return chosen(policy, [&](const auto& p) { return p.score(seen, score); });
-  }
-};
 
 // Codecs by name, in one order for all head dims.
 // clang-format off
@@ -148,10 +113,15 @@ class Erased final : public AnyCache {
     return cache_.append(layer, keys, values, positions);
   }
   bool wants_queries() const noexcept override { return cache_.wants_queries(); }
+  EvidenceSet needs() const noexcept override { return cache_.needs(); }
   Status observe(int layer, const float* queries, std::span<const int> positions,
                  const AttendOptions& attend) noexcept override {
     return cache_.observe(layer, queries, positions, attend);
   }
+  Status observe_hidden(int layer, const float* before, const float* after, int n, int width) noexcept override {
+    return cache_.observe_hidden(layer, before, after, n, width);
+  }
+  void forget() noexcept override { cache_.forget(); }
   Status add_to_plan(int layer, const float* queries, std::span<const int> positions, const AttendOptions& attend, float* out,
                      AttendPlan& plan) const noexcept override {
     return cache_.add_to_plan(layer, queries, positions, attend, out, plan);
@@ -178,94 +148,6 @@ class Erased final : public AnyCache {
  private:
   Cache cache_;
 };
-
-// "name:key=value,key=value", read one parameter at a time.
-class Spec {
- public:
-  explicit Spec(std::string_view text) : name(text.substr(0, text.find(':'))) {
-    if (name.size() < text.size()) rest_ = text.substr(name.size() + 1);
-  }
-  // False at the end.
-  bool next(std::string_view& key, std::string_view& value) {
-    if (rest_.empty()) return false;
-    const auto item = rest_.substr(0, rest_.find(','));
-    rest_ = item.size() < rest_.size() ? rest_.substr(item.size() + 1) : std::string_view();
-    key = item.substr(0, item.find('='));
-    value = key.size() < item.size() ? item.substr(key.size() + 1) : std::string_view();
-    return true;
-  }
-  std::string_view name;
-
- private:
-  std::string_view rest_;
-};
-
-template <class T>
-bool read_number(std::string_view text, T low, T high, T& out) {
-  T x{};
-  const auto [end, failure] = std::from_chars(text.data(), text.data() + text.size(), x);
-  if (failure != std::errc() || end != text.data() + text.size() || !(x >= low && x <= high)) return false;
-  out = x;
-  return true;
-}
-
-inline std::string bad_parameter(std::string_view policy, std::string_view key, std::string_view value,
-                                 std::string_view known) {
-  return std::string(policy) + " has no parameter " + std::string(key) + "=" + std::string(value) + "; it takes " +
-         std::string(known);
-}
-
-// An empty message is success.
-inline std::string parse_allocator(std::string_view text, AnyAllocator& out) {
-  Spec spec(text);
-  std::string_view key, value;
-  if (spec.name == "uniform") {
-    if (spec.next(key, value)) return bad_parameter("uniform", key, value, "none");
-    out.policy = Uniform{};
-  } else if (spec.name == "adaptive") {
-    Adaptive policy;
-    while (spec.next(key, value)) {
-      if (key != "safeguard" || !read_number(value, 0.0, 1.0, policy.safeguard)) {
-        return bad_parameter("adaptive", key, value, "safeguard=0..1");
-      }
-    }
-    out.policy = policy;
-  } else {
-    return "unknown budget allocator \"" + std::string(spec.name) + "\"; known are uniform, adaptive";
-  }
-  return {};
-}
-
-inline std::string parse_selector(std::string_view text, AnySelector& out) {
-  Spec spec(text);
-  std::string_view key, value;
-  if (spec.name == "sink_recent") {
-    SinkRecent policy;
-    while (spec.next(key, value)) {
-      if (key != "num_sinks" || !read_number(value, 0, 1 << 20, policy.num_sinks)) {
-        return bad_parameter("sink_recent", key, value, "num_sinks=0..1048576");
-      }
-    }
-    out.policy = policy;
-  } else if (spec.name == "key_diff") {
-    if (spec.next(key, value)) return bad_parameter("key_diff", key, value, "none");
-    out.policy = KeyDiff{};
-  } else if (spec.name == "snap_kv") {
-    SnapKv policy;
-    while (spec.next(key, value)) {
-      const bool known = (key == "window" && read_number(value, 1, 4096, policy.window)) ||
-                         (key == "kernel" && read_number(value, 1, 4095, policy.kernel) && policy.kernel % 2 == 1) ||
-                         (key == "pool" && (value == "avg" || value == "max"));
-      if (!known) return bad_parameter("snap_kv", key, value, "window=1..4096, kernel=odd number, pool=avg or max");
-      if (key == "pool") policy.pool = value == "max" ? SnapKv::Pool::maximum : SnapKv::Pool::average;
-    }
-    out.policy = policy;
-    out.window = policy.window;
-  } else {
-    return "unknown token selector \"" + std::string(spec.name) + "\"; known are sink_recent, key_diff, snap_kv";
-  }
-  return {};
-}
 
 inline std::string known_codecs() {
   std::string all;
@@ -413,8 +295,7 @@ MadeCache make_cache(const Composition& names, const Geometry& geometry, const C
 
 // For a program's help.
 inline std::string known_policies() {
-  return std::string("budget allocators: uniform, adaptive[:safeguard=0.2]\n") +
-         "token selectors:   sink_recent[:num_sinks=4], key_diff, snap_kv[:window=64,kernel=5,pool=avg]\n" +
+  return std::string("budget allocators: ") + known_allocators + "\ntoken selectors:   " + known_selectors + "\n" +
          "storage codecs:    " + detail::known_codecs() + "; keys/values apart: turbo3/turbo2\n";
 }
 

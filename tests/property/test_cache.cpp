@@ -130,7 +130,7 @@ void random_operations(int operations, unsigned seed, bool exact) {
           }
         } else {
           // Below what is protected, or no queries since the last cut.
-          const bool known = status.code == Errc::bad_budget || status.code == Errc::bad_value;
+          const bool known = status.code == Errc::bad_budget || status.code == Errc::no_evidence;
           REQUIRE(known);
         }
       } else if (what < 75) {
@@ -249,7 +249,7 @@ TEST_CASE("bad input is one sentence and changes nothing") {
   int position = -1;
   const auto rows = make_rows(random, 60, position);
   for (int l = 0; l < 2; ++l) REQUIRE(cache.append(l, rows.keys.data(), rows.values.data(), rows.positions).ok());
-  CHECK(cache.compress(Retain::ratio(.5)).code == Errc::bad_value);  // no query was observed
+  CHECK(cache.compress(Retain::ratio(.5)).code == Errc::no_evidence);  // no query was observed
   for (int l = 0; l < 2; ++l) REQUIRE(cache.observe(l, rows.queries.data(), rows.positions).ok());
   const auto before = state(cache);
   const auto bytes = cache.memory().total();

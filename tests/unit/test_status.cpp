@@ -216,7 +216,7 @@ TEST_CASE("SnapKv without a query says that observe() is missing") {
   const Rows rows(0, 60);
   for (int l = 0; l < 2; ++l) REQUIRE(cache.append(l, rows.keys.data(), rows.values.data(), rows.positions).ok());
   const auto before = state(cache);
-  check(cache.compress(Retain::ratio(0.5)), Errc::bad_value, "observe()");
+  check(cache.compress(Retain::ratio(0.5)), Errc::no_evidence, "observe()");
   CHECK(state(cache) == before);
 }
 

@@ -13,6 +13,7 @@
 #include <new>
 
 #include "kvtailor/budget/apportion.hpp"
+#include "kvtailor/budget/top_rows.hpp"
 #include "kvtailor/core/concepts.hpp"
 
 namespace kvt::inline v0 {
@@ -38,18 +39,7 @@ struct Adaptive {
     for (std::size_t l = 0; l < layers; ++l) weight[l] = std::max(1e-9, static_cast<double>(upper[l]));
     apportion(want.total, weight, lower, upper, share);
     for (std::size_t l = 0; l < layers; ++l) {
-      left[l] = share[l];
-      for (std::size_t h = l * heads; h < (l + 1) * heads; ++h) {
-        const double even = static_cast<double>(share[l]) / static_cast<double>(heads);
-        safe[h] = std::clamp(static_cast<int>(safeguard * even), want.floor[h], want.seen[h]);
-        left[l] -= safe[h];
-      }
-      // Floors of some heads can eat into what others are safe for.
-      for (std::size_t h = (l + 1) * heads; h-- > l * heads && left[l] < 0;) {
-        const auto give = std::min<std::int64_t>(-left[l], safe[h] - want.floor[h]);
-        safe[h] -= static_cast<int>(give);
-        left[l] += give;
-      }
+      left[l] = give_safe_rows(want, l * heads, (l + 1) * heads, share[l], safeguard, safe);
     }
     return success();
   } catch (const std::bad_alloc&) {
@@ -61,33 +51,9 @@ struct Adaptive {
     const auto heads = static_cast<std::size_t>(want.num_kv_heads);
     std::vector<std::int64_t> left(layers);
     KVT_TRY(share_out(want, keep, left));
-    struct Row {
-      float score;
-      int row, head;
-    };
-    std::vector<Row> free_rows;
-    std::vector<std::pair<float, int>> order;
     const float* scores = want.scores.data();
     for (std::size_t l = 0; l < layers; ++l) {
-      free_rows.clear();
-      for (std::size_t h = l * heads; h < (l + 1) * heads; ++h) {
-        const int n = want.seen[h];
-        order.resize(static_cast<std::size_t>(n));
-        for (int row = 0; row < n; ++row) order[static_cast<std::size_t>(row)] = {-scores[row], row};
-        std::sort(order.begin(), order.end());
-        for (int k = keep[h]; k < n; ++k) {
-          const auto& [negative, row] = order[static_cast<std::size_t>(k)];
-          free_rows.push_back({-negative, row, static_cast<int>(h)});
-        }
-        scores += n;
-      }
-      const auto take = std::min(static_cast<std::size_t>(std::max<std::int64_t>(left[l], 0)), free_rows.size());
-      const auto above = [](const Row& a, const Row& b) {
-        return a.score != b.score ? a.score > b.score : a.row != b.row ? a.row < b.row : a.head < b.head;
-      };
-      const auto middle = free_rows.begin() + static_cast<std::ptrdiff_t>(take);
-      if (take < free_rows.size()) std::nth_element(free_rows.begin(), middle, free_rows.end(), above);
-      for (auto it = free_rows.begin(); it != middle; ++it) ++keep[static_cast<std::size_t>(it->head)];
+      scores = give_to_highest(want, l * heads, (l + 1) * heads, left[l], scores, keep);
     }
     return success();
   } catch (const std::bad_alloc&) {

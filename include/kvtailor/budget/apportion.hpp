@@ -11,7 +11,7 @@
 #include <span>
 #include <vector>
 
-#include "kvtailor/core/status.hpp"
+#include "kvtailor/core/evidence.hpp"
 
 namespace kvt::inline v0 {
 
@@ -55,6 +55,14 @@ inline void apportion(std::int64_t total, std::span<const double> weight, std::s
     }
     if (left == before) break;
   }
+}
+
+// The total of a request, shared out in proportion to weight [heads], within what is protected and what there is.
+inline void apportion(const BudgetRequest& want, std::span<const double> weight, std::span<int> keep) {
+  const std::vector<std::int64_t> lower(want.floor.begin(), want.floor.end()), upper(want.seen.begin(), want.seen.end());
+  std::vector<std::int64_t> share(keep.size());
+  apportion(want.total, weight, lower, upper, share);
+  std::copy(share.begin(), share.end(), keep.begin());
 }
 
 }  // namespace kvt::inline v0

@@ -18,12 +18,7 @@ struct Uniform {
   static constexpr EvidenceSet needs = {};
 
   Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept try {
-    const std::vector<double> weight(keep.size(), 1.0);
-    const std::vector<std::int64_t> lower(want.floor.begin(), want.floor.end());
-    const std::vector<std::int64_t> upper(want.seen.begin(), want.seen.end());
-    std::vector<std::int64_t> share(keep.size());
-    apportion(want.total, weight, lower, upper, share);
-    std::copy(share.begin(), share.end(), keep.begin());
+    apportion(want, std::vector<double>(keep.size(), 1.0), keep);
     return success();
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while sharing out a budget");

@@ -13,6 +13,7 @@
 #include <cstring>
 
 #include "kvtailor/core/lanes.hpp"
+#include "kvtailor/core/random.hpp"
 #include "kvtailor/core/simd.hpp"
 
 namespace kvt::inline v0 {
@@ -113,13 +114,8 @@ struct Rotation {
   static constexpr int power = head_dim / order;
   static_assert(order * power == head_dim && (power & (power - 1)) == 0 && order <= 28);
 
-  // Sign of element d: a bit of a splitmix64 stream (Steele, Lea & Flood, OOPSLA 2014).
-  KVT_HD static constexpr float sign(int d) {
-    std::uint64_t z = seed + 0x9e3779b97f4a7c15ull * static_cast<std::uint64_t>(d + 1);
-    z = (z ^ (z >> 30)) * 0xbf58476d1ce4e5b9ull;
-    z = (z ^ (z >> 27)) * 0x94d049bb133111ebull;
-    return (z ^ (z >> 31)) & 1 ? 1.f : -1.f;
-  }
+  // Sign of element d.
+  KVT_HD static constexpr float sign(int d) { return (mixed_bits(seed, static_cast<std::uint64_t>(d)) & 1) != 0 ? 1.f : -1.f; }
 
   // In place; x[head_dim] is memory all lanes see.
   template <class Lanes>

@@ -8,6 +8,7 @@
 #include <limits>
 #include <span>
 
+#include "kvtailor/core/evidence.hpp"
 #include "kvtailor/core/geometry.hpp"
 #include "kvtailor/core/half.hpp"
 
@@ -86,6 +87,32 @@ inline Status check_attend(const Geometry& shape, const float* queries, std::spa
   }
   for (const int position : positions) {
     if (position < 0) return error(Errc::bad_position, "a query is at position {}; it must be zero or more", position);
+  }
+  return success();
+}
+
+// What the options tell of the model, and that it is what policies need.
+inline Status check_model(const Geometry& shape, const CacheOptions& options, EvidenceSet needs) {
+  const auto layers = static_cast<std::size_t>(shape.num_layers);
+  if (options.ropes.size() > 1 && options.ropes.size() != layers) {
+    return error(Errc::bad_shape, "there are {} ropes; it must be one, or one for each of {} layers",
+                 static_cast<double>(options.ropes.size()), shape.num_layers);
+  }
+  for (const Rope& rope : options.ropes) KVT_TRY(rope.validate(shape.head_dim));
+  if (!options.output_projections.empty() && options.output_projections.size() != layers) {
+    return error(Errc::bad_shape, "there are {} output projections; it must be one for each of {} layers",
+                 static_cast<double>(options.output_projections.size()), shape.num_layers);
+  }
+  for (const OutputProjection& output : options.output_projections) {
+    if (output.weights == nullptr || output.width < 1) {
+      return error(Errc::bad_shape, "an output projection has the width {}, or no weights", output.width);
+    }
+  }
+  if ((needs.has(Evidence::rope) || needs.has(Evidence::query_moments)) && options.ropes.empty()) {
+    return error(Errc::no_evidence, "a policy turns queries or keys back: give the model's RoPE, CacheOptions::ropes");
+  }
+  if (needs.has(Evidence::output_projection) && options.output_projections.empty()) {
+    return error(Errc::no_evidence, "a policy looks through the output projection: give CacheOptions::output_projections");
   }
   return success();
 }

@@ -23,13 +23,35 @@ concept TokenSelector = requires(const S s, const HeadEvidence& seen, std::span<
   noexcept->std::same_as<Status>;
 };
 
+// Two members more are looked for:
+//   Status join(const LayerScores&) const noexcept   after all heads of a layer are scored, may change their scores
+//   EvidenceSet active_needs() const                 what it needs as its fields are: a part of `needs`
+// A selector around another has it as the member `base`.
+template <class S>
+concept JoinsHeads = TokenSelector<S> && requires(const S s, const LayerScores& layer) {
+  { s.join(layer) }
+  noexcept->std::same_as<Status>;
+};
+
 // Queries that are kept for such a selector.
 template <TokenSelector S>
 constexpr int window_of(const S& selector) {
-  if constexpr (requires { selector.window; }) {
+  if constexpr (requires { selector.base; }) {
+    return window_of(selector.base);
+  } else if constexpr (requires { selector.window; }) {
     return selector.window > 1 ? selector.window : 1;
   } else {
     return 64;
+  }
+}
+
+// What a policy needs as its fields are.
+template <class Policy>
+constexpr EvidenceSet needs_of(const Policy& policy) {
+  if constexpr (requires { policy.active_needs(); }) {
+    return policy.active_needs();
+  } else {
+    return Policy::needs;
   }
 }
 

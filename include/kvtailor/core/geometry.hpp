@@ -7,6 +7,7 @@
 #include <memory_resource>
 #include <span>
 
+#include "kvtailor/core/rope.hpp"
 #include "kvtailor/core/status.hpp"
 
 namespace kvt::inline v0 {
@@ -71,18 +72,29 @@ struct Retain {
   static constexpr Retain bytes(long long n) { return {Unit::bytes, static_cast<double>(n)}; }
 };
 
+// The matrix that takes the heads of a layer back to the hidden state: weights [width, num_q_heads * head_dim], as
+// o_proj.weight.
+struct OutputProjection {
+  const float* weights = nullptr;
+  int width = 0;  // of the hidden state
+};
+
+// The arrays must outlive the cache.
 struct CacheOptions {
   int sink_rows = 4;     // first rows of the text: dense, never dropped
   int recent_rows = 32;  // newest rows: dense, never dropped. The dense zone grows by a block before its oldest is encoded
   int block_rows = 128;  // rows encoded together, 1 .. 512
   std::pmr::memory_resource* memory = nullptr;  // null: the default resource; must outlive the cache
+  // What only some policies need to know of the model; see their heads.
+  std::span<const Rope> ropes = {};                           // one for all layers, or one a layer
+  std::span<const OutputProjection> output_projections = {};  // one a layer
 };
 
 // Bytes a cache holds from its memory resource right now; total() is exactly what it asked for and has not given back.
 struct Memory {
   long long payload_bytes = 0;     // codes, scales and dense rows in use
   long long index_bytes = 0;       // positions and block tables in use
-  long long evidence_bytes = 0;    // queries kept for a token selector
+  long long evidence_bytes = 0;    // what is kept for policies: queries, moments, attention
   long long slack_bytes = 0;       // allocated and not in use (growth room, padding)
   long long dense_fp16_bytes = 0;  // what all rows ever appended (and not truncated) would take as plain fp16
 

@@ -21,6 +21,7 @@ enum class Errc : int {
   bad_budget,    // a budget of zero, above what is there or below what is protected
   bad_name,      // an unknown policy, codec or parameter
   bad_policy,    // a policy broke its contract (a NaN score, counts that do not add up)
+  no_evidence,   // a policy needs what the cache was not told
   out_of_memory,
   device,  // `native` holds the device's own code
 };

@@ -142,7 +142,7 @@ class DeviceQueryWindow {
     KVT_TRY(device_->copy_from(state.data(), state_.data(), state.size() * sizeof(DeviceQueries::State)));
     for (std::size_t h = 0; h < state.size(); ++h) {
       if (state[h].size > 0) continue;
-      return error(Errc::bad_value, "the token selector has seen {} queries of layer {}; call observe() before compress()", 0,
+      return error(Errc::no_evidence, "the token selector has seen {} queries of layer {}; call observe() before compress()", 0,
                    static_cast<double>(h / static_cast<std::size_t>(kv_heads)));
     }
     return success();

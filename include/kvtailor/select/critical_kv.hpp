@@ -1,0 +1,62 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// CriticalKv<Base>: half of the rows as another selector says, the others by what they can do to the hidden state too.
+//
+// Score:   of the rows that an even cut would keep, the first_stage share with the highest scores of the other selector above
+//          all; for the rest (s_j + epsilon) times the mean over the group's query heads of |W_O v_j|_1.
+// Needs:   what the other needs, values, output projection.  Cost: O(group * rows * head_dim * width).
+// Source:  CriticalKV, Feng et al., arXiv 2502.03805; defaults and even share as in kvpress.
+#pragma once
+
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "kvtailor/select/row_products.hpp"
+
+namespace kvt::inline v0 {
+
+template <class Base>
+requires TokenSelector<Base> &&(!JoinsHeads<Base>)struct CriticalKv {
+  static constexpr EvidenceSet own_needs = Evidence::values | Evidence::output_projection;
+  static constexpr EvidenceSet needs = Base::needs | own_needs;
+  Base base = {};
+  float epsilon = 1e-4f;
+  double first_stage = 0.5;  // 0 .. 1
+
+  EvidenceSet active_needs() const noexcept { return needs_of(base) | own_needs; }
+  Status check() const noexcept {
+    if (!(epsilon >= 0 && epsilon <= 1e6f)) {
+      return error(Errc::bad_value, "epsilon is {}; it must be between 0 and 1e6", static_cast<double>(epsilon));
+    }
+    if (!(first_stage >= 0 && first_stage <= 1)) {
+      return error(Errc::bad_value, "first_stage is {}; it must be between 0 and 1", first_stage);
+    }
+    if constexpr (requires { base.check(); }) return base.check();
+    return success();
+  }
+  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept try {
+    KVT_TRY(check());
+    KVT_TRY(base.score(seen, score));
+    std::vector<int> order(score.size());
+    for (std::size_t row = 0; row < order.size(); ++row) order[row] = static_cast<int>(row);
+    const auto even = static_cast<std::ptrdiff_t>(seen.share * static_cast<double>(score.size()) * first_stage);
+    const auto last = order.begin() + std::min(even, static_cast<std::ptrdiff_t>(order.size()));
+    const auto above = [&](int a, int b) {
+      const float x = score[static_cast<std::size_t>(a)], y = score[static_cast<std::size_t>(b)];
+      return x != y ? x > y : a < b;
+    };
+    if (last != order.end()) std::nth_element(order.begin(), last, order.end(), above);
+    std::vector<float> norms(score.size());
+    projected_norms(seen, Norm::sum, norms);
+    for (std::size_t row = 0; row < score.size(); ++row) score[row] = (score[row] + epsilon) * std::min(norms[row], 1e25f);
+    std::for_each(order.begin(), last,
+                  [&](int row) { score[static_cast<std::size_t>(row)] = std::numeric_limits<float>::max(); });
+    return success();
+  } catch (const std::bad_alloc&) {
+    return error(Errc::out_of_memory, "out of memory while scoring rows");
+  }
+};
+
+}  // namespace kvt::inline v0

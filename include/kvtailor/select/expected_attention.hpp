@@ -1,0 +1,118 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// ExpectedAttention: rows that queries still to come will look at, as queries so far lead one to expect.
+//
+// Score:   queries before RoPE are taken as normal with mean m and covariance S. R is the mean of RoPE's matrices at the
+// `future`
+//          positions that follow. z_j = scale * k_j . R m + scale^2 / 2 * k_j . R S R' k_j is the logarithm of the expected
+//          weight; softmax over the rows that are no sinks, mean over the group's query heads, plus epsilon, times |v_j|.
+//          Rows at positions below num_sinks score above all.
+// Needs:   query moments (with CacheOptions::ropes), keys, values, positions.  Cost: O(group * rows * head_dim^2).
+// Source:  Expected Attention, Devoto et al., arXiv 2510.00636; defaults of kvpress. LU-KV has epsilon 0.02.
+#pragma once
+
+#include <cmath>
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "kvtailor/attend/softmax_state.hpp"
+#include "kvtailor/core/concepts.hpp"
+#include "kvtailor/select/row_products.hpp"
+
+namespace kvt::inline v0 {
+
+struct ExpectedAttention {
+  static constexpr EvidenceSet needs =
+      Evidence::query_moments | Evidence::rope | Evidence::keys | Evidence::values | Evidence::positions;
+  int future = 512;   // positions, 1 or more
+  int num_sinks = 4;  // rows at positions 0 .. num_sinks - 1
+  float epsilon = 0;
+  bool covariance = true;
+  bool value_norm = true;
+
+  Status check() const noexcept {
+    if (future < 1) return error(Errc::bad_value, "future is {}; it must be 1 or more", future);
+    if (num_sinks < 0) return error(Errc::bad_value, "num_sinks is {}; it must be zero or more", num_sinks);
+    if (!(epsilon >= 0 && epsilon <= 1e6f)) {
+      return error(Errc::bad_value, "epsilon is {}; it must be between 0 and 1e6", static_cast<double>(epsilon));
+    }
+    return success();
+  }
+  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept try {
+    KVT_TRY(check());
+    if (seen.moments.count == 0) {
+      return error(Errc::no_evidence, "ExpectedAttention has seen {} queries; call observe() before compress()", 0);
+    }
+    const auto dim = static_cast<std::size_t>(seen.head_dim);
+    const float scale = seen.attend.scale != 0 ? seen.attend.scale : 1.f / std::sqrt(static_cast<float>(dim));
+    std::size_t first = 0;
+    while (first < score.size() && seen.positions[first] < num_sinks) ++first;
+    const std::span<const float> keys = seen.keys.subspan(first * dim);
+    const std::size_t n = score.size() - first;
+    const std::vector<Turn> turns = mean_turns(*seen.rope, seen.end_position);
+    std::vector<float> mean(dim), square(covariance ? dim * dim : 0), logit(n), form(covariance ? n : 0);
+    std::fill(score.begin(), score.begin() + static_cast<std::ptrdiff_t>(first), std::numeric_limits<float>::max());
+    std::fill(score.begin() + static_cast<std::ptrdiff_t>(first), score.end(), 0.f);
+    for (int g = 0; g < seen.group_size && n > 0; ++g) {
+      const float* const of_head = seen.moments.mean + static_cast<std::size_t>(g) * dim;
+      std::copy(of_head, of_head + dim, mean.begin());
+      turn(*seen.rope, turns, mean.data(), 1);
+      inner_products(keys, seen.head_dim, mean.data(), logit);
+      for (float& x : logit) x *= scale;
+      if (covariance) {
+        const float* const from = seen.moments.covariance + static_cast<std::size_t>(g) * dim * dim;
+        std::copy(from, from + dim * dim, square.begin());
+        for (std::size_t i = 0; i < dim; ++i) turn(*seen.rope, turns, square.data() + i * dim, 1);        // S R'
+        for (std::size_t j = 0; j < dim; ++j) turn(*seen.rope, turns, square.data() + j, seen.head_dim);  // R S R'
+        quadratic_forms(keys, seen.head_dim, square.data(), form);
+        for (std::size_t r = 0; r < n; ++r) logit[r] += 0.5f * scale * scale * form[r];
+      }
+      // Keys may have elements of 1e18.
+      for (float& x : logit) x = std::min(std::max(x, -1e30f), 1e30f);
+      const float top = largest_of(logit.data(), static_cast<int>(n));
+      for (float& x : logit) x = exp_nonpositive(x - top);
+      double sum = 0;
+      for (const float x : logit) sum += static_cast<double>(x);
+      const auto share = static_cast<float>(1 / (sum * seen.group_size));
+      for (std::size_t r = 0; r < n; ++r) score[first + r] += logit[r] * share;
+    }
+    if (value_norm && n > 0) {
+      std::vector<float> norms(score.size());
+      value_norms(seen, norms);
+      for (std::size_t r = first; r < score.size(); ++r) score[r] = (score[r] + epsilon) * norms[r];
+    }
+    return success();
+  } catch (const std::bad_alloc&) {
+    return error(Errc::out_of_memory, "out of memory while scoring rows");
+  }
+
+ private:
+  struct Turn {
+    float cosine, sine;
+  };
+  // The mean of cos and sin of RoPE's angles at the positions from `begin` on: sums of a geometric series.
+  std::vector<Turn> mean_turns(const Rope& rope, int begin) const {
+    std::vector<Turn> turns;
+    for (int i = 0; i < rope.rotary_dim / 2; ++i) {
+      const double half = rope.step(i) / 2, middle = rope.step(i) * (begin + 0.5 * (future - 1));
+      const double size = std::fabs(std::sin(half)) < 1e-12 ? 1 : std::sin(half * future) / (std::sin(half) * future);
+      turns.push_back({static_cast<float>(size * std::cos(middle)), static_cast<float>(size * std::sin(middle))});
+    }
+    return turns;
+  }
+  static void turn(const Rope& rope, const std::vector<Turn>& turns, float* x, int stride) {
+    for (int i = 0; i < static_cast<int>(turns.size()); ++i) {
+      const auto [c, s] = turns[static_cast<std::size_t>(i)];
+      float &a = x[rope.first(i) * stride], &b = x[rope.second(i) * stride];
+      const float turned = a * c - b * s;
+      b = a * s + b * c;
+      a = turned;
+    }
+  }
+};
+
+static_assert(TokenSelector<ExpectedAttention>);
+
+}  // namespace kvt::inline v0

@@ -1,0 +1,37 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// HeavyHitter: rows that got the most attention so far.
+//
+// Score:   softmax weights of all queries since the row came, prompt and answer alike, mean over the group's query heads; as a
+//          mean over the queries that could see the row, or as their sum, which favours old rows. What a row got stays with it
+//          from cut to cut; that of queries that were truncated stays too.
+// Needs:   attention: observe() costs as much as the logits of attention.  Cost: O(rows).
+// Source:  H2O, Zhang et al., arXiv 2306.14048 (the sum); the mean is kvpress' ObservedAttention.
+#pragma once
+
+#include "kvtailor/select/window_attention.hpp"
+
+namespace kvt::inline v0 {
+
+struct HeavyHitter {
+  enum class Over { visible, all };
+  static constexpr EvidenceSet needs = Evidence::attention;
+  Over over = Over::visible;
+
+  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
+    bool any = false;
+    for (std::size_t row = 0; row < score.size(); ++row) {
+      const RowAttention& own = seen.attention[row];
+      any = any || own.queries > 0;
+      score[row] = over == Over::all ? own.sum : own.queries > 0 ? own.sum / static_cast<float>(own.queries) : 0.f;
+    }
+    if (any || score.empty()) return success();
+    return error(Errc::no_evidence, "the token selector has seen {} queries; call observe() before compress()", 0);
+  }
+  Status attention(const HeadEvidence& seen, std::span<float> out) const noexcept { return score(seen, out); }
+};
+
+static_assert(AttentionSelector<HeavyHitter>);
+
+}  // namespace kvt::inline v0

@@ -1,0 +1,36 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// Reconstruction: rows that the model needs to repeat its own context, whatever will be asked.
+//
+// Score:   the largest softmax weight that any query head of the group gave the row in any query observed since forget().
+//          The engine: prefill; forget(); run "repeat the previous context" and the context over the cache; truncate() the
+//          repetition; compress().
+// Needs:   attention: observe() costs as much as the logits of attention.  Cost: O(rows); a second prefill for the engine.
+// Source:  KVzip, Kim et al., arXiv 2505.23416. Differs from it: weights are over all that a query sees, where its code has
+//          sinks, one chunk of the context and the repetition; the same for a context of one chunk. With rows weighted through
+//          the output projection (KVzip+): ValueNorm<Reconstruction, Through::output>.
+#pragma once
+
+#include "kvtailor/select/window_attention.hpp"
+
+namespace kvt::inline v0 {
+
+struct Reconstruction {
+  static constexpr EvidenceSet needs = Evidence::attention;
+
+  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
+    bool any = false;
+    for (std::size_t row = 0; row < score.size(); ++row) {
+      any = any || seen.attention[row].queries > 0;
+      score[row] = seen.attention[row].largest;
+    }
+    if (any || score.empty()) return success();
+    return error(Errc::no_evidence, "the token selector has seen {} queries; call observe() before compress()", 0);
+  }
+  Status attention(const HeadEvidence& seen, std::span<float> out) const noexcept { return score(seen, out); }
+};
+
+static_assert(AttentionSelector<Reconstruction>);
+
+}  // namespace kvt::inline v0

@@ -1,0 +1,86 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// What selectors multiply rows by. Tiles of rows, so that products stay in the cache.
+#pragma once
+
+// Only the host multiplies here; marked for the device, Eigen makes nvcc warn.
+#if defined(__CUDACC__) && !defined(EIGEN_NO_CUDA)
+#define EIGEN_NO_CUDA
+#endif
+#include <Eigen/Core>
+#include <algorithm>
+
+#include "kvtailor/core/evidence.hpp"
+
+namespace kvt::inline v0 {
+
+namespace detail {
+
+using Matrix = Eigen::Matrix<float, Eigen::Dynamic, Eigen::Dynamic, Eigen::RowMajor>;
+using ConstRows = Eigen::Map<const Matrix, 0, Eigen::OuterStride<>>;
+
+// f(first, tile) of rows [n, dim], a tile at a time.
+template <class F>
+void each_tile(std::span<const float> rows, int dim, F&& f) {
+  constexpr int tile = 64;
+  const int n = static_cast<int>(rows.size()) / dim;
+  for (int first = 0; first < n; first += tile) {
+    const int count = std::min(tile, n - first);
+    f(first, ConstRows(rows.data() + static_cast<std::ptrdiff_t>(first) * dim, count, dim, Eigen::OuterStride<>(dim)));
+  }
+}
+
+}  // namespace detail
+
+// out[r] = row r . by . row r, of rows [n, dim] and by [dim, dim].
+inline void quadratic_forms(std::span<const float> rows, int dim, const float* by, std::span<float> out) {
+  const detail::ConstRows matrix(by, dim, dim, Eigen::OuterStride<>(dim));
+  detail::Matrix product;
+  detail::each_tile(rows, dim, [&](int first, const auto& tile) {
+    product.noalias() = tile * matrix;
+    Eigen::Map<Eigen::VectorXf>(out.data() + first, tile.rows()) = product.cwiseProduct(tile).rowwise().sum();
+  });
+}
+
+// out[r] = row r . by, of rows [n, dim] and by [dim].
+inline void inner_products(std::span<const float> rows, int dim, const float* by, std::span<float> out) {
+  detail::each_tile(rows, dim, [&](int first, const auto& tile) {
+    Eigen::Map<Eigen::VectorXf>(out.data() + first, tile.rows()).noalias() = tile * Eigen::Map<const Eigen::VectorXf>(by, dim);
+  });
+}
+
+enum class Norm { sum, root };  // of magnitudes; of squares
+
+// out[r] = |value r|.
+inline void value_norms(const HeadEvidence& seen, std::span<float> out) {
+  detail::each_tile(seen.values, seen.head_dim, [&](int first, const auto& tile) {
+    Eigen::Map<Eigen::VectorXf>(out.data() + first, tile.rows()) = tile.rowwise().norm();
+  });
+}
+
+// out[r] = mean over the group's query heads of the norm of value r through the output projection.
+inline void projected_norms(const HeadEvidence& seen, Norm norm, std::span<float> out) {
+  const int dim = seen.head_dim;
+  const float average = 1.f / static_cast<float>(seen.group_size);
+  std::fill(out.begin(), out.end(), 0.f);
+  detail::Matrix product, squares;
+  for (int g = 0; g < seen.group_size; ++g) {
+    const detail::ConstRows weights(seen.output.weights + static_cast<std::ptrdiff_t>(g) * dim, seen.output.width, dim,
+                                    Eigen::OuterStride<>(seen.output_stride));
+    // Squares need the matrix only as what it makes of pairs of channels.
+    if (norm == Norm::root) squares.noalias() = weights.transpose() * weights;
+    detail::each_tile(seen.values, dim, [&](int first, const auto& tile) {
+      Eigen::Map<Eigen::VectorXf> to(out.data() + first, tile.rows());
+      if (norm == Norm::root) {
+        product.noalias() = tile * squares;
+        to += product.cwiseProduct(tile).rowwise().sum().cwiseMax(0.f).cwiseSqrt() * average;
+      } else {
+        product.noalias() = tile * weights.transpose();
+        to += product.rowwise().template lpNorm<1>() * average;
+      }
+    });
+  }
+}
+
+}  // namespace kvt::inline v0

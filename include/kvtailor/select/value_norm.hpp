@@ -1,0 +1,59 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// ValueNorm<Base>: the scores of another selector, rows with large values before others.
+//
+// Score:   (s_j + epsilon) * |v_j|, Euclidean; or times the mean over the group's query heads of |W_O v_j|, what the row can do
+//          to the hidden state. Rows that the other selector keeps above all stay so.
+// Needs:   what the other needs, values, and the output projection if the weight goes through it.
+//          Cost: O(rows * head_dim), or O(group * head_dim * (width + rows) * head_dim).
+// Source:  VATP, Guo et al., arXiv 2406.12335 (there |v|_1); through the projection: KVzip+ of kvpress.
+#pragma once
+
+#include <limits>
+#include <new>
+#include <vector>
+
+#include "kvtailor/select/row_products.hpp"
+#include "kvtailor/select/window_attention.hpp"
+
+namespace kvt::inline v0 {
+
+enum class Through { nothing, output };
+
+template <class Base, Through through = Through::nothing>
+requires TokenSelector<Base> &&(!JoinsHeads<Base>)struct ValueNorm {
+  static constexpr EvidenceSet own_needs =
+      through == Through::output ? Evidence::values | Evidence::output_projection : EvidenceSet(Evidence::values);
+  static constexpr EvidenceSet needs = Base::needs | own_needs;
+  Base base = {};
+  float epsilon = 0;
+
+  EvidenceSet active_needs() const noexcept { return needs_of(base) | own_needs; }
+  Status check() const noexcept {
+    if (!(epsilon >= 0 && epsilon <= 1e6f)) {
+      return error(Errc::bad_value, "epsilon is {}; it must be between 0 and 1e6", static_cast<double>(epsilon));
+    }
+    if constexpr (requires { base.check(); }) return base.check();
+    return success();
+  }
+  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept try {
+    KVT_TRY(check());
+    KVT_TRY(base.score(seen, score));
+    std::vector<float> norms(score.size());
+    if constexpr (through == Through::output) {
+      projected_norms(seen, Norm::root, norms);
+    } else {
+      value_norms(seen, norms);
+    }
+    for (std::size_t row = 0; row < score.size(); ++row) {
+      const bool stays = AttentionSelector<Base> && score[row] >= above_attention;
+      score[row] = stays ? std::numeric_limits<float>::max() : (score[row] + epsilon) * std::min(norms[row], 1e25f);
+    }
+    return success();
+  } catch (const std::bad_alloc&) {
+    return error(Errc::out_of_memory, "out of memory while scoring rows");
+  }
+};
+
+}  // namespace kvt::inline v0
