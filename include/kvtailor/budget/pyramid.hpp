@@ -4,7 +4,8 @@
 // Pyramid: early layers keep more rows than late ones, the same in all heads of a layer.
 //
 // Rule:    with k rows a head on average, layer l of L is given most - l * (most - least) / (L - 1), where least = k / beta and
-//          most = 2 k - least; if a layer has no more than `most` rows, most is all of them and least = 2 k - most.
+//          most = 2 k - least; where that is more than the rows a head has beside protected ones, most is those and
+//          least = 2 k - most.
 // Needs:   nothing.  Cost: O(heads log heads).
 // Source:  PyramidKV, Cai et al., arXiv 2406.02069. Protected rows are within the budget here, and what they lift a layer to is
 //          taken from the others; kvpress takes an even budget then.
@@ -25,12 +26,12 @@ struct Pyramid {
     if (!(beta >= 1 && beta <= 1e9)) return error(Errc::bad_value, "beta is {}; it must be between 1 and 1e9", beta);
     const auto heads = static_cast<double>(keep.size());
     double rows = 0;
-    for (const int n : want.seen) rows += n;
-    const double mean = static_cast<double>(want.total) / heads, all = rows / heads;
+    for (std::size_t h = 0; h < keep.size(); ++h) rows += want.seen[h] - want.floor[h];
+    const double mean = static_cast<double>(want.total) / heads;
     double least = mean / beta, most = 2 * mean - least;
-    if (most >= all) {
-      most = all;
-      least = 2 * mean - all;
+    if (most >= rows / heads) {
+      most = rows / heads;
+      least = 2 * mean - most;
     }
     std::vector<double> weight(keep.size());
     for (std::size_t h = 0; h < weight.size(); ++h) {
