@@ -46,6 +46,9 @@ class KvCache {
                 "this composition needs the evidence query_moments, which the engine does not provide: call observe()");
   static_assert(!missing.has(Evidence::attention),
                 "this composition needs the evidence attention, which the engine does not provide: call observe()");
+  static_assert(!missing.has(Evidence::reconstruction),
+                "this composition needs the evidence reconstruction, which the engine does not provide: let it repeat the "
+                "context over the cache, see select/reconstruction.hpp");
   static_assert(
       !missing.has(Evidence::layer_similarity),
       "this composition needs the evidence layer_similarity, which the engine does not provide: call observe_hidden()");

@@ -293,6 +293,15 @@ MadeCache make_cache(const Composition& names, const Geometry& geometry, const C
   return detail::make_any_head_dim<KVT_HEAD_DIMS>(parsed, geometry, options);
 }
 
+// What the policies of a composition need; nothing for one that cannot be made.
+inline EvidenceSet needs_of(const Composition& names) {
+  AnyAllocator allocator;
+  AnySelector selector;
+  if (!detail::parse_allocator(names.allocator, allocator).empty()) return {};
+  if (!detail::parse_selector(names.selector, selector).empty()) return {};
+  return allocator.active_needs() | selector.active_needs();
+}
+
 // For a program's help.
 inline std::string known_policies() {
   return std::string("budget allocators: ") + known_allocators + "\ntoken selectors:   " + known_selectors + "\n" +

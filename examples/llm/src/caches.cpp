@@ -42,6 +42,12 @@ std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const k
   return std::move(made.cache);
 }
 
+kvt::CacheOptions told_of(const Model& model, const kvt::Composition& names, kvt::CacheOptions options) {
+  options.ropes = {&model.rope(), 1};
+  if (kvt::needs_of(names).has(kvt::Evidence::output_projection)) options.output_projections = model.output_projections();
+  return options;
+}
+
 std::string known_policies() {
   return kvt::known_policies() +
          "                   mixed:FILE@BITS for a codec for each head, FILE from the command sensitivity\n";

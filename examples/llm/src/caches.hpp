@@ -9,6 +9,7 @@
 
 #include "kvtailor/any_cache.hpp"
 #include "kvtailor/cache.hpp"
+#include "model.hpp"
 
 namespace kvt_llm {
 
@@ -16,6 +17,8 @@ namespace kvt_llm {
 // chosen by the composition's codec "mixed:FILE@BITS" (see sensitivity.hpp).
 std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
                                           const kvt::CacheOptions& options, std::vector<std::string> head_codecs = {});
+// The options with what the policies of a composition ask of the model, which has to outlive the cache.
+kvt::CacheOptions told_of(const Model& model, const kvt::Composition& names, kvt::CacheOptions options);
 std::string known_policies();
 
 // Throws unless success.

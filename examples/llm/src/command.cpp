@@ -79,10 +79,10 @@ bool Budget::hold(kvt::AnyCache& cache) const {
   return true;
 }
 
-std::unique_ptr<kvt::AnyCache> make_counted_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
-                                                  kvt::CacheOptions options, CountingResource& memory) {
+std::unique_ptr<kvt::AnyCache> make_counted_cache(const kvt::Composition& names, const Model& model, kvt::CacheOptions options,
+                                                  CountingResource& memory) {
   options.memory = &memory;
-  return make_cache(names, geometry, options);
+  return make_cache(names, model.parameters().geometry(), told_of(model, names, options));
 }
 
 long long measured_bytes(const kvt::AnyCache& cache, const CountingResource& memory) {

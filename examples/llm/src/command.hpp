@@ -12,6 +12,7 @@
 
 #include "caches.hpp"
 #include "measure.hpp"
+#include "model.hpp"
 #include "tokenizer.hpp"
 
 namespace kvt_llm {
@@ -56,9 +57,9 @@ class Budget {
   std::optional<kvt::Retain> retain_;
 };
 
-// Makes a cache whose allocations `memory` counts.
-std::unique_ptr<kvt::AnyCache> make_counted_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
-                                                  kvt::CacheOptions options, CountingResource& memory);
+// Makes a cache, told what its policies ask of the model, whose allocations `memory` counts.
+std::unique_ptr<kvt::AnyCache> make_counted_cache(const kvt::Composition& names, const Model& model, kvt::CacheOptions options,
+                                                  CountingResource& memory);
 // What `memory` has given out and not got back, which must be what the cache says of itself.
 long long measured_bytes(const kvt::AnyCache& cache, const CountingResource& memory);
 

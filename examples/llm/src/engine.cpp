@@ -80,7 +80,9 @@ std::span<const float> Engine::eval(kvt::AnyCache& cache, std::span<const int> t
     ggml_tensor* const k = rope(project(l, "attn_k", a, p.num_kv_heads));
     ggml_tensor* const v = project(l, "attn_v", a, p.num_kv_heads);
     ggml_tensor* const o = attention_.build(c, l, q, k, v, {});
-    x = ggml_add(c, x, ggml_mul_mat(c, model_.layer(l, "attn_output.weight"), o));
+    ggml_tensor* const added = ggml_add(c, x, ggml_mul_mat(c, model_.layer(l, "attn_output.weight"), o));
+    if (ggml_tensor* const compared = attention_.compare(c, l, x, added)) ggml_build_forward_expand(graph, compared);
+    x = added;
     ggml_tensor* const f = norm(x, model_.layer(l, "ffn_norm.weight"));
     ggml_tensor* const gate = ggml_mul_mat(c, model_.layer(l, "ffn_gate.weight"), f);
     ggml_tensor* const up = ggml_mul_mat(c, model_.layer(l, "ffn_up.weight"), f);

@@ -111,7 +111,7 @@ int fidelity(const Options& o) {
   std::deque<CountingResource> memories;
   std::vector<std::unique_ptr<kvt::AnyCache>> caches;
   for (const auto& c : candidates) {
-    caches.push_back(make_counted_cache(c.names, geometry, o.common.zones, memories.emplace_back()));
+    caches.push_back(make_counted_cache(c.names, model, o.common.zones, memories.emplace_back()));
   }
   std::vector<std::unique_ptr<Reference>> references;
   for (const auto& p : peers) references.push_back(std::make_unique<Reference>(path, o.tokens, o.common.threads, p.cache));

@@ -58,7 +58,7 @@ std::string planted(const std::string& text, const std::string& plant, double de
 
 Run run_generate(const Options& o, Engine& engine, const Tokenizer& tokenizer, const kvt::Composition& names, bool tailored,
                  const std::vector<int>& document, const std::vector<int>& rest, CountingResource& memory, FILE* stream) {
-  const auto cache = make_counted_cache(names, engine.model().parameters().geometry(), o.common.zones, memory);
+  const auto cache = make_counted_cache(names, engine.model(), o.common.zones, memory);
   std::vector<int> prompt = document;
   prompt.insert(prompt.end(), rest.begin(), rest.end());
   Run run;

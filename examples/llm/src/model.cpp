@@ -177,9 +177,8 @@ Model::Model(const std::string& path) : path_(path) {
   p.rope_base = meta.positive(kind + ".rope.freq_base", 10000.f);
   p.rope_type = kind == "llama" ? GGML_ROPE_TYPE_NORMAL : GGML_ROPE_TYPE_NEOX;
   if (const auto status = p.geometry().validate(); !status.ok()) fail(path + ": " + status.message());
-  if (const auto status = kvt::Rope{.rotary_dim = p.rotary_dim, .base = p.rope_base}.validate(p.head_dim); !status.ok()) {
-    fail(path + ": " + status.message());
-  }
+  rope_ = {.rotary_dim = p.rotary_dim, .base = p.rope_base};
+  if (const auto status = rope_.validate(p.head_dim); !status.ok()) fail(path + ": " + status.message());
   if (const int value_dim = meta.integer(kind + ".attention.value_length", 1, 1 << 16, p.head_dim); value_dim != p.head_dim) {
     fail(path + " has values of " + std::to_string(value_dim) + " elements and keys of " + std::to_string(p.head_dim) +
          "; they must be equal");
@@ -215,6 +214,28 @@ Model::Model(const std::string& path) : path_(path) {
     if (!stream.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) fail("cannot read " + path + " to its end");
     ggml_backend_tensor_set(t, bytes.data(), 0, bytes.size());
   }
+  if (const ggml_tensor* const factors = tensor("rope_freqs.weight", true)) {
+    const float* const from = static_cast<const float*>(factors->data);
+    rope_factors_.assign(from, from + p.rotary_dim / 2);
+  }
+  rope_.pairs = p.rope_type == GGML_ROPE_TYPE_NORMAL ? kvt::Rope::Pairs::adjacent : kvt::Rope::Pairs::halves;
+  rope_.scale = p.rope_scale;
+  rope_.factors = rope_factors_;
+  if (const auto status = rope_.validate(p.head_dim); !status.ok()) fail(path + ": " + status.message());
+}
+
+std::span<const kvt::OutputProjection> Model::output_projections() const {
+  for (int l = static_cast<int>(output_projections_.size()); l < parameters_.num_layers; ++l) {
+    const ggml_tensor* const t = layer(l, "attn_output.weight");
+    const float* weights = static_cast<const float*>(t->data);
+    if (t->type != GGML_TYPE_F32) {
+      auto& own = output_weights_.emplace_back(static_cast<std::size_t>(ggml_nelements(t)));
+      ggml_get_type_traits(t->type)->to_float(t->data, own.data(), ggml_nelements(t));
+      weights = own.data();
+    }
+    output_projections_.push_back({weights, static_cast<int>(t->ne[1])});
+  }
+  return output_projections_;
 }
 
 ggml_tensor* Model::tensor(const std::string& name, bool optional) const {

@@ -10,7 +10,9 @@
 
 #include <initializer_list>
 #include <memory>
+#include <span>
 #include <string>
+#include <vector>
 
 #include "kvtailor/core/geometry.hpp"
 
@@ -37,6 +39,11 @@ class Model {
   ggml_tensor* tensor(const std::string& name, bool optional = false) const;
   ggml_tensor* layer(int layer, const char* name, bool optional = false) const;
 
+  // What policies may ask of a model; lives as long as it.
+  const kvt::Rope& rope() const { return rope_; }
+  // In fp32: made at the first call where the file has another type.
+  std::span<const kvt::OutputProjection> output_projections() const;
+
  private:
   // Vectors are fp32; matrices may be quantised.
   enum class Kind { vector, matrix };
@@ -56,6 +63,10 @@ class Model {
   std::unique_ptr<ggml_context, Free<ggml_free>> context_;
   std::unique_ptr<ggml_backend, Free<ggml_backend_free>> backend_;
   std::unique_ptr<ggml_backend_buffer, Free<ggml_backend_buffer_free>> buffer_;
+  kvt::Rope rope_;
+  std::vector<float> rope_factors_;
+  mutable std::vector<std::vector<float>> output_weights_;
+  mutable std::vector<kvt::OutputProjection> output_projections_;
 };
 
 // Keeps ggml and llama.cpp quiet but for errors. Call once, first.

@@ -21,6 +21,7 @@ enum class Evidence : std::uint32_t {
   attention = 1 << 6,          // what queries gave each row; observe()
   rope = 1 << 7,               // how keys were turned; CacheOptions::ropes
   output_projection = 1 << 8,  // CacheOptions::output_projections
+  reconstruction = 1 << 10,    // the attention is that of queries that repeat the context: see Reconstruction
   layer_similarity = 1 << 9,   // allocators only: how little attention changes the hidden state; observe_hidden()
 };
 
@@ -53,7 +54,8 @@ inline constexpr EvidenceSet query_evidence = Evidence::window_queries | Evidenc
 // observe_hidden() provides.
 inline constexpr EvidenceSet cache_evidence =
     Evidence::positions | Evidence::keys | Evidence::values | Evidence::scores | Evidence::rope | Evidence::output_projection;
-inline constexpr EvidenceSet full_evidence = cache_evidence | query_evidence | Evidence::layer_similarity;
+inline constexpr EvidenceSet full_evidence =
+    cache_evidence | query_evidence | Evidence::reconstruction | Evidence::layer_similarity;
 
 // The softmax weights that observed queries gave one row.
 struct RowAttention {

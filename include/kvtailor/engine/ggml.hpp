@@ -63,6 +63,15 @@ class GgmlAttention {
     return state.output;
   }
 
+  // Shows the cache the hidden states [width, n], F32, before and after a layer's attention was added, if it wants them: null
+  // if not, or what has to be a part of the graph.
+  ggml_tensor* compare(ggml_context* context, int layer, ggml_tensor* before, ggml_tensor* after) {
+    if (!cache_->needs().has(Evidence::layer_similarity)) return nullptr;
+    ggml_tensor* parts[] = {before, after};
+    return ggml_custom_4d(context, GGML_TYPE_F32, 1, 1, 1, 1, parts, 2, &compare_states, 1,
+                          &layers_[static_cast<std::size_t>(layer)]);
+  }
+
   // The first failure of the graph, if any; the cache then ends where it ended at begin().
   Status finish() {
     if (failed_) {
@@ -113,6 +122,18 @@ class GgmlAttention {
       return;
     }
     for (int task = state.plan.take(); task >= 0; task = state.plan.take()) state.plan.run(task);
+  }
+
+  static void compare_states(ggml_tensor* dst, int ith, int, void* data) {
+    if (ith != 0) return;
+    Layer& state = *static_cast<Layer*>(data);
+    GgmlAttention& self = *state.owner;
+    static_cast<float*>(dst->data)[0] = 0;
+    if (self.failed_) return;
+    const auto input = [&](int i) { return static_cast<const float*>(dst->src[i]->data); };
+    const Status status = self.cache_->observe_hidden(state.layer, input(0), input(1), static_cast<int>(dst->src[0]->ne[1]),
+                                                      static_cast<int>(dst->src[0]->ne[0]));
+    if (!status.ok()) self.fail(status);
   }
 
   Cache* cache_ = nullptr;

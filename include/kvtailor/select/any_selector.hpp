@@ -30,8 +30,8 @@ namespace kvt::inline v0 {
 // A policy that is never changed is shared by copies.
 class AnySelector {
  public:
-  static constexpr EvidenceSet needs =
-      Evidence::positions | Evidence::keys | Evidence::values | query_evidence | Evidence::rope | Evidence::output_projection;
+  static constexpr EvidenceSet needs = Evidence::positions | Evidence::keys | Evidence::values | query_evidence |
+                                       Evidence::rope | Evidence::output_projection | Evidence::reconstruction;
   int window = 1;  // queries the cache keeps for it
 
   AnySelector() = default;

@@ -6,7 +6,8 @@
 // Score:   the largest softmax weight that any query head of the group gave the row in any query observed since forget().
 //          The engine: prefill; forget(); run "repeat the previous context" and the context over the cache; truncate() the
 //          repetition; compress().
-// Needs:   attention: observe() costs as much as the logits of attention.  Cost: O(rows); a second prefill for the engine.
+// Needs:   attention (observe() costs as much as the logits of attention) and an engine that repeats the context; engines look
+//          for reconstruction among the cache's needs().  Cost: O(rows); a second prefill for the engine.
 // Source:  KVzip, Kim et al., arXiv 2505.23416. Differs from it: weights are over all that a query sees, where its code has
 //          sinks, one chunk of the context and the repetition; the same for a context of one chunk. With rows weighted through
 //          the output projection (KVzip+): ValueNorm<Reconstruction, Through::output>.
@@ -17,7 +18,7 @@
 namespace kvt::inline v0 {
 
 struct Reconstruction {
-  static constexpr EvidenceSet needs = Evidence::attention;
+  static constexpr EvidenceSet needs = Evidence::attention | Evidence::reconstruction;
 
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
     bool any = false;
