@@ -13,6 +13,7 @@
 #include "command.hpp"
 #include "engine.hpp"
 #include "plot.hpp"
+#include "prefill.hpp"
 #include "reference.hpp"
 
 namespace kvt_llm {
@@ -24,7 +25,7 @@ using nlohmann::json;
 struct Options {
   Common common;
   std::string text, weights = "f32", plot;
-  int tokens = 1024, skip = 128;
+  int tokens = 1024, skip = 128, continuation = 0;
   long long offset = 0;
   bool flush = false;
   std::vector<std::string> caches, peers;
@@ -103,8 +104,14 @@ int fidelity(const Options& o) {
     throw std::runtime_error("--tokens " + std::to_string(o.tokens) + " is above the model's context of " +
                              std::to_string(model.parameters().context));
   }
-  if (o.skip >= o.tokens)
-    throw std::runtime_error("--skip " + std::to_string(o.skip) + " leaves no token of " + std::to_string(o.tokens));
+  if (o.continuation >= o.tokens) {
+    throw std::runtime_error("--continuation " + std::to_string(o.continuation) + " leaves no text before it, of " +
+                             std::to_string(o.tokens) + " tokens");
+  }
+  const int before = o.tokens - o.continuation;  // tokens that are read before a cache is cut for good
+  const int skip = o.continuation > 0 ? before : o.skip;
+  if (skip >= o.tokens)
+    throw std::runtime_error("--skip " + std::to_string(skip) + " leaves no token of " + std::to_string(o.tokens));
   Engine engine(model, o.common.threads);
   const auto geometry = model.parameters().geometry();
   const auto width = static_cast<std::size_t>(model.parameters().vocabulary);
@@ -113,6 +120,11 @@ int fidelity(const Options& o) {
   for (const auto& c : candidates) {
     caches.push_back(make_counted_cache(c.names, model, o.common.zones, memories.emplace_back()));
   }
+  for (const auto& cache : caches) {
+    if (wants_repetition(*cache) && o.continuation == 0) {
+      throw std::runtime_error("a token selector lets the model repeat its context before the cut: give --continuation");
+    }
+  }
   std::vector<std::unique_ptr<Reference>> references;
   for (const auto& p : peers) references.push_back(std::make_unique<Reference>(path, o.tokens, o.common.threads, p.cache));
 
@@ -120,16 +132,18 @@ int fidelity(const Options& o) {
   Progress progress("fidelity", o.tokens * runs);
   // All runs take the same chunks; `use` gets the logits of the scored positions, numbered from 0.
   const auto over_text = [&](const auto& eval, const auto& use) {
-    in_chunks(o.tokens, o.common.chunk, o.common.zones.sink_rows, [&](int at, int n) {
+    const auto step = [&](int at, int n) {
       const std::span<const float> logits =
           eval(std::span(tokens).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at);
-      for (int i = std::max(0, o.skip - at); i < n; ++i) {
-        use(static_cast<std::size_t>(at + i - o.skip), logits.subspan(static_cast<std::size_t>(i) * width, width));
+      for (int i = std::max(0, skip - at); i < n; ++i) {
+        use(static_cast<std::size_t>(at + i - skip), logits.subspan(static_cast<std::size_t>(i) * width, width));
       }
       progress.advance(n);
-    });
+    };
+    in_chunks(before, o.common.chunk, o.common.zones.sink_rows, step);
+    in_chunks(o.continuation, o.common.chunk, 0, [&](int at, int n) { step(before + at, n); });
   };
-  std::vector<float> reference(static_cast<std::size_t>(o.tokens - o.skip) * width);
+  std::vector<float> reference(static_cast<std::size_t>(o.tokens - skip) * width);
   {
     const auto full = make_cache({"uniform", "sink_recent", "fp32"}, geometry, o.common.zones);
     over_text([&](std::span<const int> part, int at) { return engine.eval(*full, part, at, Engine::Logits::all); },
@@ -140,12 +154,17 @@ int fidelity(const Options& o) {
   const auto distance = [&](const auto& eval) {
     Fidelity f;
     over_text(eval, [&](std::size_t k, std::span<const float> logits) {
-      const int next = tokens[k + static_cast<std::size_t>(o.skip) + 1];
+      const int next = tokens[k + static_cast<std::size_t>(skip) + 1];
       f.add(compare({reference.data() + k * width, width}, logits, next));
     });
     return f;
   };
 
+  const auto cut = [&](kvt::AnyCache& cache, const Budget& budget) {
+    const std::span<const int> context(tokens.data(), static_cast<std::size_t>(before));
+    if (wants_repetition(cache)) repeat_context(engine, cache, tokenizer, context, o.common.chunk);
+    budget.apply(cache);
+  };
   FILE* const out = o.common.text();
   std::fprintf(out, "%-44s %7s %6s %9s %9s %8s %9s %9s %7s\n", "cache", "bits", "rows", "KL", "KL 99 %", "same top", "NLL +",
                "MiB", "s");
@@ -162,10 +181,15 @@ int fidelity(const Options& o) {
     const double start = seconds();
     auto f = distance([&](std::span<const int> part, int at) {
       const auto logits = engine.eval(cache, part, at, Engine::Logits::all);
-      if (!candidates[k].budget.hold(cache) && o.flush) check(cache.flush());
+      const int end = at + static_cast<int>(part.size());
+      if (o.continuation > 0) {
+        if (end == before) cut(cache, candidates[k].budget);
+      } else if (!candidates[k].budget.hold(cache) && o.flush) {
+        check(cache.flush());
+      }
       return logits;
     });
-    report({candidates[k].text, false, std::move(f), cache.bits_per_element(), mean_rows(cache) / o.tokens,
+    report({candidates[k].text, false, std::move(f), cache.bits_per_element(), (mean_rows(cache) - o.continuation) / before,
             measured_bytes(cache, memories[k]), seconds() - start},
            {{"memory", to_json(cache.memory())}});
   }
@@ -181,12 +205,13 @@ int fidelity(const Options& o) {
   }
   o.common.write({{"text", o.text},
                   {"tokens", o.tokens},
-                  {"skip", o.skip},
+                  {"skip", skip},
+                  {"continuation", o.continuation},
                   {"chunk", o.common.chunk},
                   {"weights", o.weights},
                   {"results", rows}});
   if (plot) {
-    plot->draw(std::filesystem::path(o.text).filename().string() + ", " + std::to_string(o.tokens - o.skip) +
+    plot->draw(std::filesystem::path(o.text).filename().string() + ", " + std::to_string(o.tokens - skip) +
                    " scored tokens, chunks of " + std::to_string(o.common.chunk),
                points);
   }
@@ -215,6 +240,11 @@ void add_fidelity(CLI::App& app) {
       ->check(CLI::IsMember({"f32", "file"}));
   command->add_option("--tokens", o->tokens, "length of the text")->capture_default_str()->check(CLI::PositiveNumber);
   command->add_option("--skip", o->skip, "first tokens not scored")->capture_default_str()->check(CLI::NonNegativeNumber);
+  command
+      ->add_option("--continuation", o->continuation,
+                   "last tokens that alone are scored: caches are cut once, before them, instead of after each chunk")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   command->add_option("--offset", o->offset, "byte of the file to begin at")->capture_default_str();
   command->add_flag("--flush", o->flush, "encode after every chunk instead of when a block is full");
   command->add_option("--plot", o->plot, "also draw KL against bits into this file, .svg or .png, with gnuplot");

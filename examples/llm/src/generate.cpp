@@ -9,6 +9,7 @@
 
 #include "command.hpp"
 #include "engine.hpp"
+#include "prefill.hpp"
 
 namespace kvt_llm {
 
@@ -63,6 +64,16 @@ Run run_generate(const Options& o, Engine& engine, const Tokenizer& tokenizer, c
   prompt.insert(prompt.end(), rest.begin(), rest.end());
   Run run;
   const int total = static_cast<int>(prompt.size());
+  if (tailored && o.when == "chunk" && wants_repetition(*cache)) {
+    throw std::runtime_error(
+        "the token selector lets the model repeat its context before the cut, which --compress chunk "
+        "makes too early");
+  }
+  const auto cut = [&](int length) {
+    const std::span<const int> context(prompt.data(), static_cast<std::size_t>(length));
+    if (o.budget.limits() && wants_repetition(*cache)) repeat_context(engine, *cache, tokenizer, context, o.common.chunk);
+    o.budget.apply(*cache);
+  };
   const double start = seconds();
   {
     Progress progress(tailored ? "prefill (tailored cache)" : "prefill (full cache)", total);
@@ -76,11 +87,11 @@ Run run_generate(const Options& o, Engine& engine, const Tokenizer& tokenizer, c
       run.peak_bytes = std::max(run.peak_bytes, memory.outstanding());
       at += n;
       if (tailored && o.when == "chunk") (void)o.budget.hold(*cache);
-      if (tailored && o.when == "document" && at == static_cast<int>(document.size())) o.budget.apply(*cache);
+      if (tailored && o.when == "document" && at == static_cast<int>(document.size())) cut(at);
       progress.advance(n);
     }
   }
-  if (tailored && o.when == "prompt") o.budget.apply(*cache);
+  if (tailored && o.when == "prompt") cut(total);
   run.prefill_rate = total / (seconds() - start);
   run.memory = cache->memory();
   run.measured_bytes = measured_bytes(*cache, memory);
