@@ -611,15 +611,13 @@ class KvCache {
   // Queries that are not of sink rows, as before RoPE: [n, num_q_heads, head_dim].
   void turn_back(int layer, const float* queries, std::span<const int> positions, std::vector<float>& turned) const {
     const auto heads = static_cast<std::size_t>(geometry_.num_q_heads);
-    const Rope& how = rope(layer);
-    std::vector<double> step(static_cast<std::size_t>(how.rotary_dim / 2));
-    for (std::size_t i = 0; i < step.size(); ++i) step[i] = how.step(static_cast<int>(i));
+    RopeInverse inverse(rope(layer));
     turned.reserve(positions.size() * heads * head_dim);
     for (std::size_t q = 0; q < positions.size(); ++q) {
       if (positions[q] < options_.sink_rows) continue;
       const std::size_t at = turned.size();
       turned.insert(turned.end(), queries + q * heads * head_dim, queries + (q + 1) * heads * head_dim);
-      how.turn_back(turned.data() + at, static_cast<int>(heads), head_dim, positions[q], step);
+      inverse.turn_back(turned.data() + at, static_cast<int>(heads), head_dim, positions[q]);
     }
   }
   // The mean cosine of each layer.

@@ -658,7 +658,7 @@ struct LowRank : PlainBasis<Residual::head_dim>, LowRankOptions {
 
    private:
     template <int most>
-    detail::FourRows rows(const std::int8_t (&factors)[4][most]) const {
+    detail::FourRows<std::int8_t> rows(const std::int8_t (&factors)[4][most]) const {
       const auto row = [&](int i) { return factors[i < count ? i : 0]; };
       return {row(0), row(1), row(2), row(3)};
     }

@@ -7,6 +7,7 @@
 
 #include <cmath>
 #include <span>
+#include <vector>
 
 #include "kvtailor/core/status.hpp"
 
@@ -57,21 +58,6 @@ struct Rope {
   int first(int i) const noexcept { return pairs == Pairs::adjacent ? 2 * i : i; }
   int second(int i) const noexcept { return pairs == Pairs::adjacent ? 2 * i + 1 : i + rotary_dim / 2; }
 
-  // Turns rows [n, head_dim] of one position back in place. step [rotary_dim / 2]: of step(i).
-  void turn_back(float* rows, int n, int head_dim, int position, std::span<const double> step) const noexcept {
-    for (int i = 0; i < rotary_dim / 2; ++i) {
-      const double angle = position * step[static_cast<std::size_t>(i)];
-      const float c = static_cast<float>(std::cos(angle)), s = static_cast<float>(std::sin(angle));
-      for (int r = 0; r < n; ++r) {
-        float* const row = rows + static_cast<std::ptrdiff_t>(r) * head_dim;
-        float &x = row[first(i)], &y = row[second(i)];
-        const float turned = x * c + y * s;
-        y = y * c - x * s;
-        x = turned;
-      }
-    }
-  }
-
   // Turns one row [head_dim] in place to `position`; a negative position turns back.
   void apply(float* row, int position) const noexcept {
     for (int i = 0; i < rotary_dim / 2; ++i) {
@@ -83,6 +69,78 @@ struct Rope {
       x = turned;
     }
   }
+};
+
+// Turns many rows back. The angles of a position that follows the last one come from those by a product; one in 256 is made
+// anew, so that they stay right to 1e-13.
+class RopeInverse {
+ public:
+  // May throw std::bad_alloc.
+  explicit RopeInverse(const Rope& rope)
+      : rope_(rope), pairs_(static_cast<std::size_t>(rope.rotary_dim / 2)), now_(pairs_), step_(pairs_), turn_(pairs_) {
+    for (std::size_t i = 0; i < pairs_; ++i) {
+      const double angle = rope.step(static_cast<int>(i));
+      step_.set(i, angle);
+      angle_.push_back(angle);
+    }
+  }
+  // Rows [n, head_dim] of one position, in place.
+  void turn_back(float* rows, int n, int head_dim, int position) noexcept {
+    move_to(position);
+    for (int r = 0; r < n; ++r, rows += head_dim) {
+      const float *const c = turn_.cosine.data(), *const s = turn_.sine.data();
+      // Each layout has a loop that can be vectorised.
+      if (rope_.pairs == Rope::Pairs::halves) {
+        float *const a = rows, *const b = rows + pairs_;
+        for (std::size_t i = 0; i < pairs_; ++i) {
+          const float x = a[i] * c[i] + b[i] * s[i];
+          b[i] = b[i] * c[i] - a[i] * s[i];
+          a[i] = x;
+        }
+      } else {
+        for (std::size_t i = 0; i < pairs_; ++i) {
+          const float x = rows[2 * i] * c[i] + rows[2 * i + 1] * s[i];
+          rows[2 * i + 1] = rows[2 * i + 1] * c[i] - rows[2 * i] * s[i];
+          rows[2 * i] = x;
+        }
+      }
+    }
+  }
+
+ private:
+  template <class T>
+  struct Angles {
+    explicit Angles(std::size_t n) : cosine(n), sine(n) {}
+    void set(std::size_t i, double angle) {
+      cosine[i] = static_cast<T>(std::cos(angle));
+      sine[i] = static_cast<T>(std::sin(angle));
+    }
+    std::vector<T> cosine, sine;
+  };
+  void move_to(int position) noexcept {
+    if (position == position_) return;
+    const bool follows = position == position_ + 1 && position % 256 != 0;
+    for (std::size_t i = 0; i < pairs_; ++i) {
+      double &c = now_.cosine[i], &s = now_.sine[i];
+      if (follows) {
+        const double turned = c * step_.cosine[i] - s * step_.sine[i];
+        s = c * step_.sine[i] + s * step_.cosine[i];
+        c = turned;
+      } else {
+        now_.set(i, position * angle_[i]);
+      }
+      turn_.cosine[i] = static_cast<float>(c);
+      turn_.sine[i] = static_cast<float>(s);
+    }
+    position_ = position;
+  }
+
+  const Rope& rope_;
+  std::size_t pairs_;
+  Angles<double> now_, step_;
+  Angles<float> turn_;
+  std::vector<double> angle_;
+  int position_ = -2;
 };
 
 }  // namespace kvt::inline v0

@@ -186,9 +186,10 @@ KVT_INLINE Float8 join_eights(const float* x, int n, Join join) {
 }
 #endif
 
-// Rows of small integers.
+// Rows of floats or of small integers.
+template <class T>
 struct FourRows {
-  const std::int8_t* row[4];
+  const T* row[4];
 };
 #if defined(KVT_HOST_VECTORS)
 KVT_INLINE void load(const std::int8_t* from, Float8& to) {
@@ -203,8 +204,8 @@ KVT_INLINE void load(const std::int8_t* from, Float8& to) {
 }
 #endif
 // out[j][i] = x[j * stride] [n] . row i, of `many` vectors.
-template <int many>
-KVT_INLINE void dot_rows(const FourRows& rows, const float* x, int stride, int n, float (&out)[many][4]) {
+template <int many, class T>
+KVT_INLINE void dot_rows(const FourRows<T>& rows, const float* x, int stride, int n, float (&out)[many][4]) {
   int k = 0;
 #if defined(KVT_HOST_VECTORS)
   Float8 sum[many][4] = {};
@@ -239,8 +240,8 @@ KVT_INLINE void dot_rows(const FourRows& rows, const float* x, int stride, int n
   }
 }
 // to[j * stride] [n] += w[j][i] times row i, of `many` vectors.
-template <int many>
-KVT_INLINE void add_rows(float* to, int stride, const float (&w)[many][4], const FourRows& rows, int n) {
+template <int many, class T>
+KVT_INLINE void add_rows(float* to, int stride, const float (&w)[many][4], const FourRows<T>& rows, int n) {
   int k = 0;
 #if defined(KVT_HOST_VECTORS)
   for (; k + 8 <= n; k += 8) {

@@ -49,6 +49,7 @@ class AnySelector {
   Status attention(const HeadEvidence& seen, std::span<float> out) const noexcept {
     return policy_ ? policy_->attention(seen, out) : none();
   }
+  int first_kept(const HeadEvidence& seen) const noexcept { return policy_ ? policy_->first_kept(seen) : 0; }
   Status join(const LayerScores& layer) const noexcept { return policy_ ? policy_->join(layer) : none(); }
 
  private:
@@ -60,6 +61,7 @@ class AnySelector {
     virtual Status check() const noexcept = 0;
     virtual Status score(const HeadEvidence& seen, std::span<float> score) const noexcept = 0;
     virtual Status attention(const HeadEvidence& seen, std::span<float> out) const noexcept = 0;
+    virtual int first_kept(const HeadEvidence& seen) const noexcept = 0;
     virtual Status join(const LayerScores& layer) const noexcept = 0;
   };
   template <class Policy>
@@ -76,6 +78,10 @@ class AnySelector {
     Status attention([[maybe_unused]] const HeadEvidence& seen, [[maybe_unused]] std::span<float> out) const noexcept override {
       if constexpr (AttentionSelector<Policy>) return policy.attention(seen, out);
       return error(Errc::bad_policy, "this token selector does not go by attention");
+    }
+    int first_kept([[maybe_unused]] const HeadEvidence& seen) const noexcept override {
+      if constexpr (AttentionSelector<Policy>) return policy.first_kept(seen);
+      return seen.num_rows();
     }
     Status join([[maybe_unused]] const LayerScores& layer) const noexcept override {
       if constexpr (JoinsHeads<Policy>) return policy.join(layer);
@@ -104,6 +110,7 @@ struct LoneSelector {
   Status attention(const HeadEvidence& seen, std::span<float> out) const noexcept requires by_attention {
     return base.attention(seen, out);
   }
+  int first_kept(const HeadEvidence& seen) const noexcept requires by_attention { return base.first_kept(seen); }
 };
 
 }  // namespace detail

@@ -30,29 +30,27 @@ requires AttentionSelector<Base> &&(!JoinsHeads<Base>)struct Caote {
     return success();
   }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept try {
-    std::vector<float> weight(score.size());
-    KVT_TRY(base.attention(seen, weight));
-    KVT_TRY(base.score(seen, score));
-    const int dim = seen.head_dim;
+    KVT_TRY(base.attention(seen, score));
+    const auto kept = static_cast<std::size_t>(base.first_kept(seen)), dim = static_cast<std::size_t>(seen.head_dim);
     double total = 0;
-    for (const float w : weight) total += static_cast<double>(w);
-    std::vector<double> sum(static_cast<std::size_t>(dim));
-    const auto share = [&](std::size_t row) { return total > 0 ? static_cast<double>(weight[row]) / total : 0; };
-    const float* value = seen.values.data();
-    for (std::size_t row = 0; row < score.size(); ++row, value += dim) {
-      for (int d = 0; d < dim; ++d) sum[static_cast<std::size_t>(d)] += share(row) * static_cast<double>(value[d]);
+    for (const float weight : score) total += static_cast<double>(weight);
+    const double share = total > 0 ? 1 / total : 0;
+    std::vector<double> sum(dim);
+    for (std::size_t row = 0; row < score.size(); ++row) {
+      const double own = share * static_cast<double>(score[row]);
+      for (std::size_t d = 0; d < dim; ++d) sum[d] += own * static_cast<double>(seen.values[row * dim + d]);
     }
-    constexpr auto most = static_cast<double>(std::numeric_limits<float>::max());
-    value = seen.values.data();
-    for (std::size_t row = 0; row < score.size(); ++row, value += dim) {
-      double square = 0;
-      for (int d = 0; d < dim; ++d) {
-        const double e = sum[static_cast<std::size_t>(d)] - static_cast<double>(value[d]);
-        square += e * e;
+    std::vector<float> difference(dim);
+    constexpr float most = std::numeric_limits<float>::max();
+    for (std::size_t row = 0; row < kept; ++row) {
+      for (std::size_t d = 0; d < dim; ++d) {
+        difference[d] = static_cast<float>(sum[d] - static_cast<double>(seen.values[row * dim + d]));
       }
-      const double own = share(row), moved = own < 1 ? own / (1 - own) * std::sqrt(square) : most;
-      score[row] = static_cast<float>(score[row] >= above_attention ? most : std::min(moved, 0.5 * most));
+      const double own = share * static_cast<double>(score[row]);
+      const double far = std::sqrt(static_cast<double>(dot(difference.data(), difference.data(), seen.head_dim)));
+      score[row] = own < 1 ? static_cast<float>(std::min(own / (1 - own) * far, 0.5 * static_cast<double>(most))) : most;
     }
+    std::fill(score.begin() + static_cast<std::ptrdiff_t>(kept), score.end(), most);
     return success();
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while scoring rows");

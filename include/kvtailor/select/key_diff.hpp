@@ -12,6 +12,7 @@
 #include <cmath>
 
 #include "kvtailor/core/concepts.hpp"
+#include "kvtailor/core/simd.hpp"
 
 namespace kvt::inline v0 {
 
@@ -23,18 +24,17 @@ struct KeyDiff {
     const int dim = seen.head_dim;
     float* const mean = seen.scratch.data();
     std::fill(mean, mean + dim, 0.f);
+    float* const inverse = mean + dim;
     for (int row = 0; row < n; ++row) {
       const float* const key = seen.keys.data() + static_cast<std::int64_t>(row) * dim;
-      const float inverse = inverse_norm(key, dim);
-      for (int d = 0; d < dim; ++d) mean[d] += key[d] * inverse;
+      inverse[row] = inverse_norm(key, dim);
+      for (int d = 0; d < dim; ++d) mean[d] += key[d] * inverse[row];
     }
     const float mean_inverse = inverse_norm(mean, dim);
+    for (int d = 0; d < dim; ++d) mean[d] *= mean_inverse;
     for (int row = 0; row < n; ++row) {
       const float* const key = seen.keys.data() + static_cast<std::int64_t>(row) * dim;
-      double product = 0;
-      for (int d = 0; d < dim; ++d) product += static_cast<double>(key[d]) * static_cast<double>(mean[d]);
-      score[static_cast<std::size_t>(row)] =
-          static_cast<float>(-product * static_cast<double>(inverse_norm(key, dim)) * static_cast<double>(mean_inverse));
+      score[static_cast<std::size_t>(row)] = -dot(key, mean, dim) * inverse[row];
     }
     return success();
   }
@@ -97,9 +97,8 @@ struct KeyDiff {
   }
   // A zero row has no direction: its cosine counts as zero.
   static float inverse_norm(const float* x, int dim) {
-    double square = 0;
-    for (int d = 0; d < dim; ++d) square += static_cast<double>(x[d]) * static_cast<double>(x[d]);
-    return square > 1e-60 ? static_cast<float>(1.0 / std::sqrt(square)) : 0.f;
+    const float square = dot(x, x, dim);
+    return square > 0 ? 1.f / std::sqrt(square) : 0.f;
   }
 };
 

@@ -19,6 +19,7 @@
 #include <vector>
 
 #include "kvtailor/core/concepts.hpp"
+#include "kvtailor/core/simd.hpp"
 
 namespace kvt::inline v0 {
 
@@ -84,17 +85,13 @@ struct LagKv {
     }
     for (std::size_t d = 0; d < least.size(); ++d) factor[d] = factor[d] > least[d] ? 1.f / (factor[d] - least[d]) : 0.f;
     double largest = 0;
+    std::vector<float> scaled(least.size());
     for (std::size_t i = 0; i < out.size(); ++i, rows += dim) {
       // Two passes: a row far from the next part has a mean far above its deviation.
-      double mean = 0, squares = 0;
-      const auto scaled = [&](int d) {
-        const auto k = static_cast<std::size_t>(d);
-        return static_cast<double>((rows[d] - least[k]) * factor[k]);
-      };
-      for (int d = 0; d < dim; ++d) mean += scaled(d);
-      mean /= dim;
-      for (int d = 0; d < dim; ++d) squares += (scaled(d) - mean) * (scaled(d) - mean);
-      out[i] = std::sqrt(squares / (dim - 1));
+      for (std::size_t d = 0; d < scaled.size(); ++d) scaled[d] = (rows[d] - least[d]) * factor[d];
+      const float mean = sum_of(scaled.data(), dim) / static_cast<float>(dim);
+      for (float& x : scaled) x -= mean;
+      out[i] = std::sqrt(static_cast<double>(dot(scaled.data(), scaled.data(), dim)) / (dim - 1));
       largest = std::max(largest, out[i]);
     }
     double sum = 0;

@@ -23,11 +23,11 @@ struct LastQuery {
     const WindowAttention last(seen, window);
     KVT_TRY(last.check());
     std::fill(out.begin(), out.end(), 0.f);
-    last.each_head([&](const float* mass) {
+    return last.each_head([&](const float* mass) {
       for (std::size_t row = 0; row < out.size(); ++row) out[row] = std::max(out[row], mass[row]);
     });
-    return success();
   }
+  int first_kept(const HeadEvidence& seen) const noexcept { return WindowAttention(seen, window).rows_before(); }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
     if (seen.chosen_before > 0) {
       for (std::size_t row = 0; row < score.size(); ++row) {
@@ -37,7 +37,7 @@ struct LastQuery {
       return success();
     }
     KVT_TRY(attention(seen, score));
-    std::fill(score.begin() + WindowAttention(seen, window).rows_before(), score.end(), above_attention);
+    std::fill(score.begin() + first_kept(seen), score.end(), above_attention);
     return success();
   }
 };

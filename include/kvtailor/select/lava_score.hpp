@@ -10,6 +10,8 @@
 // Source:  LAVa, Shen et al., arXiv 2509.09754; defaults of the authors' code (window 32, maximum over 7).
 #pragma once
 
+#include <limits>
+
 #include "kvtailor/select/window_attention.hpp"
 
 namespace kvt::inline v0 {
@@ -39,12 +41,12 @@ struct LavaScore {
     const float factor = static_cast<float>(std::min(length / last.size(), 1e30));
     const Pooling pooled{kernel, Pooling::Kind::maximum};
     std::fill(score.begin(), score.end(), 0.f);
-    last.each_head([&](const float* mass) {
+    KVT_TRY(last.each_head([&](const float* mass) {
       for (int row = 0; row < before; ++row) {
         float& own = score[static_cast<std::size_t>(row)];
         own = std::max(own, pooled(mass, row, before) * factor);
       }
-    });
+    }));
     std::fill(score.begin() + before, score.end(), std::numeric_limits<float>::max());
     return success();
   }

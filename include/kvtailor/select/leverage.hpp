@@ -35,19 +35,18 @@ struct Leverage {
     KVT_TRY(check());
     const int dim = seen.head_dim, n = seen.num_rows();
     detail::Matrix keys = detail::ConstRows(seen.keys.data(), n, dim, Eigen::OuterStride<>(dim));
-    std::vector<double> step(static_cast<std::size_t>(seen.rope->rotary_dim / 2));
-    for (std::size_t i = 0; i < step.size(); ++i) step[i] = seen.rope->step(static_cast<int>(i));
+    RopeInverse inverse(*seen.rope);
     for (int row = 0; row < n; ++row) {
-      seen.rope->turn_back(keys.data() + static_cast<std::ptrdiff_t>(row) * dim, 1, dim,
-                           seen.positions[static_cast<std::size_t>(row)], step);
+      inverse.turn_back(keys.row(row).data(), 1, dim, seen.positions[static_cast<std::size_t>(row)]);
     }
     detail::Matrix matrix(dim, sketch);
     const double size = 1 / std::sqrt(static_cast<double>(sketch));
     for (int i = 0; i < dim * sketch; ++i) {
       matrix.data()[i] = static_cast<float>(size * normal_number(seed, static_cast<std::uint64_t>(i)));
     }
-    const Eigen::RowVectorXf mean = keys.cast<double>().colwise().mean().cast<float>();
-    keys.rowwise() -= mean;
+    Eigen::RowVectorXd sum = Eigen::RowVectorXd::Zero(dim);
+    for (int row = 0; row < n; ++row) sum += keys.row(row).cast<double>();
+    keys.rowwise() -= Eigen::RowVectorXf((sum / n).cast<float>());
     const detail::Matrix rows = keys * matrix;
     const Eigen::MatrixXd squares = (rows.transpose() * rows).cast<double>();
     Eigen::LLT<Eigen::MatrixXd> factored;

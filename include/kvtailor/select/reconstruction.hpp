@@ -30,6 +30,7 @@ struct Reconstruction {
     return error(Errc::no_evidence, "the token selector has seen {} queries; call observe() before compress()", 0);
   }
   Status attention(const HeadEvidence& seen, std::span<float> out) const noexcept { return score(seen, out); }
+  int first_kept(const HeadEvidence& seen) const noexcept { return seen.num_rows(); }
 };
 
 static_assert(AttentionSelector<Reconstruction>);

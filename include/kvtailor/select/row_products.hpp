@@ -10,6 +10,8 @@
 #endif
 #include <Eigen/Core>
 #include <algorithm>
+#include <cmath>
+#include <vector>
 
 #include "kvtailor/core/evidence.hpp"
 
@@ -33,12 +35,20 @@ void each_tile(std::span<const float> rows, int dim, F&& f) {
 
 }  // namespace detail
 
-// out[r] = row r . by . row r, of rows [n, dim] and by [dim, dim].
+// out[r] = row r . by . row r, of rows [n, dim] and a symmetric matrix [dim, dim].
 inline void quadratic_forms(std::span<const float> rows, int dim, const float* by, std::span<float> out) {
-  const detail::ConstRows matrix(by, dim, dim, Eigen::OuterStride<>(dim));
-  detail::Matrix product;
+  // What lies below the diagonal is added to what lies above, a block at a time, and is left out then.
+  constexpr int width = 32;
+  detail::Matrix matrix = detail::ConstRows(by, dim, dim, Eigen::OuterStride<>(dim)), product;
+  for (int column = width; column < dim; column += width) {
+    matrix.block(0, column, column, std::min(width, dim - column)) *= 2;
+  }
   detail::each_tile(rows, dim, [&](int first, const auto& tile) {
-    product.noalias() = tile * matrix;
+    product.resize(tile.rows(), dim);
+    for (int column = 0; column < dim; column += width) {
+      const int count = std::min(width, dim - column), before = column + count;
+      product.middleCols(column, count).noalias() = tile.leftCols(before) * matrix.block(0, column, before, count);
+    }
     Eigen::Map<Eigen::VectorXf>(out.data() + first, tile.rows()) = product.cwiseProduct(tile).rowwise().sum();
   });
 }
@@ -65,21 +75,21 @@ inline void projected_norms(const HeadEvidence& seen, Norm norm, std::span<float
   const float average = 1.f / static_cast<float>(seen.group_size);
   std::fill(out.begin(), out.end(), 0.f);
   detail::Matrix product, squares;
+  std::vector<float> of_head(norm == Norm::root ? out.size() : 0);
   for (int g = 0; g < seen.group_size; ++g) {
     const detail::ConstRows weights(seen.output.weights + static_cast<std::ptrdiff_t>(g) * dim, seen.output.width, dim,
                                     Eigen::OuterStride<>(seen.output_stride));
-    // Squares need the matrix only as what it makes of pairs of channels.
-    if (norm == Norm::root) squares.noalias() = weights.transpose() * weights;
-    detail::each_tile(seen.values, dim, [&](int first, const auto& tile) {
-      Eigen::Map<Eigen::VectorXf> to(out.data() + first, tile.rows());
-      if (norm == Norm::root) {
-        product.noalias() = tile * squares;
-        to += product.cwiseProduct(tile).rowwise().sum().cwiseMax(0.f).cwiseSqrt() * average;
-      } else {
+    if (norm == Norm::root) {
+      // Squares need the matrix only as what it makes of pairs of channels.
+      squares.noalias() = weights.transpose() * weights;
+      quadratic_forms(seen.values, dim, squares.data(), of_head);
+      for (std::size_t r = 0; r < out.size(); ++r) out[r] += std::sqrt(std::max(of_head[r], 0.f)) * average;
+    } else {
+      detail::each_tile(seen.values, dim, [&](int first, const auto& tile) {
         product.noalias() = tile * weights.transpose();
-        to += product.rowwise().template lpNorm<1>() * average;
-      }
-    });
+        Eigen::Map<Eigen::VectorXf>(out.data() + first, tile.rows()) += product.rowwise().template lpNorm<1>() * average;
+      });
+    }
   }
 }
 

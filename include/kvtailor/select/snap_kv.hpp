@@ -32,16 +32,16 @@ struct SnapKv {
     const float average = 1.f / (static_cast<float>(last.size()) * static_cast<float>(seen.group_size));
     const Pooling pooled{kernel, pool};
     std::fill(out.begin(), out.end(), 0.f);
-    last.each_head([&](const float* mass) {
+    return last.each_head([&](const float* mass) {
       for (int row = 0; row < seen.num_rows(); ++row) {
         out[static_cast<std::size_t>(row)] += (row < before ? pooled(mass, row, before) : mass[row]) * average;
       }
     });
-    return success();
   }
+  int first_kept(const HeadEvidence& seen) const noexcept { return WindowAttention(seen, window).rows_before(); }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
     KVT_TRY(attention(seen, score));
-    std::fill(score.begin() + WindowAttention(seen, window).rows_before(), score.end(), above_attention);
+    std::fill(score.begin() + first_kept(seen), score.end(), above_attention);
     return success();
   }
 

@@ -25,14 +25,14 @@ struct Tova {
     KVT_TRY(last.check());
     const float average = 1.f / static_cast<float>(seen.group_size);
     std::fill(out.begin(), out.end(), 0.f);
-    last.each_head([&](const float* mass) {
+    return last.each_head([&](const float* mass) {
       for (std::size_t row = 0; row < out.size(); ++row) out[row] += mass[row] * average;
     });
-    return success();
   }
+  int first_kept(const HeadEvidence& seen) const noexcept { return WindowAttention(seen, window).rows_before(); }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
     KVT_TRY(attention(seen, score));
-    std::fill(score.begin() + WindowAttention(seen, window).rows_before(), score.end(), above_attention);
+    std::fill(score.begin() + first_kept(seen), score.end(), above_attention);
     return success();
   }
   Status join(const LayerScores& layer) const noexcept try {

@@ -39,17 +39,21 @@ requires TokenSelector<Base> &&(!JoinsHeads<Base>)struct ValueNorm {
   }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept try {
     KVT_TRY(check());
-    KVT_TRY(base.score(seen, score));
+    std::size_t kept = score.size();
+    if constexpr (AttentionSelector<Base>) {
+      KVT_TRY(base.attention(seen, score));
+      kept = static_cast<std::size_t>(base.first_kept(seen));
+    } else {
+      KVT_TRY(base.score(seen, score));
+    }
     std::vector<float> norms(score.size());
     if constexpr (through == Through::output) {
       projected_norms(seen, Norm::root, norms);
     } else {
       value_norms(seen, norms);
     }
-    for (std::size_t row = 0; row < score.size(); ++row) {
-      const bool stays = AttentionSelector<Base> && score[row] >= above_attention;
-      score[row] = stays ? std::numeric_limits<float>::max() : (score[row] + epsilon) * std::min(norms[row], 1e25f);
-    }
+    for (std::size_t row = 0; row < kept; ++row) score[row] = (score[row] + epsilon) * std::min(norms[row], 1e25f);
+    std::fill(score.begin() + static_cast<std::ptrdiff_t>(kept), score.end(), std::numeric_limits<float>::max());
     return success();
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while scoring rows");

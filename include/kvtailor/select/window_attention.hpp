@@ -6,7 +6,8 @@
 
 #include <algorithm>
 #include <cmath>
-#include <limits>
+#include <new>
+#include <vector>
 
 #include "kvtailor/attend/softmax_state.hpp"
 #include "kvtailor/core/concepts.hpp"
@@ -14,12 +15,15 @@
 
 namespace kvt::inline v0 {
 
-// A selector whose scores come from weights of attention, which attention() gives without marks on rows that are to stay:
-// out [rows], none negative.
+// A selector whose scores are weights of attention, but for rows that it lets stay whatever they got.
 template <class S>
 concept AttentionSelector = TokenSelector<S> && requires(const S s, const HeadEvidence& seen, std::span<float> out) {
+  // out [rows], none negative
   { s.attention(seen, out) }
   noexcept->std::same_as<Status>;
+  // the first of the rows that stay, up to the last
+  { s.first_kept(seen) }
+  noexcept->std::same_as<int>;
 };
 
 // The score of a row that stays before all others: above every mean of shares.
@@ -45,43 +49,69 @@ class WindowAttention {
                             positions.begin());
   }
   // f(mass) for each query head of the group: mass [rows], the softmax weights of a query over the rows it may see, summed over
-  // the queries. Uses the evidence's scratch memory.
+  // the queries. Takes queries * rows floats. Uses the evidence's scratch memory.
   template <class F>
-  void each_head(F&& f) const noexcept {
-    const int n = seen_.num_rows(), dim = seen_.head_dim;
+  Status each_head(F&& f) const noexcept try {
+    const int n = seen_.num_rows(), dim = seen_.head_dim, many = size();
     const AttendOptions& attend = seen_.attend;
-    float* const logit = seen_.scratch.data();
-    float* const mass = logit + n;
-    float* const query = mass + n;
+    float* const mass = seen_.scratch.data();
     const float scale = attend.scale != 0 ? attend.scale : 1.f / std::sqrt(static_cast<float>(dim));
+    std::vector<float> queries(static_cast<std::size_t>(many) * static_cast<std::size_t>(dim));
+    std::vector<float> logits(static_cast<std::size_t>(many) * static_cast<std::size_t>(n));
     for (int g = 0; g < seen_.group_size; ++g) {
-      std::fill(mass, mass + n, 0.f);
-      for (auto w = first_; w < seen_.window_positions.size(); ++w) {
-        const int position = seen_.window_positions[w];
-        const auto begin = seen_.positions.begin(), end = std::upper_bound(begin, seen_.positions.end(), position);
-        const auto start = attend.window > 0 ? std::upper_bound(begin, end, position - attend.window) : begin;
-        const int from = static_cast<int>(start - begin), to = static_cast<int>(end - begin);
-        const float* const source = seen_.window_queries + static_cast<std::int64_t>(w) * seen_.window_stride + g * dim;
-        for (int d = 0; d < dim; ++d) query[d] = source[d] * scale;
-        float largest = -std::numeric_limits<float>::infinity();
-        for (int row = from; row < to; ++row) {
-          logit[row] = dot(seen_.keys.data() + static_cast<std::int64_t>(row) * dim, query, dim);
-          if (attend.soft_cap > 0) logit[row] = attend.soft_cap * std::tanh(logit[row] / attend.soft_cap);
-          largest = std::max(largest, logit[row]);
-        }
-        double total = 0;
-        for (int row = from; row < to; ++row) {
-          logit[row] = exp_nonpositive(logit[row] - largest);
-          total += static_cast<double>(logit[row]);
-        }
-        const float share = total > 0 ? static_cast<float>(1.0 / total) : 0.f;
-        for (int row = from; row < to; ++row) mass[row] += logit[row] * share;
+      for (int w = 0; w < many; ++w) {
+        const auto at = static_cast<std::int64_t>(first_) + w;
+        const float* const from = seen_.window_queries + at * seen_.window_stride + g * dim;
+        for (int d = 0; d < dim; ++d) queries[static_cast<std::size_t>(w * dim + d)] = from[d] * scale;
       }
+      multiply(queries.data(), many, logits.data());
+      std::fill(mass, mass + n, 0.f);
+      for (int w = 0; w < many; ++w) add_weights(w, logits.data() + static_cast<std::ptrdiff_t>(w) * n, mass);
       f(mass);
     }
+    return success();
+  } catch (const std::bad_alloc&) {
+    return error(Errc::out_of_memory, "out of memory while scoring rows");
   }
 
  private:
+  // logits [many, rows] of queries [many, dim]: each key is read once for four of them.
+  void multiply(const float* queries, int many, float* logits) const noexcept {
+    const int n = seen_.num_rows(), dim = seen_.head_dim;
+    const auto key = [&](int row) { return seen_.keys.data() + static_cast<std::ptrdiff_t>(std::min(row, n - 1)) * dim; };
+    const auto some = [&]<int count>(const detail::FourRows<float>& rows, int row, int first) {
+      float product[count][4];
+      detail::dot_rows<count>(rows, queries + static_cast<std::ptrdiff_t>(first) * dim, dim, dim, product);
+      for (int j = 0; j < count; ++j) {
+        float* const to = logits + static_cast<std::ptrdiff_t>(first + j) * n + row;
+        for (int i = 0; i < 4 && row + i < n; ++i) to[i] = product[j][i];
+      }
+    };
+    for (int row = 0; row < n; row += 4) {
+      const detail::FourRows<float> rows{{key(row), key(row + 1), key(row + 2), key(row + 3)}};
+      int first = 0;
+      for (; first + 4 <= many; first += 4) some.template operator()<4>(rows, row, first);
+      for (; first < many; ++first) some.template operator()<1>(rows, row, first);
+    }
+  }
+  // Weights of query w, of its logits, which are used up.
+  void add_weights(int w, float* logits, float* mass) const noexcept {
+    const AttendOptions& attend = seen_.attend;
+    const int position = seen_.window_positions[first_ + static_cast<std::size_t>(w)];
+    const auto begin = seen_.positions.begin(), end = std::upper_bound(begin, seen_.positions.end(), position);
+    const auto start = attend.window > 0 ? std::upper_bound(begin, end, position - attend.window) : begin;
+    const int from = static_cast<int>(start - begin), count = static_cast<int>(end - start);
+    if (count == 0) return;
+    float* const x = logits + from;
+    if (attend.soft_cap > 0) {
+      for (int i = 0; i < count; ++i) x[i] = attend.soft_cap * std::tanh(x[i] / attend.soft_cap);
+    }
+    const float top = largest_of(x, count);
+    for (int i = 0; i < count; ++i) x[i] = exp_nonpositive(x[i] - top);
+    const float share = 1.f / sum_of(x, count);
+    for (int i = 0; i < count; ++i) mass[from + i] += x[i] * share;
+  }
+
   const HeadEvidence& seen_;
   std::size_t first_;  // of the observed queries
 };
