@@ -87,7 +87,7 @@ inline std::string parse_allocator(std::string_view text, AnyAllocator& out) {
     return key == "safeguard" && read_number(value, 0.0, 1.0, p.safeguard);
   };
   if (spec.wraps) {
-    wrong = "a budget allocator is not around another: \"" + std::string(text) + "\"";
+    wrong = "a budget allocator is not around another, as \"" + std::string(text) + "\" is; known are " + known_allocators;
   } else if (spec.name == "uniform") {
     made("none", Uniform{}, none);
   } else if (spec.name == "pyramid") {

@@ -13,6 +13,7 @@
 #pragma once
 
 #include <cmath>
+#include <limits>
 #include <new>
 
 #include "kvtailor/budget/apportion.hpp"
@@ -64,20 +65,22 @@ struct Lava {
   }
 
  private:
-  // Entropy of a layer's scores over the logarithm of their number, 0 .. 1; protected rows have infinity and are left out.
+  // Entropy of a layer's scores over the logarithm of their number, 0 .. 1. Protected rows have infinity and rows of a
+  // selector's window the largest float: they stay whatever the others score, and are left out.
   static double spread(std::span<const float> scores) {
+    const auto counts = [](float s) { return std::fabs(s) < std::numeric_limits<float>::max(); };
     double least = 0, total = 0, sum = 0;
     std::size_t n = 0;
     for (const float s : scores) {
-      if (!std::isinf(s)) least = std::min(least, static_cast<double>(s)), ++n;
+      if (counts(s)) least = std::min(least, static_cast<double>(s)), ++n;
     }
     for (const float s : scores) {
-      if (!std::isinf(s)) total += static_cast<double>(s) - least;
+      if (counts(s)) total += static_cast<double>(s) - least;
     }
     if (n < 2) return 0;
     if (!(total > 0)) return 1;
     for (const float s : scores) {
-      const double p = std::isinf(s) ? 0 : (static_cast<double>(s) - least) / total;
+      const double p = counts(s) ? (static_cast<double>(s) - least) / total : 0;
       if (p > 0) sum -= p * std::log(p);
     }
     return sum / std::log(static_cast<double>(n));

@@ -5,7 +5,7 @@
 //
 // Rule:    with k rows a head on average, layer l of L is given most - l * (most - least) / (L - 1), where least = k / beta and
 //          most = 2 k - least; where that is more than the rows a head has beside protected ones, most is those and
-//          least = 2 k - most.
+//          least = 2 k - most, but no more than most.
 // Needs:   nothing.  Cost: O(heads log heads).
 // Source:  PyramidKV, Cai et al., arXiv 2406.02069. Protected rows are within the budget here, and what they lift a layer to is
 //          taken from the others; kvpress takes an even budget then.
@@ -31,7 +31,7 @@ struct Pyramid {
     double least = mean / beta, most = 2 * mean - least;
     if (most >= rows / heads) {
       most = rows / heads;
-      least = 2 * mean - most;
+      least = std::min(most, 2 * mean - most);  // never upside down
     }
     std::vector<double> weight(keep.size());
     for (std::size_t h = 0; h < weight.size(); ++h) {

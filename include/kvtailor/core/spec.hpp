@@ -18,8 +18,12 @@ class Spec {
     if (open != text.npos) {
       wraps = true;
       // The last parenthesis is this one's; what comes after it, or is not there, makes the name one that nobody knows.
-      if (text.ends_with(')')) inner = text.substr(open + 1, text.size() - open - 2);
-      text = text.ends_with(')') ? text.substr(0, open) : text;
+      if (!text.ends_with(')')) {
+        name = text;
+        return;
+      }
+      inner = text.substr(open + 1, text.size() - open - 2);
+      text = text.substr(0, open);
     }
     name = text.substr(0, text.find(':'));
     if (name.size() < text.size()) rest_ = text.substr(name.size() + 1);

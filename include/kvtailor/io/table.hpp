@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // read_table: numbers from a file, a .npy array or lines of text. Files are not trusted: what does not fit is refused, and no
-// more is allocated than the file has bytes.
+// more than a few times the bytes of the file is allocated.
 #pragma once
 
 #include <algorithm>
@@ -33,6 +33,9 @@ namespace detail {
 inline Status parse_npy(std::string_view file, Table& table) {
   const auto byte = [&](std::size_t i) { return static_cast<std::size_t>(static_cast<unsigned char>(file[i])); };
   if (file.size() < 12) return error(Errc::bad_shape, "the .npy file ends after {} bytes, in its header", double(file.size()));
+  if (byte(6) < 1 || byte(6) > 3) {
+    return error(Errc::bad_value, "the .npy file is of version {}; it must be 1, 2 or 3", double(byte(6)));
+  }
   const bool first = byte(6) == 1;
   const std::size_t start = first ? 10 : 12;
   const std::size_t length = first ? byte(8) + 256 * byte(9) : byte(8) + 256 * (byte(9) + 256 * (byte(10) + 256 * byte(11)));
@@ -103,13 +106,15 @@ inline Status parse_text(std::string_view file, Table& table) {
     while (true) {
       rest.remove_prefix(std::min(rest.find_first_not_of(" \t\r,"), rest.size()));
       if (rest.empty() || rest[0] == '#') break;
-      float x = 0;
+      double x = 0;  // numbers below those of fp32 are zero, not an error
       const auto [end, failure] = std::from_chars(rest.data(), rest.data() + rest.size(), x);
-      if (failure != std::errc() || !std::isfinite(x)) {
+      rest.remove_prefix(static_cast<std::size_t>(end - rest.data()));
+      const auto number = static_cast<float>(x);
+      const bool ends = rest.empty() || std::string_view(" \t\r,#").find(rest[0]) != rest.npos;
+      if (failure != std::errc() || !ends || !std::isfinite(number)) {
         return error(Errc::bad_value, "line {} of the table has something that is no number", double(line));
       }
-      made.numbers.push_back(x);
-      rest.remove_prefix(static_cast<std::size_t>(end - rest.data()));
+      made.numbers.push_back(number);
       ++own;
     }
     if (own == 0) continue;
@@ -139,8 +144,10 @@ inline Status read_table(const std::string& path, Table& table) noexcept try {
   const std::string file{std::istreambuf_iterator<char>(stream), {}};
   if (!stream.is_open() || stream.bad()) return error(Errc::bad_name, "the file of a table cannot be read");
   return parse_table(file, table);
-} catch (...) {
+} catch (const std::bad_alloc&) {
   return error(Errc::out_of_memory, "out of memory while reading a table");
+} catch (...) {  // of the stream: a folder, say
+  return error(Errc::bad_name, "the file of a table cannot be read");
 }
 
 }  // namespace kvt::inline v0

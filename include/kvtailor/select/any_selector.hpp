@@ -4,6 +4,7 @@
 // AnySelector: a token selector chosen at run time, by its name.
 #pragma once
 
+#include <algorithm>
 #include <memory>
 
 #include "kvtailor/core/spec.hpp"
@@ -126,15 +127,26 @@ namespace detail {
 
 inline std::string parse_selector(std::string_view text, AnySelector& out);
 
+inline constexpr int most_wrappers = 16;  // a text of any length must not use up the stack
+
 // A selector around another.
 inline std::string parse_wrapper(Spec& spec, AnySelector& out) {
   std::string wrong;
   AnySelector base;
   const bool chunks = spec.name == "chunk_kv", caote = spec.name == "caote", critical = spec.name == "critical_kv";
+  if (spec.name.find('(') != spec.name.npos) {
+    return "the token selector \"" + std::string(spec.name) +
+           "\" does not end with its parenthesis; around another are value_norm(..), critical_kv(..), caote(..) and "
+           "chunk_kv(..)";
+  }
   if (!chunks && !caote && !critical && spec.name != "value_norm") {
     return "the token selector \"" + std::string(spec.name) +
            "\" is not around another; value_norm, critical_kv, caote and "
            "chunk_kv are";
+  }
+  if (std::count(spec.inner.begin(), spec.inner.end(), '(') >= most_wrappers) {
+    return "the token selector \"" + std::string(spec.name) + "\" is around too many others; at most " +
+           std::to_string(most_wrappers) + " can be around one another";
   }
   wrong = parse_selector(spec.inner, base);
   if (!wrong.empty()) return wrong;
@@ -203,7 +215,7 @@ inline std::string parse_selector(std::string_view text, AnySelector& out) {
   } else if (spec.name == "key_diff") {
     made("none", KeyDiff{}, none);
   } else if (spec.name == "snap_kv") {
-    made("window=1..4096, kernel=odd number, pool=avg or max", SnapKv{}, [&](SnapKv& p, auto key, auto value) {
+    made("window=1..4096, kernel=1..4095 and odd, pool=avg or max", SnapKv{}, [&](SnapKv& p, auto key, auto value) {
       bool most = p.pool == SnapKv::Pool::maximum;
       const bool known = window(p, key, value) || (key == "pool" && read_choice(value, "avg", "max", most));
       p.pool = most ? SnapKv::Pool::maximum : SnapKv::Pool::average;
@@ -241,7 +253,7 @@ inline std::string parse_selector(std::string_view text, AnySelector& out) {
              (key == "seed" && read_number<std::uint64_t>(value, 0, ~std::uint64_t{0}, p.seed));
     });
   } else if (spec.name == "lava") {
-    made("window=1..4096, kernel=odd number", LavaScore{}, window);
+    made("window=1..4096, kernel=1..4095 and odd", LavaScore{}, window);
   } else if (spec.name == "reconstruction") {
     made("none", Reconstruction{}, none);
   } else if (spec.name == "value_norm" || spec.name == "critical_kv" || spec.name == "caote" || spec.name == "chunk_kv") {
