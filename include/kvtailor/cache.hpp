@@ -259,9 +259,8 @@ class KvCache {
         xx += x * x;
         yy += y * y;
       }
-      const double cosine = xx > 0 && yy > 0 ? xy / std::sqrt(xx * yy) : 0;
-      if (!std::isfinite(cosine)) return error(Errc::bad_value, "the hidden state {} is not finite or too large", i);
-      sum += cosine;
+      if (!std::isfinite(xx + yy)) return error(Errc::bad_value, "the hidden state {} is not finite", i);
+      sum += xx > 0 && yy > 0 ? xy / std::sqrt(xx * yy) : 0;
     }
     LayerEvidence& evidence = layers_[static_cast<std::size_t>(layer)].evidence;
     evidence.similarity += sum;
