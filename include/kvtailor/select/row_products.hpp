@@ -10,6 +10,7 @@
 #endif
 #include <Eigen/Core>
 #include <algorithm>
+#include <cmath>
 
 #include "kvtailor/core/evidence.hpp"
 
@@ -31,15 +32,38 @@ void each_tile(std::span<const float> rows, int dim, F&& f) {
   }
 }
 
+// Rows whose largest element is 1 to 2, and the powers of two that make them what they were: elements of 1e18 have products
+// with each other that leave fp32. Others are rounded as if nothing were done.
+struct ScaledRows {
+  Matrix rows;
+  Eigen::VectorXf sizes;
+
+  template <class Tile>
+  void assign(const Tile& tile) {
+    rows = tile;
+    sizes.resize(tile.rows());
+    for (Eigen::Index r = 0; r < tile.rows(); ++r) {
+      const float largest = rows.row(r).cwiseAbs().maxCoeff();
+      const int exponent = largest > 0 ? std::clamp(std::ilogb(largest), -100, 100) : 0;
+      sizes[r] = std::ldexp(1.f, exponent);
+      rows.row(r) *= std::ldexp(1.f, -exponent);
+    }
+  }
+};
+
 }  // namespace detail
 
 // out[r] = row r . by . row r, of rows [n, dim] and by [dim, dim].
-inline void quadratic_forms(std::span<const float> rows, int dim, const float* by, std::span<float> out) {
+inline void quadratic_forms(std::span<const float> rows, int dim, const float* by, std::span<double> out) {
   const detail::ConstRows matrix(by, dim, dim, Eigen::OuterStride<>(dim));
   detail::Matrix product;
+  detail::ScaledRows scaled;
   detail::each_tile(rows, dim, [&](int first, const auto& tile) {
-    product.noalias() = tile * matrix;
-    Eigen::Map<Eigen::VectorXf>(out.data() + first, tile.rows()) = product.cwiseProduct(tile).rowwise().sum();
+    scaled.assign(tile);
+    product.noalias() = scaled.rows * matrix;
+    const Eigen::VectorXf form = product.cwiseProduct(scaled.rows).rowwise().sum();
+    Eigen::Map<Eigen::VectorXd>(out.data() + first, tile.rows()) =
+        form.cast<double>().cwiseProduct(scaled.sizes.cast<double>().cwiseAbs2());
   });
 }
 
@@ -65,6 +89,7 @@ inline void projected_norms(const HeadEvidence& seen, Norm norm, std::span<float
   const float average = 1.f / static_cast<float>(seen.group_size);
   std::fill(out.begin(), out.end(), 0.f);
   detail::Matrix product, squares;
+  detail::ScaledRows scaled;
   for (int g = 0; g < seen.group_size; ++g) {
     const detail::ConstRows weights(seen.output.weights + static_cast<std::ptrdiff_t>(g) * dim, seen.output.width, dim,
                                     Eigen::OuterStride<>(seen.output_stride));
@@ -73,8 +98,10 @@ inline void projected_norms(const HeadEvidence& seen, Norm norm, std::span<float
     detail::each_tile(seen.values, dim, [&](int first, const auto& tile) {
       Eigen::Map<Eigen::VectorXf> to(out.data() + first, tile.rows());
       if (norm == Norm::root) {
-        product.noalias() = tile * squares;
-        to += product.cwiseProduct(tile).rowwise().sum().cwiseMax(0.f).cwiseSqrt() * average;
+        scaled.assign(tile);
+        product.noalias() = scaled.rows * squares;
+        const Eigen::VectorXf form = product.cwiseProduct(scaled.rows).rowwise().sum();
+        to += form.cwiseMax(0.f).cwiseSqrt().cwiseProduct(scaled.sizes) * average;
       } else {
         product.noalias() = tile * weights.transpose();
         to += product.rowwise().template lpNorm<1>() * average;

@@ -46,9 +46,11 @@ requires TokenSelector<Base> &&(!JoinsHeads<Base>)struct ValueNorm {
     } else {
       value_norms(seen, norms);
     }
+    constexpr float most = std::numeric_limits<float>::max();
     for (std::size_t row = 0; row < score.size(); ++row) {
-      const bool stays = AttentionSelector<Base> && score[row] >= above_attention;
-      score[row] = stays ? std::numeric_limits<float>::max() : (score[row] + epsilon) * std::min(norms[row], 1e25f);
+      const bool stays = score[row] >= (AttentionSelector<Base> ? above_attention : most);
+      const float own = (score[row] + epsilon) * std::min(norms[row], 1e25f);
+      score[row] = stays ? most : std::clamp(own, -0.5f * most, 0.5f * most);
     }
     return success();
   } catch (const std::bad_alloc&) {
