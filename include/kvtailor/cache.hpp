@@ -262,9 +262,8 @@ class KvCache {
         xx += x * x;
         yy += y * y;
       }
-      const double cosine = xx > 0 && yy > 0 ? xy / std::sqrt(xx * yy) : 0;
-      if (!std::isfinite(cosine)) return error(Errc::bad_value, "the hidden state {} is not finite or too large", i);
-      sum += cosine;
+      if (!std::isfinite(xx + yy)) return error(Errc::bad_value, "the hidden state {} is not finite", i);
+      sum += xx > 0 && yy > 0 ? xy / std::sqrt(xx * yy) : 0;
     }
     LayerEvidence& evidence = layers_[static_cast<std::size_t>(layer)].evidence;
     evidence.similarity += sum;
@@ -638,7 +637,7 @@ class KvCache {
       auto& own = left.emplace_back(options_.memory);
       own.reserve(attention.size());
       for (std::size_t h = 0; h < attention.size(); ++h) {
-        const auto& mark = marks[l * attention.size() + h];
+        const auto& mark = marks[l * static_cast<std::size_t>(geometry_.num_kv_heads) + h];
         own.emplace_back(options_.memory);
         own[h].reserve(static_cast<std::size_t>(std::count(mark.begin(), mark.end(), 1)));
         for (std::size_t row = 0; row < attention[h].size(); ++row) {
@@ -744,7 +743,10 @@ class KvCache {
   // What the cache takes at most once heads keep so many rows: those with the highest scores [rows of all heads].
   long long bytes_bound(std::span<const float> scores, std::span<const int> keep) const {
     long long all = table_bytes();
-    for (const Layer& layer : layers_) all += layer.runs.allocated_bytes();
+    for (const Layer& layer : layers_) {
+      all += layer.runs.allocated_bytes();
+      all += static_cast<long long>(layer.evidence.attention.size() * sizeof(layer.evidence.attention[0]));
+    }
     std::vector<unsigned char> mark;
     const float* at = scores.data();
     for (std::size_t h = 0; h < heads_.size(); ++h) {
@@ -752,6 +754,8 @@ class KvCache {
       mark.assign(n, 1);
       if (keep[h] < static_cast<int>(n)) cut({at, n}, keep[h], mark);
       all += heads_[h].bytes_bound(mark, options_.recent_rows, options_.block_rows);
+      const Layer& layer = layers_[h / static_cast<std::size_t>(geometry_.num_kv_heads)];
+      if (!layer.evidence.attention.empty()) all += keep[h] * static_cast<long long>(sizeof(RowAttention));
       at += n;
     }
     return all;

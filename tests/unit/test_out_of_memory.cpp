@@ -184,6 +184,106 @@ TEST_CASE("memory that runs out anywhere loses nothing when rows are apart") { a
 
 TEST_CASE("memory that runs out anywhere loses nothing when a block is one piece") { attempt_all<Blocks>(); }
 
+namespace {
+
+// Goes by all evidence of queries.
+struct Curious {
+  static constexpr EvidenceSet needs = Evidence::keys | query_evidence;
+  int window = 4;
+  Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
+    for (std::size_t row = 0; row < score.size(); ++row) {
+      const float* const key = seen.keys.data() + row * dim;
+      score[row] = seen.attention[row].sum + seen.attention[row].largest + static_cast<float>(seen.attention[row].queries);
+      for (int d = 0; d < dim && seen.moments.count > 0; ++d) {
+        score[row] += key[d] * (seen.moments.mean[d] + 0.1f * seen.moments.covariance[d * dim + d] * key[d]);
+      }
+      for (std::size_t w = 0; w < seen.window_positions.size(); ++w) {
+        for (int d = 0; d < dim; ++d) {
+          score[row] += key[d] * seen.window_queries[static_cast<std::int64_t>(w) * seen.window_stride + d];
+        }
+      }
+    }
+    return success();
+  }
+};
+
+}  // namespace
+
+TEST_CASE("memory that runs out leaves the evidence as it was: the next cut is the one it would have been") {
+  using Cached = KvCache<Adaptive, Curious, Apart>;
+  const Geometry two{2, 2, 4, dim};
+  const Rope rope{.rotary_dim = dim};
+  const auto kept = [&](const Cached& cache) {
+    std::vector<int> all;
+    for (int h = 0; h < 4; ++h) {
+      all.push_back(-1);
+      for (const int p : cache.positions(h / 2, h % 2)) all.push_back(p);
+    }
+    return all;
+  };
+  // Calls in turn; the one numbered `failing` may make `allowed` allocations. Then it is made again, or left out.
+  const auto run = [&](int failing, int allowed, bool again, bool& failed) {
+    Counting memory;
+    std::vector<int> all;
+    failed = false;
+    {
+      Cached cache;
+      REQUIRE(
+          cache.init(two, {.sink_rows = 2, .recent_rows = 5, .block_rows = 8, .memory = &memory, .ropes = {&rope, 1}}).ok());
+      int number = 0;
+      const auto call = [&](auto&& operation) {
+        const bool fails_now = number++ == failing;
+        if (fails_now && allowed < 0) return;  // as if it had never been made
+        until_failure = fails_now ? allowed : -1;
+        Status status = operation();
+        until_failure = -1;
+        if (fails_now && !status.ok()) {
+          failed = true;
+          REQUIRE(status.code == Errc::out_of_memory);
+          REQUIRE(memory.outstanding == cache.memory().total());
+          if (again) status = operation();
+        }
+        if (!fails_now || again) REQUIRE_MESSAGE(status.ok(), status.message());
+      };
+      for (const auto& [first, n] : {std::pair{0, 3}, {3, 30}, {33, 25}, {58, 1}, {59, 9}}) {
+        const Rows rows(first, n);
+        for (int l = 0; l < 2; ++l) {
+          REQUIRE(cache.append(l, rows.keys.data(), rows.values.data(), rows.positions).ok());
+          call([&] { return cache.observe(l, rows.queries.data(), rows.positions); });
+        }
+        if (first == 33) call([&] { return cache.compress(Retain::ratio(0.6)); });
+        if (first == 58) call([&] { return cache.truncate(57); });
+        if (first == 58) cache.forget();
+        if (first == 59) call([&] { return cache.compress(Retain::bytes(cache.memory().total() / 2)); });
+        const auto now = kept(cache);
+        all.insert(all.end(), now.begin(), now.end());
+      }
+      REQUIRE(memory.outstanding == cache.memory().total());
+    }
+    REQUIRE(memory.outstanding == 0);
+    return all;
+  };
+  bool failed = false;
+  const auto want = run(-1, -1, true, failed);
+  for (int failing = 0; failing < 13; ++failing) {
+    const auto without = run(failing, -1, false, failed);
+    int failures = 0;
+    failed = true;
+    for (int allowed = 0; failed; ++allowed) {
+      REQUIRE(allowed < 2000);
+      INFO("call " << failing << " with " << allowed << " allocations");
+      const auto have = run(failing, allowed, true, failed);
+      REQUIRE(have == want);
+      if (failed) {
+        ++failures;
+        bool dropped = false;
+        REQUIRE(run(failing, allowed, false, dropped) == without);
+      }
+    }
+    CHECK(failures > 1);
+  }
+}
+
 TEST_CASE("memory that runs out on the way to a device, or back, changes neither cache") {
   using Codec = KvCodec<TurboQuant<4, 64>>;
   SimulatedDevice device;

@@ -19,8 +19,9 @@
 
 namespace kvt::inline v0 {
 
-template <class Base>
-requires AttentionSelector<Base> &&(!JoinsHeads<Base>)struct Caote {
+template <AttentionSelector Base>
+struct Caote {
+  static_assert(!JoinsHeads<Base>, "each head is scored alone here; heads of the other selector decide together");
   static constexpr EvidenceSet needs = Base::needs | Evidence::values;
   Base base = {};
 

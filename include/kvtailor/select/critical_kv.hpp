@@ -17,8 +17,9 @@
 
 namespace kvt::inline v0 {
 
-template <class Base>
-requires TokenSelector<Base> &&(!JoinsHeads<Base>)struct CriticalKv {
+template <TokenSelector Base>
+struct CriticalKv {
+  static_assert(!JoinsHeads<Base>, "each head is scored alone here; heads of the other selector decide together");
   static constexpr EvidenceSet own_needs = Evidence::values | Evidence::output_projection;
   static constexpr EvidenceSet needs = Base::needs | own_needs;
   Base base = {};
@@ -41,7 +42,8 @@ requires TokenSelector<Base> &&(!JoinsHeads<Base>)struct CriticalKv {
     KVT_TRY(base.score(seen, score));
     std::vector<int> order(score.size());
     for (std::size_t row = 0; row < order.size(); ++row) order[row] = static_cast<int>(row);
-    const auto even = static_cast<std::ptrdiff_t>(seen.share * static_cast<double>(score.size()) * first_stage);
+    // A share of 29 of 100 rows is a little less than that in binary.
+    const auto even = static_cast<std::ptrdiff_t>(seen.share * static_cast<double>(score.size()) * first_stage + 1e-6);
     const auto last = order.begin() + std::min(even, static_cast<std::ptrdiff_t>(order.size()));
     const auto above = [&](int a, int b) {
       const float x = score[static_cast<std::size_t>(a)], y = score[static_cast<std::size_t>(b)];
@@ -50,9 +52,11 @@ requires TokenSelector<Base> &&(!JoinsHeads<Base>)struct CriticalKv {
     if (last != order.end()) std::nth_element(order.begin(), last, order.end(), above);
     std::vector<float> norms(score.size());
     projected_norms(seen, Norm::sum, norms);
-    for (std::size_t row = 0; row < score.size(); ++row) score[row] = (score[row] + epsilon) * std::min(norms[row], 1e25f);
-    std::for_each(order.begin(), last,
-                  [&](int row) { score[static_cast<std::size_t>(row)] = std::numeric_limits<float>::max(); });
+    constexpr float most = std::numeric_limits<float>::max();
+    for (std::size_t row = 0; row < score.size(); ++row) {
+      score[row] = std::clamp((score[row] + epsilon) * std::min(norms[row], 1e25f), -0.5f * most, 0.5f * most);
+    }
+    std::for_each(order.begin(), last, [&](int row) { score[static_cast<std::size_t>(row)] = most; });
     return success();
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while scoring rows");

@@ -12,6 +12,7 @@
 // Source:  Expected Attention, Devoto et al., arXiv 2510.00636; defaults of kvpress. LU-KV has epsilon 0.02.
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 #include <limits>
 #include <new>
@@ -52,7 +53,8 @@ struct ExpectedAttention {
     const std::span<const float> keys = seen.keys.subspan(first * dim);
     const std::size_t n = score.size() - first;
     const std::vector<Turn> turns = mean_turns(*seen.rope, seen.end_position);
-    std::vector<float> mean(dim), square(covariance ? dim * dim : 0), logit(n), form(covariance ? n : 0);
+    std::vector<float> mean(dim), square(covariance ? dim * dim : 0), logit(n);
+    std::vector<double> form(n);
     std::fill(score.begin(), score.begin() + static_cast<std::ptrdiff_t>(first), std::numeric_limits<float>::max());
     std::fill(score.begin() + static_cast<std::ptrdiff_t>(first), score.end(), 0.f);
     for (int g = 0; g < seen.group_size && n > 0; ++g) {
@@ -60,17 +62,18 @@ struct ExpectedAttention {
       std::copy(of_head, of_head + dim, mean.begin());
       turn(*seen.rope, turns, mean.data(), 1);
       inner_products(keys, seen.head_dim, mean.data(), logit);
-      for (float& x : logit) x *= scale;
       if (covariance) {
         const float* const from = seen.moments.covariance + static_cast<std::size_t>(g) * dim * dim;
         std::copy(from, from + dim * dim, square.begin());
         for (std::size_t i = 0; i < dim; ++i) turn(*seen.rope, turns, square.data() + i * dim, 1);        // S R'
         for (std::size_t j = 0; j < dim; ++j) turn(*seen.rope, turns, square.data() + j, seen.head_dim);  // R S R'
         quadratic_forms(keys, seen.head_dim, square.data(), form);
-        for (std::size_t r = 0; r < n; ++r) logit[r] += 0.5f * scale * scale * form[r];
       }
       // Keys may have elements of 1e18.
-      for (float& x : logit) x = std::min(std::max(x, -1e30f), 1e30f);
+      for (std::size_t r = 0; r < n; ++r) {
+        const auto by = static_cast<double>(scale);
+        logit[r] = static_cast<float>(std::clamp(by * static_cast<double>(logit[r]) + 0.5 * by * by * form[r], -1e30, 1e30));
+      }
       const float top = largest_of(logit.data(), static_cast<int>(n));
       for (float& x : logit) x = exp_nonpositive(x - top);
       double sum = 0;

@@ -74,21 +74,25 @@ struct LagKv {
   // Of rows [lag, dim], which `lag` others follow: softmax over the rows of their standard deviation over channels.
   void spread(const float* rows, int dim, std::vector<double>& out) const {
     const float* const next = rows + static_cast<std::ptrdiff_t>(lag) * dim;
-    std::vector<float> least(next, next + dim), factor(next, next + dim);
+    // In double: what rows are scaled by may be as small as fp32 has it.
+    std::vector<double> least(next, next + dim), factor(next, next + dim);
     for (int i = 1; i < lag; ++i) {
       for (int d = 0; d < dim; ++d) {
-        const float x = next[static_cast<std::ptrdiff_t>(i) * dim + d];
+        const auto x = static_cast<double>(next[static_cast<std::ptrdiff_t>(i) * dim + d]);
         auto &low = least[static_cast<std::size_t>(d)], &high = factor[static_cast<std::size_t>(d)];
         low = std::min(low, x);
         high = std::max(high, x);
       }
     }
-    for (std::size_t d = 0; d < least.size(); ++d) factor[d] = factor[d] > least[d] ? 1.f / (factor[d] - least[d]) : 0.f;
+    for (std::size_t d = 0; d < least.size(); ++d) factor[d] = factor[d] > least[d] ? 1 / (factor[d] - least[d]) : 0;
     double largest = 0;
     std::vector<float> scaled(least.size());
     for (std::size_t i = 0; i < out.size(); ++i, rows += dim) {
       // Two passes: a row far from the next part has a mean far above its deviation.
-      for (std::size_t d = 0; d < scaled.size(); ++d) scaled[d] = (rows[d] - least[d]) * factor[d];
+      // In double: least elements of 1e18 beside a factor of 1e-18 leave fp32.
+      for (std::size_t d = 0; d < scaled.size(); ++d) {
+        scaled[d] = static_cast<float>((static_cast<double>(rows[d]) - least[d]) * factor[d]);
+      }
       const float mean = sum_of(scaled.data(), dim) / static_cast<float>(dim);
       for (float& x : scaled) x -= mean;
       out[i] = std::sqrt(static_cast<double>(dot(scaled.data(), scaled.data(), dim)) / (dim - 1));

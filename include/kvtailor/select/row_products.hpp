@@ -33,23 +33,46 @@ void each_tile(std::span<const float> rows, int dim, F&& f) {
   }
 }
 
+// Rows whose largest element is 1 to 2, and the powers of two that make them what they were: elements of 1e18 have products
+// with each other that leave fp32. Others are rounded as if nothing were done.
+struct ScaledRows {
+  Matrix rows;
+  Eigen::VectorXf sizes;
+
+  template <class Tile>
+  void assign(const Tile& tile) {
+    rows = tile;
+    sizes.resize(tile.rows());
+    for (Eigen::Index r = 0; r < tile.rows(); ++r) {
+      const float largest = rows.row(r).cwiseAbs().maxCoeff();
+      const int exponent = largest > 0 ? std::clamp(std::ilogb(largest), -100, 100) : 0;
+      sizes[r] = std::ldexp(1.f, exponent);
+      rows.row(r) *= std::ldexp(1.f, -exponent);
+    }
+  }
+};
+
 }  // namespace detail
 
 // out[r] = row r . by . row r, of rows [n, dim] and a symmetric matrix [dim, dim].
-inline void quadratic_forms(std::span<const float> rows, int dim, const float* by, std::span<float> out) {
+inline void quadratic_forms(std::span<const float> rows, int dim, const float* by, std::span<double> out) {
   // What lies below the diagonal is added to what lies above, a block at a time, and is left out then.
   constexpr int width = 32;
   detail::Matrix matrix = detail::ConstRows(by, dim, dim, Eigen::OuterStride<>(dim)), product;
   for (int column = width; column < dim; column += width) {
     matrix.block(0, column, column, std::min(width, dim - column)) *= 2;
   }
+  detail::ScaledRows scaled;
   detail::each_tile(rows, dim, [&](int first, const auto& tile) {
+    scaled.assign(tile);
     product.resize(tile.rows(), dim);
     for (int column = 0; column < dim; column += width) {
       const int count = std::min(width, dim - column), before = column + count;
-      product.middleCols(column, count).noalias() = tile.leftCols(before) * matrix.block(0, column, before, count);
+      product.middleCols(column, count).noalias() = scaled.rows.leftCols(before) * matrix.block(0, column, before, count);
     }
-    Eigen::Map<Eigen::VectorXf>(out.data() + first, tile.rows()) = product.cwiseProduct(tile).rowwise().sum();
+    const Eigen::VectorXf form = product.cwiseProduct(scaled.rows).rowwise().sum();
+    Eigen::Map<Eigen::VectorXd>(out.data() + first, tile.rows()) =
+        form.cast<double>().cwiseProduct(scaled.sizes.cast<double>().cwiseAbs2());
   });
 }
 
@@ -75,7 +98,7 @@ inline void projected_norms(const HeadEvidence& seen, Norm norm, std::span<float
   const float average = 1.f / static_cast<float>(seen.group_size);
   std::fill(out.begin(), out.end(), 0.f);
   detail::Matrix product, squares;
-  std::vector<float> of_head(norm == Norm::root ? out.size() : 0);
+  std::vector<double> of_head(norm == Norm::root ? out.size() : 0);
   for (int g = 0; g < seen.group_size; ++g) {
     const detail::ConstRows weights(seen.output.weights + static_cast<std::ptrdiff_t>(g) * dim, seen.output.width, dim,
                                     Eigen::OuterStride<>(seen.output_stride));
@@ -83,7 +106,9 @@ inline void projected_norms(const HeadEvidence& seen, Norm norm, std::span<float
       // Squares need the matrix only as what it makes of pairs of channels.
       squares.noalias() = weights.transpose() * weights;
       quadratic_forms(seen.values, dim, squares.data(), of_head);
-      for (std::size_t r = 0; r < out.size(); ++r) out[r] += std::sqrt(std::max(of_head[r], 0.f)) * average;
+      for (std::size_t r = 0; r < out.size(); ++r) {
+        out[r] += static_cast<float>(std::sqrt(std::max(of_head[r], 0.0))) * average;
+      }
     } else {
       detail::each_tile(seen.values, dim, [&](int first, const auto& tile) {
         product.noalias() = tile * weights.transpose();

@@ -36,26 +36,22 @@ struct Tova {
     return success();
   }
   Status join(const LayerScores& layer) const noexcept try {
-    // Heads hold rows of their own: one place for each position that any of them has, and how many have it.
-    int end = 0;
-    for (const auto& positions : layer.positions) end = std::max(end, positions.empty() ? 0 : positions.back() + 1);
-    struct Sum {
-      double score = 0;
+    // Heads hold rows of their own: positions that any of them has, in order, and the next row of each head.
+    std::vector<int> places;
+    for (const auto& positions : layer.positions) places.insert(places.end(), positions.begin(), positions.end());
+    std::sort(places.begin(), places.end());
+    places.erase(std::unique(places.begin(), places.end()), places.end());
+    std::vector<std::size_t> next(layer.positions.size());
+    for (const int place : places) {
+      const auto each_row = [&](auto&& f) {
+        for (std::size_t h = 0; h < next.size(); ++h) {
+          if (next[h] < layer.positions[h].size() && layer.positions[h][next[h]] == place) f(h, layer.scores[h][next[h]]);
+        }
+      };
+      double sum = 0;
       int heads = 0;
-    };
-    std::vector<Sum> at(static_cast<std::size_t>(end));
-    for (std::size_t h = 0; h < layer.positions.size(); ++h) {
-      for (std::size_t row = 0; row < layer.positions[h].size(); ++row) {
-        Sum& sum = at[static_cast<std::size_t>(layer.positions[h][row])];
-        sum.score += static_cast<double>(layer.scores[h][row]);
-        ++sum.heads;
-      }
-    }
-    for (std::size_t h = 0; h < layer.positions.size(); ++h) {
-      for (std::size_t row = 0; row < layer.positions[h].size(); ++row) {
-        const Sum& sum = at[static_cast<std::size_t>(layer.positions[h][row])];
-        layer.scores[h][row] = static_cast<float>(sum.score / sum.heads);
-      }
+      each_row([&](std::size_t, float score) { sum += static_cast<double>(score), ++heads; });
+      each_row([&](std::size_t h, float& score) { score = static_cast<float>(sum / heads), ++next[h]; });
     }
     return success();
   } catch (const std::bad_alloc&) {

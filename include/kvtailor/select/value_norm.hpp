@@ -21,8 +21,9 @@ namespace kvt::inline v0 {
 
 enum class Through { nothing, output };
 
-template <class Base, Through through = Through::nothing>
-requires TokenSelector<Base> &&(!JoinsHeads<Base>)struct ValueNorm {
+template <TokenSelector Base, Through through = Through::nothing>
+struct ValueNorm {
+  static_assert(!JoinsHeads<Base>, "each head is scored alone here; heads of the other selector decide together");
   static constexpr EvidenceSet own_needs =
       through == Through::output ? Evidence::values | Evidence::output_projection : EvidenceSet(Evidence::values);
   static constexpr EvidenceSet needs = Base::needs | own_needs;
@@ -52,8 +53,12 @@ requires TokenSelector<Base> &&(!JoinsHeads<Base>)struct ValueNorm {
     } else {
       value_norms(seen, norms);
     }
-    for (std::size_t row = 0; row < kept; ++row) score[row] = (score[row] + epsilon) * std::min(norms[row], 1e25f);
-    std::fill(score.begin() + static_cast<std::ptrdiff_t>(kept), score.end(), std::numeric_limits<float>::max());
+    constexpr float most = std::numeric_limits<float>::max();
+    for (std::size_t row = 0; row < score.size(); ++row) {
+      const bool stays = row >= kept || score[row] >= most;
+      const float own = (score[row] + epsilon) * std::min(norms[row], 1e25f);
+      score[row] = stays ? most : std::clamp(own, -0.5f * most, 0.5f * most);
+    }
     return success();
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while scoring rows");
