@@ -61,12 +61,16 @@ Method parse_method(const std::string& text) {
 // A question as the model reads it.
 struct Prompt {
   struct Target {
-    std::size_t token;  // of `rest`
-    std::size_t answer;
+    std::size_t token, answer;  // the token is (a part of) the answer
+  };
+  struct Reply {
+    std::vector<int> tokens;
+    std::vector<Target> targets;
+    std::size_t answers;
   };
   Question question;
-  std::vector<int> context, rest;  // what is in the cache when it is cut, and what follows
-  std::vector<Target> targets;
+  std::vector<int> context, asked;  // what is in the cache when it is cut, and what comes before the reply
+  std::vector<Reply> replies;
 };
 
 struct Score {
@@ -79,24 +83,22 @@ struct Score {
   static Score from(const json& j) { return {j.at(0), j.at(1), j.at(2), j.at(3), j.at(4)}; }
 };
 
-// Tokens of the response, and which of them are (part of) an answer.
-std::vector<int> encode_response(const Tokenizer& tokenizer, const Question& q, std::vector<Prompt::Target>& targets) {
-  const auto tokens = tokenizer.encode(q.response, false, false);
-  std::vector<std::size_t> ends;
+Prompt::Reply make_reply(const Tokenizer& tokenizer, const Response& response) {
+  Prompt::Reply reply{tokenizer.encode(response.text, false, false), {}, response.answers.size()};
   std::size_t length = 0;
-  for (const int token : tokens) ends.push_back(length += tokenizer.decode(token).size());
+  for (const int token : reply.tokens) length += tokenizer.decode(token).size();
   // Some vocabularies put a blank before a text.
-  if (length < q.response.size() || length > q.response.size() + 1) {
-    throw std::runtime_error("the model's tokens do not give back the text they were made from: " + q.response);
-  }
-  const std::size_t extra = length - q.response.size();
-  for (std::size_t t = 0; t < tokens.size(); ++t) {
-    const std::size_t begin = t == 0 ? 0 : ends[t - 1];
-    for (std::size_t a = 0; a < q.answers.size(); ++a) {
-      if (begin < q.answers[a].end + extra && ends[t] > q.answers[a].begin + extra) targets.push_back({t, a});
+  const std::size_t blank = length - response.text.size();
+  if (blank > 1) throw std::runtime_error("the model's tokens do not give back the text they were made of: " + response.text);
+  std::size_t end = 0;
+  for (std::size_t t = 0; t < reply.tokens.size(); ++t) {
+    const std::size_t begin = end;
+    end += tokenizer.decode(reply.tokens[t]).size();
+    for (std::size_t a = 0; a < reply.answers; ++a) {
+      if (begin < response.answers[a].end + blank && end > response.answers[a].begin + blank) reply.targets.push_back({t, a});
     }
   }
-  return tokens;
+  return reply;
 }
 
 Prompt make_prompt(const Tokenizer& tokenizer, Question question, bool question_aware) {
@@ -112,12 +114,10 @@ Prompt make_prompt(const Tokenizer& tokenizer, Question question, bool question_
   };
   append(prompt.context, tokenizer.encode(form.substr(0, cut), true, true));
   append(prompt.context, tokenizer.encode(question.document, false, false));
-  auto& asked = question_aware ? prompt.context : prompt.rest;
+  auto& asked = question_aware ? prompt.context : prompt.asked;
   append(asked, tokenizer.encode("\n\n" + question.question, false, false));
   append(asked, tokenizer.encode(form.substr(cut + marker.size()), false, true));
-  const std::size_t before = prompt.rest.size();
-  append(prompt.rest, encode_response(tokenizer, question, prompt.targets));
-  for (auto& target : prompt.targets) target.token += before;
+  for (const auto& response : question.responses) prompt.replies.push_back(make_reply(tokenizer, response));
   prompt.question = std::move(question);
   return prompt;
 }
@@ -129,26 +129,40 @@ double log_probability(std::span<const float> logits, int token) {
   return static_cast<double>(logits[static_cast<std::size_t>(token)]) - top - std::log(sum);
 }
 
-// The cache reads the question and the right response.
-Score answer(Engine& engine, kvt::AnyCache& cache, const Prompt& prompt) {
-  const auto width = static_cast<std::size_t>(engine.model().parameters().vocabulary);
-  const auto logits = engine.eval(cache, prompt.rest, static_cast<int>(prompt.context.size()), Engine::Logits::all);
-  std::vector<bool> right(prompt.question.answers.size(), true);
+// `logits` are those after each token of the reply.
+Score score(const Prompt::Reply& reply, std::span<const float> logits, std::size_t width) {
+  std::vector<bool> right(reply.answers, true);
   Score score;
   double right_tokens = 0;
-  for (const auto& target : prompt.targets) {
-    const int token = prompt.rest[target.token];
+  for (const auto& target : reply.targets) {
+    const int token = reply.tokens[target.token];
     const auto here = logits.subspan((target.token - 1) * width, width);
     const bool most_likely = std::max_element(here.begin(), here.end()) - here.begin() == token;
     right_tokens += most_likely;
     if (!most_likely) right[target.answer] = false;
-    score.log_prob += log_probability(here, token) / static_cast<double>(prompt.targets.size());
+    score.log_prob += log_probability(here, token) / static_cast<double>(reply.targets.size());
   }
   const auto right_answers = static_cast<double>(std::count(right.begin(), right.end(), true));
-  score.exact = right_answers == static_cast<double>(right.size()) ? 1 : 0;
-  score.partial = right.size() == 1 ? right_tokens / static_cast<double>(prompt.targets.size())
-                                    : right_answers / static_cast<double>(right.size());
+  const auto answers = static_cast<double>(reply.answers);
+  score.exact = right_answers == answers ? 1 : 0;
+  score.partial = reply.answers == 1 ? right_tokens / static_cast<double>(reply.targets.size()) : right_answers / answers;
   return score;
+}
+
+// The cache reads the question and each right reply; the one that the model would rather give counts.
+Score answer(Engine& engine, kvt::AnyCache& cache, const Prompt& prompt) {
+  const int at = static_cast<int>(prompt.context.size() + prompt.asked.size());
+  if (!prompt.asked.empty()) {
+    engine.eval(cache, prompt.asked, static_cast<int>(prompt.context.size()), Engine::Logits::last);
+  }
+  std::optional<Score> best;
+  for (const auto& reply : prompt.replies) {
+    check(cache.truncate(at));
+    const auto logits = engine.eval(cache, reply.tokens, at, Engine::Logits::all);
+    const Score s = score(reply, logits, static_cast<std::size_t>(engine.model().parameters().vocabulary));
+    if (!best || std::pair(s.exact, s.log_prob) > std::pair(best->exact, best->log_prob)) best = s;
+  }
+  return *best;
 }
 
 // Mean and standard error over samples.
@@ -279,6 +293,7 @@ void Benchmark::read_options() {
         tasks_.begin() + static_cast<std::ptrdiff_t>(i))
       throw std::runtime_error("the task " + tasks_[i] + " is given twice");
   }
+  if (o_.methods.empty() != o_.retains.empty()) throw std::runtime_error("--method and --retain need each other");
   for (const auto& text : o_.methods) methods_.push_back(parse_method(text));
   for (const auto& text : o_.retains) retentions_.push_back({text, Budget::parse(text)});
 }
@@ -293,7 +308,8 @@ void Benchmark::make_prompts() {
       if (number >= tasks.count(task, o_.samples)) continue;
       prompts_.push_back(make_prompt(tokenizer, tasks.make(task, number), o_.question_aware));
       const auto& prompt = prompts_.back();
-      most = std::max(most, static_cast<int>(prompt.context.size() + prompt.rest.size()));
+      for (const auto& reply : prompt.replies)
+        most = std::max(most, static_cast<int>(prompt.context.size() + prompt.asked.size() + reply.tokens.size()));
       for (const auto& retention : retentions_)
         retention.budget.check_room(static_cast<int>(prompt.context.size()), o_.common.zones);
     }
@@ -490,15 +506,13 @@ void add_retrieve(CLI::App& app) {
   std::string known;
   for (const auto& name : Tasks::names()) known += (known.empty() ? "" : ", ") + name;
   command->add_option("--text", o->text, "text file in which things are hidden")->required();
-  command
-      ->add_option("--method", o->methods,
-                   "ALLOCATOR,SELECTOR,CODEC; repeat for more. Join a policy's parameters by +: snap_kv:window=32+kernel=7")
-      ->required();
+  command->add_option("--method", o->methods,
+                      "ALLOCATOR,SELECTOR,CODEC; repeat for more; none: the full cache alone. Join a policy's parameters by +: "
+                      "snap_kv:window=32+kernel=7");
   command
       ->add_option("--retain", o->retains,
                    "what may be kept of the document: shares of its rows, rows a KV head, or bytes; 0.5,200rows")
-      ->delimiter(',')
-      ->required();
+      ->delimiter(',');
   command->add_option("--tasks", o->tasks, "of " + known + " (default: all)")->delimiter(',');
   command->add_option("--samples", o->samples, "questions of each task; of passkey, in whole rounds of the depths")
       ->capture_default_str()

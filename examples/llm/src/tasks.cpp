@@ -68,17 +68,28 @@ struct Draft {
   double where;  // in the text
   Question& out;
 
-  void say(const std::string& text) const { out.response += text; }
-  void answer(const std::string& text) const {
-    out.answers.push_back({out.response.size(), out.response.size() + text.size()});
-    out.response += text;
-  }
-  void answer_list(const std::vector<std::string>& texts) const {
-    for (std::size_t i = 0; i < texts.size(); ++i) {
-      if (i > 0) say(i + 1 < texts.size() ? ", " : " and ");
-      answer(texts[i]);
+  // A response of `parts`, of which every other one, from the second on, is an answer.
+  void respond(const std::vector<std::string>& parts) const {
+    Response response;
+    for (std::size_t i = 0; i < parts.size(); ++i) {
+      const std::size_t begin = response.text.size();
+      response.text += parts[i];
+      if (i % 2 == 1) response.answers.push_back({begin, response.text.size()});
     }
-    say(".");
+    out.responses.push_back(std::move(response));
+  }
+  // The answers in any order, each after `mark`.
+  void respond_list(const std::string& start, const std::string& mark, std::vector<std::string> answers) const {
+    std::sort(answers.begin(), answers.end());
+    do {
+      std::vector<std::string> parts;
+      for (std::size_t i = 0; i < answers.size(); ++i) {
+        const char* const before = i == 0 ? "" : i + 1 < answers.size() ? ", " : " and ";
+        parts.insert(parts.end(), {(i == 0 ? start : before) + mark, answers[i]});
+      }
+      parts.push_back(".");
+      respond(parts);
+    } while (std::next_permutation(answers.begin(), answers.end()));
   }
 
   // A piece of the text with the needles at sentence borders, in their order.
@@ -117,17 +128,22 @@ std::string magic(const std::string& key, const std::string& number) {
   return "The special magic number for " + key + " is " + number + ".";
 }
 
-void ask_magic(const Draft& d, const std::string& key, const std::string& number) {
-  d.out.question = "What is the special magic number for " + key + "?";
-  d.say("The special magic number for " + key + " is ");
-  d.answer(number);
-  d.say(".");
+// All of them are asked in turn.
+void ask_magics(const Draft& d, const std::vector<std::string>& keys, const std::vector<std::string>& numbers) {
+  std::vector<std::string> parts;
+  for (std::size_t i = 0; i < keys.size(); ++i) {
+    const char* const blank = i == 0 ? "" : " ";
+    d.out.question += blank + ("What is the special magic number for " + keys[i] + "?");
+    parts.insert(parts.end(), {(i == 0 ? "" : ". ") + ("The special magic number for " + keys[i] + " is "), numbers[i]});
+  }
+  parts.push_back(".");
+  d.respond(parts);
 }
 
 void niah_single(const Draft& d) {
   const auto key = d.random.pick(1)[0], number = d.random.digits();
   d.hide({magic(key, number)});
-  ask_magic(d, key, number);
+  ask_magics(d, {key}, {number});
 }
 
 std::vector<std::string> magics(const std::vector<std::string>& keys, const std::vector<std::string>& numbers) {
@@ -140,79 +156,67 @@ void niah_multikey(const Draft& d) {
   const auto keys = d.random.pick(4), numbers = d.random.numbers(4);
   d.hide(magics(keys, numbers));
   const auto asked = static_cast<std::size_t>(d.random.below(4));
-  ask_magic(d, keys[asked], numbers[asked]);
+  ask_magics(d, {keys[asked]}, {numbers[asked]});
 }
 
 void niah_multivalue(const Draft& d) {
   const auto key = d.random.pick(1)[0];
-  const auto numbers = d.random.numbers(3);
-  d.hide(magics({key, key, key}, numbers));
-  d.out.question = "What are the three special magic numbers for " + key + ", in the order of the text?";
-  d.say("The special magic numbers for " + key + " are ");
-  d.answer_list(numbers);
+  const auto numbers = d.random.numbers(2);
+  std::vector<std::string> needles;
+  for (const auto& number : numbers) needles.push_back("One of the special magic numbers for " + key + " is " + number + ".");
+  d.hide(needles);
+  d.out.question = "What are the two special magic numbers for " + key + "?";
+  d.respond_list("The two special magic numbers for " + key + " are ", "", numbers);
 }
 
 void niah_multiquery(const Draft& d) {
-  const auto keys = d.random.pick(4), numbers = d.random.numbers(4);
+  auto keys = d.random.pick(2), numbers = d.random.numbers(2);
   d.hide(magics(keys, numbers));
-  std::vector<std::size_t> asked = {0, 1, 2, 3};
-  d.random.shuffle(asked);
-  asked.resize(3);
-  d.out.question =
-      "What are the special magic numbers for " + keys[asked[0]] + ", " + keys[asked[1]] + " and " + keys[asked[2]] + "?";
-  for (std::size_t i = 0; i < asked.size(); ++i) {
-    d.say((i == 0 ? "The special magic number for " : " The special magic number for ") + keys[asked[i]] + " is ");
-    d.answer(numbers[asked[i]]);
-    d.say(".");
+  if (d.random.below(2) == 1) {
+    std::swap(keys[0], keys[1]);
+    std::swap(numbers[0], numbers[1]);
   }
+  ask_magics(d, keys, numbers);
 }
 
-// Two chains, of which one is asked.
 void vt(const Draft& d) {
-  constexpr std::size_t hops = 3;
   std::vector<std::string> names;
   for (char letter = 'A'; letter <= 'Z'; ++letter)
     names.push_back(std::string(1, letter) + std::to_string(1 + d.random.below(9)));
   d.random.shuffle(names);
-  const auto values = d.random.numbers(2);
-  std::vector<std::string> needles;
-  std::vector<std::string> chain[2];
-  for (std::size_t i = 0; i < hops; ++i) {
-    for (std::size_t c = 0; c < 2; ++c) {
-      chain[c].push_back(names[2 * i + c]);
-      needles.push_back("VAR " + chain[c][i] + " = " + (i == 0 ? values[c] : "VAR " + chain[c][i - 1]) + ".");
-    }
-  }
+  names.resize(3);
+  const auto value = d.random.digits();
+  std::vector<std::string> needles = {"VAR " + names[0] + " = " + value + "."};
+  for (std::size_t i = 1; i < names.size(); ++i) needles.push_back("VAR " + names[i] + " = VAR " + names[i - 1] + ".");
   d.hide(needles);
-  const auto asked = static_cast<std::size_t>(d.random.below(2));
-  d.out.question = "Which variables have the value " + values[asked] + "?";
-  d.say("The variables with the value " + values[asked] + " are ");
-  d.answer_list(chain[asked]);
+  d.out.question = "Which variables have the value " + value + "?";
+  d.respond_list("The variables with the value " + value + " are ", "VAR ", names);
 }
 
-// A list of words with about as many tokens as are wanted. `share` is of the words that are frequent.
-std::string shuffled_list(const Draft& d, std::vector<std::string> list, bool numbered) {
+// Words in any order, with a blank between them, cut to the tokens of a document.
+std::string shuffled(const Draft& d, std::vector<std::string> list) {
   d.random.shuffle(list);
   std::string out;
-  for (std::size_t i = 0; i < list.size(); ++i)
-    out += (numbered ? std::to_string(i + 1) + ". " : "") + list[i] + (numbered ? "\n" : " ");
-  return out;
+  int tokens = 0;
+  for (const auto& word : list) {
+    tokens += d.haystack.count(" " + word);
+    if (tokens > d.options.tokens) break;
+    out += (out.empty() ? "" : " ") + word;
+  }
+  return out + ".";
 }
 
-// The most frequent word of a list in which others come a few times each.
+// Every other word of a list is the same.
 void cwe(const Draft& d) {
-  const auto vocabulary = d.random.pick(40);
-  const int length = d.options.tokens / 6;
+  const auto vocabulary = d.random.pick(30);
   std::vector<std::string> list;
-  for (int i = 0; i < length; ++i) {
-    const auto other = 1 + static_cast<std::size_t>(i) % (vocabulary.size() - 1);
-    list.push_back(i < length * 3 / 10 ? vocabulary[0] : vocabulary[other]);
+  for (std::size_t i = 0; static_cast<int>(list.size()) < d.options.tokens; ++i) {
+    list.push_back(vocabulary[0]);
+    list.push_back(vocabulary[1 + i % (vocabulary.size() - 1)]);
   }
-  d.out.document = "A numbered list of words:\n" + shuffled_list(d, std::move(list), true);
-  d.out.question = "Which word is the most frequent one in the list?";
-  d.say("The most frequent word in the list is ");
-  d.answer(vocabulary[0]);
-  d.say(".");
+  d.out.document = "A list of words: " + shuffled(d, std::move(list));
+  d.out.question = "Which word comes most often in the list?";
+  d.respond({"The word that comes most often in the list is \"", vocabulary[0], "\"."});
 }
 
 std::string coded_word(Random& random) {
@@ -221,22 +225,17 @@ std::string coded_word(Random& random) {
   return word;
 }
 
-// The three most frequent of coded words whose numbers fall as those of words in a language do.
+// The numbers of the words fall with the square of their rank, as in RULER; the first is asked.
 void fwe(const Draft& d) {
-  std::vector<std::string> coded;
-  while (coded.size() < 20) coded.push_back(coded_word(d.random));
-  std::vector<std::string> list;
-  int tokens = 0;
-  for (std::size_t rank = 0; rank < coded.size(); ++rank) {
-    const int each = d.haystack.count(" " + coded[rank]);
-    const auto times =
-        std::max(1, static_cast<int>(d.options.tokens * 0.4 / std::pow(static_cast<double>(rank + 1), 1.5)) / each);
-    for (int i = 0; i < times && tokens + each <= d.options.tokens; ++i, tokens += each) list.push_back(coded[rank]);
+  std::vector<std::string> coded, list;
+  while (coded.size() < 12) coded.push_back(coded_word(d.random));
+  for (std::size_t rank = 1; rank <= coded.size(); ++rank) {
+    const int times = d.options.tokens * 2 / 3 / static_cast<int>(rank * rank);
+    list.insert(list.end(), static_cast<std::size_t>(std::max(1, times)), coded[rank - 1]);
   }
-  d.out.document = "Coded text: " + shuffled_list(d, std::move(list), false);
-  d.out.question = "What are the three most frequent words in the coded text?";
-  d.say("The three most frequent words in the coded text are ");
-  d.answer_list({coded[0], coded[1], coded[2]});
+  d.out.document = "A coded text: " + shuffled(d, std::move(list));
+  d.out.question = "Which word comes most often in the coded text?";
+  d.respond({"The word that comes most often in the coded text is \"", coded[0], "\"."});
 }
 
 void passkey(const Draft& d) {
@@ -245,9 +244,7 @@ void passkey(const Draft& d) {
   const auto number = d.random.digits();
   d.hide({"The pass key is " + number + ". Remember it."}, {*d.out.depth});
   d.out.question = "What is the pass key?";
-  d.say("The pass key is ");
-  d.answer(number);
-  d.say(".");
+  d.respond({"The pass key is ", number, "."});
 }
 
 struct Task {

@@ -14,16 +14,22 @@
 
 namespace kvt_llm {
 
-// A question about a document. The response is how the assistant's turn begins; the answers are parts of it.
-struct Question {
+// How the assistant's turn may begin. The answers are parts of it.
+struct Response {
   struct Part {
-    std::size_t begin, end;  // bytes of the response
+    std::size_t begin, end;  // bytes of the text
   };
+  std::string text;
+  std::vector<Part> answers;
+};
+
+// A question about a document.
+struct Question {
   std::string task;
   int number = 0;
   std::optional<double> depth;  // where the one needle is, if the task asks for that
-  std::string document, question, response;
-  std::vector<Part> answers;
+  std::string document, question;
+  std::vector<Response> responses;  // each is right: answers may come in any order
 };
 
 // A text cut into sentences.
