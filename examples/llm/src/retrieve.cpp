@@ -425,7 +425,8 @@ void Benchmark::print_table(FILE* out, const std::vector<Row>& rows, bool of_sol
   };
   std::size_t wide = 6;
   for (const auto& r : rows) wide = std::max(wide, r.method.text.size());
-  if (!of_solved) std::fprintf(out, "\n* not solved by the full cache (exact match below 50 %%), and not in the means:\n");
+  std::fprintf(out, "\n");
+  if (!of_solved) std::fprintf(out, "* not solved by the full cache (exact match below 50 %%), and not in the means:\n");
   std::fprintf(out, "%-*s %10s", static_cast<int>(wide), "method", "retain");
   if (of_solved) std::fprintf(out, " %6s %7s", "rows", "MiB");
   for (const auto t : shown) std::fprintf(out, " %*s", std::max(6, static_cast<int>(column(t).size())), column(t).c_str());
@@ -473,8 +474,7 @@ void Benchmark::report() const {
   FILE* const out = o_.common.text();
   std::size_t tokens = 0;
   for (const auto& prompt : prompts_) tokens += prompt.context.size();
-  std::fprintf(out, "%zu questions, on average after %zu tokens; exact match, %%\n\n", prompts_.size(),
-               tokens / prompts_.size());
+  std::fprintf(out, "%zu questions, on average after %zu tokens; exact match, %%\n", prompts_.size(), tokens / prompts_.size());
   print_table(out, all, true);
   print_table(out, all, false);
   json result = parameters();

@@ -189,26 +189,27 @@ void vt(const Draft& d) {
   std::vector<std::string> needles = {"VAR " + names[0] + " = " + value + "."};
   for (std::size_t i = 1; i < names.size(); ++i) needles.push_back("VAR " + names[i] + " = VAR " + names[i - 1] + ".");
   d.hide(needles);
-  d.out.question = "Which variables have the value " + value + "?";
-  d.respond_list("The variables with the value " + value + " are ", "VAR ", names);
+  d.out.question = "Which three variables are assigned the value " + value + "?";
+  d.respond_list("The three variables that are assigned the value " + value + " are ", "VAR ", names);
 }
 
-// Words in any order, with a blank between them, cut to the tokens of a document.
+// Words in any order, quoted as in the reply, cut to the tokens of a document.
 std::string shuffled(const Draft& d, std::vector<std::string> list) {
   d.random.shuffle(list);
-  std::string out;
+  std::string out = "\"";
   int tokens = 0;
   for (const auto& word : list) {
-    tokens += d.haystack.count(" " + word);
-    if (tokens > d.options.tokens) break;
-    out += (out.empty() ? "" : " ") + word;
+    if (tokens > 0) out += "\", \"";
+    out += word;
+    tokens += d.haystack.count(word + "\", \"");
+    if (tokens >= d.options.tokens) break;
   }
-  return out + ".";
+  return out + "\".";
 }
 
 // Every other word of a list is the same.
 void cwe(const Draft& d) {
-  const auto vocabulary = d.random.pick(30);
+  const auto vocabulary = d.random.pick(12);
   std::vector<std::string> list;
   for (std::size_t i = 0; static_cast<int>(list.size()) < d.options.tokens; ++i) {
     list.push_back(vocabulary[0]);
@@ -221,7 +222,7 @@ void cwe(const Draft& d) {
 
 std::string coded_word(Random& random) {
   std::string word;
-  for (int i = 0; i < 3; ++i) word += std::string(1, "bdfgklmnprstvz"[random.below(14)]) + "aeiou"[random.below(5)];
+  for (int i = 0; i < 2; ++i) word += std::string(1, "bdfgklmnprstvz"[random.below(14)]) + "aeiou"[random.below(5)];
   return word;
 }
 
