@@ -99,22 +99,16 @@ TEST_CASE("results go on where they were left, and are those of one run") {
   auto resumed = both;
   resumed.insert(resumed.end(), {"--resume", file});
   const json fresh = results(succeed(retrieve("niah_multiquery", both)));
+  const json first = results(succeed(retrieve("niah_multiquery", {"--method", snap, "--retain", "0.4", "--resume", file})));
+  CHECK(first == json{fresh[0], fresh[1]});
+  // Killed while it wrote the last line.
+  std::filesystem::resize_file(file, std::filesystem::file_size(file) - 20);
   CHECK(results(succeed(retrieve("niah_multiquery", resumed))) == fresh);
   const std::string whole = read_all(file);
   CHECK(std::count(whole.begin(), whole.end(), '\n') == 1 + 2 * 3);
 
-  // Killed in the second method of the first sample.
-  std::size_t cut = 0;
-  for (int line = 0; line < 3; ++line) cut = whole.find('\n', cut) + 1;
-  std::ofstream(file, std::ios::binary) << whole.substr(0, cut + 20);
-  const json first = results(succeed(retrieve("niah_multiquery", {"--method", snap, "--retain", "0.4", "--resume", file})));
-  CHECK(first == json{fresh[0], fresh[1]});
-  CHECK(results(succeed(retrieve("niah_multiquery", resumed))) == fresh);
-  const std::string again = read_all(file);
-  CHECK(std::count(again.begin(), again.end(), '\n') == 1 + 2 * 3);
-
   // Nothing is computed twice: what the file says is believed.
-  std::string changed = again;
+  std::string changed = whole;
   const auto value = changed.find("\"value\":[");
   REQUIRE(value != std::string::npos);
   changed.replace(value + 9, 3, changed.substr(value + 9, 3) == "1.0" ? "0.0" : "1.0");
@@ -146,7 +140,7 @@ TEST_CASE("what cannot be asked is refused before it costs minutes") {
   refused({"--retain", "0.5", "--samples", "0"}, "--samples");
   refused({"--retain", "0.5", "--depths", "0,1.5"}, "1.5");
   refused({"--retain", "0.5", "--tokens", "9000"}, "the model's context is 8192");
-  refused({"--retain", "0.5", "--tokens", "90000"}, "nowhere whole sentences");
+  refused({"--retain", "0.5", "--tokens", "5000"}, "nowhere whole sentences");
   refused({"--retain", "0.5", "--tokens", "50", "--tasks", "niah_multikey"}, "too little text around");
   refused({"--retain", "1.5"}, "the retention \"1.5\"");
   refused({"--retain", "0.01"}, "must be between 36");

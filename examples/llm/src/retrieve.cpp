@@ -242,6 +242,7 @@ class Benchmark {
   };
 
   void read_options();
+  void check_context(int tokens) const;
   void make_prompts();
   json parameters() const;
   json key(const Prompt& prompt, const Method& method, const Retention& retention) const;
@@ -298,7 +299,15 @@ void Benchmark::read_options() {
   for (const auto& text : o_.retains) retentions_.push_back({text, Budget::parse(text)});
 }
 
+void Benchmark::check_context(int tokens) const {
+  const int context = model_->parameters().context;
+  if (tokens <= context) return;
+  throw std::runtime_error("--tokens " + std::to_string(o_.make.tokens) + " and a question take " + std::to_string(tokens) +
+                           " tokens or more; the model's context is " + std::to_string(context));
+}
+
 void Benchmark::make_prompts() {
+  check_context(o_.make.tokens);
   const Tokenizer tokenizer(o_.common.model_path());
   const Haystack haystack(tokenizer, text_);
   const Tasks tasks(haystack, o_.make);
@@ -314,11 +323,7 @@ void Benchmark::make_prompts() {
         retention.budget.check_room(static_cast<int>(prompt.context.size()), o_.common.zones);
     }
   }
-  if (most > model_->parameters().context) {
-    throw std::runtime_error("documents of --tokens " + std::to_string(o_.make.tokens) +
-                             " with questions and answers take up to " + std::to_string(most) + "; the model's context is " +
-                             std::to_string(model_->parameters().context));
-  }
+  check_context(most);
 }
 
 json Benchmark::parameters() const {
