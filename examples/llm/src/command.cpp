@@ -79,6 +79,18 @@ bool Budget::hold(kvt::AnyCache& cache) const {
   return true;
 }
 
+void Budget::check_room(int rows, const kvt::CacheOptions& zones) const {
+  if (!limits() || retain_->unit == kvt::Retain::Unit::bytes) return;
+  const bool ratio = retain_->unit == kvt::Retain::Unit::ratio;
+  const double target = std::floor(ratio ? retain_->amount * rows : retain_->amount);
+  const int least = std::min(rows, zones.sink_rows + zones.recent_rows);
+  if (target >= std::max(1, least) && target <= rows) return;
+  std::ostringstream sentence;
+  sentence << "the retention leaves " << target << " rows of " << rows << "; it must be between " << least
+           << ", which --sink and --recent keep, and all";
+  throw std::runtime_error(sentence.str());
+}
+
 std::unique_ptr<kvt::AnyCache> make_counted_cache(const kvt::Composition& names, const Model& model, kvt::CacheOptions options,
                                                   CountingResource& memory) {
   options.memory = &memory;

@@ -25,6 +25,7 @@ void add_fidelity(CLI::App& app);
 void add_parity(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_sensitivity(CLI::App& app);
+void add_retrieve(CLI::App& app);
 
 struct Common {
   std::string model;
@@ -52,6 +53,8 @@ class Budget {
   void apply(kvt::AnyCache& cache) const;
   // Cuts the cache if it is above the budget, a share being one of all tokens so far; false if it was not.
   bool hold(kvt::AnyCache& cache) const;
+  // Throws unless so many rows of a text, once there, can be cut to it. Bytes are for the cache to judge.
+  void check_room(int rows, const kvt::CacheOptions& zones) const;
 
  private:
   std::optional<kvt::Retain> retain_;

@@ -91,6 +91,26 @@ std::string script(const std::string& title, std::vector<Plot::Point> points) {
   return out.str();
 }
 
+std::string script(const std::string& title, std::vector<Plot::Line> lines, double full) {
+  std::ostringstream out, plot;
+  out << "set termoption noenhanced\n"
+      << "set title " << quoted(title) << "\n"
+      << "set xlabel 'rows kept, %'\n"
+      << "set ylabel 'exact match, %, mean of the tasks that the full cache solves'\n"
+      << "set xrange [0:100]\nset yrange [0:105]\n"
+      << "set grid xtics ytics linetype 1 linecolor rgb '#dddddd'\nset key bottom right\n";
+  plot << "plot " << full << " with lines dashtype 2 linecolor rgb '#888888' title 'full cache'";
+  for (std::size_t i = 0; i < lines.size(); ++i) {
+    std::sort(lines[i].points.begin(), lines[i].points.end());
+    out << "$line" << i << " << END\n";
+    for (const auto& [rows, exact] : lines[i].points) out << rows << ' ' << exact << '\n';
+    out << "END\n";
+    plot << ", $line" << i << " with linespoints linewidth 1.5 pointsize 1 title " << quoted(lines[i].name);
+  }
+  out << plot.str() << '\n';
+  return out.str();
+}
+
 }  // namespace
 
 Plot::Plot(const std::string& path) : path_(fs::absolute(path).string()) {
@@ -107,11 +127,16 @@ Plot::Plot(const std::string& path) : path_(fs::absolute(path).string()) {
   }
 }
 
-void Plot::draw(const std::string& title, const std::vector<Point>& points) const {
+void Plot::draw(const std::string& title, const std::vector<Point>& points) const { run(script(title, points)); }
+
+void Plot::draw(const std::string& title, std::vector<Line> lines, double full) const {
+  run(script(title, std::move(lines), full));
+}
+
+void Plot::run(const std::string& script) const {
   FILE* const gnuplot = popen("gnuplot", "w");
   if (gnuplot == nullptr) throw std::runtime_error("cannot run gnuplot");
-  const std::string text =
-      "set terminal " + terminal_ + "\nset output " + quoted(path_) + "\n" + script(title, points) + "unset output\n";
+  const std::string text = "set terminal " + terminal_ + "\nset output " + quoted(path_) + "\n" + script + "unset output\n";
   const bool written = std::fputs(text.c_str(), gnuplot) >= 0;
   if (pclose(gnuplot) != 0 || !written) throw std::runtime_error("gnuplot could not draw " + path_);
 }

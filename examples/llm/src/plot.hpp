@@ -1,10 +1,11 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Plot: distance from the full cache against stored bits, drawn by gnuplot.
+// Plot: distance from the full cache against stored bits, or answers against rows, drawn by gnuplot.
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 namespace kvt_llm {
@@ -16,12 +17,19 @@ class Plot {
     double bits, kl;
     bool peer;  // another program's
   };
+  struct Line {
+    std::string name;
+    std::vector<std::pair<double, double>> points;  // rows kept and exact match, both in percent
+  };
 
   // Throws std::runtime_error with one sentence if nothing could be drawn into the file, so that no work is done in vain.
   explicit Plot(const std::string& path);
   void draw(const std::string& title, const std::vector<Point>& points) const;
+  // `full` is the exact match of the full cache.
+  void draw(const std::string& title, std::vector<Line> lines, double full) const;
 
  private:
+  void run(const std::string& script) const;
   std::string path_, terminal_;
 };
 

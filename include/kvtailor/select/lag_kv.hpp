@@ -19,7 +19,6 @@
 #include <vector>
 
 #include "kvtailor/core/concepts.hpp"
-#include "kvtailor/core/simd.hpp"
 
 namespace kvt::inline v0 {
 
@@ -86,16 +85,20 @@ struct LagKv {
     }
     for (std::size_t d = 0; d < least.size(); ++d) factor[d] = factor[d] > least[d] ? 1 / (factor[d] - least[d]) : 0;
     double largest = 0;
-    std::vector<float> scaled(least.size());
+    std::vector<double> scaled(least.size());
+    // In eight parts, which compilers may not make of a sum by themselves.
+    const auto sum_of = [&](auto&& term) {
+      double part[8] = {};
+      for (std::size_t d = 0; d < scaled.size(); d += 8) {
+        for (std::size_t i = 0; i < 8; ++i) part[i] += term(scaled[d + i]);
+      }
+      return ((part[0] + part[4]) + (part[2] + part[6])) + ((part[1] + part[5]) + (part[3] + part[7]));
+    };
     for (std::size_t i = 0; i < out.size(); ++i, rows += dim) {
       // Two passes: a row far from the next part has a mean far above its deviation.
-      // In double: least elements of 1e18 beside a factor of 1e-18 leave fp32.
-      for (std::size_t d = 0; d < scaled.size(); ++d) {
-        scaled[d] = static_cast<float>((static_cast<double>(rows[d]) - least[d]) * factor[d]);
-      }
-      const float mean = sum_of(scaled.data(), dim) / static_cast<float>(dim);
-      for (float& x : scaled) x -= mean;
-      out[i] = std::sqrt(static_cast<double>(dot(scaled.data(), scaled.data(), dim)) / (dim - 1));
+      for (std::size_t d = 0; d < scaled.size(); ++d) scaled[d] = (static_cast<double>(rows[d]) - least[d]) * factor[d];
+      const double mean = sum_of([](double x) { return x; }) / dim;
+      out[i] = std::sqrt(sum_of([&](double x) { return (x - mean) * (x - mean); }) / (dim - 1));
       largest = std::max(largest, out[i]);
     }
     double sum = 0;

@@ -1,0 +1,547 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// kvt-llm retrieve: what is still found in a document whose cache was cut, for several compositions and budgets. The cache is
+// cut before the question is seen, unless --question-aware says otherwise.
+#include <algorithm>
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <numeric>
+#include <sstream>
+#include <stdexcept>
+
+#include "command.hpp"
+#include "engine.hpp"
+#include "plot.hpp"
+#include "prefill.hpp"
+#include "results.hpp"
+#include "tasks.hpp"
+
+namespace kvt_llm {
+
+namespace {
+
+using nlohmann::json;
+
+struct Options {
+  Common common;
+  std::string text, plot, resume;
+  std::vector<std::string> methods, retains, tasks;
+  int samples = 8;
+  Tasks::Options make;
+  bool question_aware = false;
+};
+
+struct Method {
+  std::string text;
+  kvt::Composition names;
+};
+
+struct Retention {
+  std::string text;
+  Budget budget;
+};
+
+const Method full_cache = {"full", {"uniform", "sink_recent", "fp16"}};
+const Retention everything = {"", {}};
+
+// Parameters of a policy are joined by + instead of a comma here.
+Method parse_method(const std::string& text) {
+  std::vector<std::string> part;
+  std::stringstream stream(text);
+  for (std::string item; std::getline(stream, item, ',');) {
+    std::replace(item.begin(), item.end(), '+', ',');
+    part.push_back(item);
+  }
+  if (part.size() != 3) throw std::runtime_error("--method " + text + " must be ALLOCATOR,SELECTOR,CODEC");
+  return {text, {part[0], part[1], part[2]}};
+}
+
+// A question as the model reads it.
+struct Prompt {
+  struct Target {
+    std::size_t token, answer;  // the token is (a part of) the answer
+  };
+  struct Reply {
+    std::vector<int> tokens;
+    std::vector<Target> targets;
+    std::size_t answers;
+  };
+  Question question;
+  std::vector<int> context, asked;  // what is in the cache when it is cut, and what comes before the reply
+  std::vector<Reply> replies;
+};
+
+struct Score {
+  double exact = 0;     // all tokens of all answers are the most likely ones
+  double partial = 0;   // share of the answers that are; of the tokens if there is one answer
+  double log_prob = 0;  // nats, mean of the answers' tokens
+  double rows_share = 0, bytes = 0;
+
+  json to_json() const { return {exact, partial, log_prob, rows_share, bytes}; }
+  static Score from(const json& j) { return {j.at(0), j.at(1), j.at(2), j.at(3), j.at(4)}; }
+};
+
+Prompt::Reply make_reply(const Tokenizer& tokenizer, const Response& response) {
+  Prompt::Reply reply{tokenizer.encode(response.text, false, false), {}, response.answers.size()};
+  std::size_t length = 0;
+  for (const int token : reply.tokens) length += tokenizer.decode(token).size();
+  // Some vocabularies put a blank before a text.
+  const std::size_t blank = length - response.text.size();
+  if (blank > 1) throw std::runtime_error("the model's tokens do not give back the text they were made of: " + response.text);
+  std::size_t end = 0;
+  for (std::size_t t = 0; t < reply.tokens.size(); ++t) {
+    const std::size_t begin = end;
+    end += tokenizer.decode(reply.tokens[t]).size();
+    for (std::size_t a = 0; a < reply.answers; ++a) {
+      if (begin < response.answers[a].end + blank && end > response.answers[a].begin + blank) reply.targets.push_back({t, a});
+    }
+  }
+  return reply;
+}
+
+Prompt make_prompt(const Tokenizer& tokenizer, Question question, bool question_aware) {
+  const std::string marker = "\x01";
+  // As in generate, only the template's own text is read as special tokens.
+  const std::string form = tokenizer.chat(marker);
+  const auto cut = form.find(marker);
+  if (cut == std::string::npos)
+    throw std::runtime_error("the chat template changes the message; the document cannot be put into it");
+  Prompt prompt;
+  const auto append = [](std::vector<int>& to, const std::vector<int>& tokens) {
+    to.insert(to.end(), tokens.begin(), tokens.end());
+  };
+  append(prompt.context, tokenizer.encode(form.substr(0, cut), true, true));
+  append(prompt.context, tokenizer.encode(question.document, false, false));
+  auto& asked = question_aware ? prompt.context : prompt.asked;
+  append(asked, tokenizer.encode("\n\n" + question.question, false, false));
+  append(asked, tokenizer.encode(form.substr(cut + marker.size()), false, true));
+  for (const auto& response : question.responses) prompt.replies.push_back(make_reply(tokenizer, response));
+  prompt.question = std::move(question);
+  return prompt;
+}
+
+double log_probability(std::span<const float> logits, int token) {
+  const auto top = static_cast<double>(*std::max_element(logits.begin(), logits.end()));
+  double sum = 0;
+  for (const float x : logits) sum += std::exp(static_cast<double>(x) - top);
+  return static_cast<double>(logits[static_cast<std::size_t>(token)]) - top - std::log(sum);
+}
+
+// `logits` are those after each token of the reply.
+Score score(const Prompt::Reply& reply, std::span<const float> logits, std::size_t width) {
+  std::vector<bool> right(reply.answers, true);
+  Score score;
+  double right_tokens = 0;
+  for (const auto& target : reply.targets) {
+    const int token = reply.tokens[target.token];
+    const auto here = logits.subspan((target.token - 1) * width, width);
+    const bool most_likely = std::max_element(here.begin(), here.end()) - here.begin() == token;
+    right_tokens += most_likely;
+    if (!most_likely) right[target.answer] = false;
+    score.log_prob += log_probability(here, token) / static_cast<double>(reply.targets.size());
+  }
+  const auto right_answers = static_cast<double>(std::count(right.begin(), right.end(), true));
+  const auto answers = static_cast<double>(reply.answers);
+  score.exact = right_answers == answers ? 1 : 0;
+  score.partial = reply.answers == 1 ? right_tokens / static_cast<double>(reply.targets.size()) : right_answers / answers;
+  return score;
+}
+
+// The cache reads the question and each right reply; the one that the model would rather give counts.
+Score answer(Engine& engine, kvt::AnyCache& cache, const Prompt& prompt) {
+  const int at = static_cast<int>(prompt.context.size() + prompt.asked.size());
+  if (!prompt.asked.empty()) {
+    engine.eval(cache, prompt.asked, static_cast<int>(prompt.context.size()), Engine::Logits::last);
+  }
+  std::optional<Score> best;
+  for (const auto& reply : prompt.replies) {
+    check(cache.truncate(at));
+    const auto logits = engine.eval(cache, reply.tokens, at, Engine::Logits::all);
+    const Score s = score(reply, logits, static_cast<std::size_t>(engine.model().parameters().vocabulary));
+    if (!best || std::pair(s.exact, s.log_prob) > std::pair(best->exact, best->log_prob)) best = s;
+  }
+  return *best;
+}
+
+// Mean and standard error over samples.
+struct Mean {
+  double value = 0, error = 0;
+
+  static Mean of(const std::vector<double>& x) {
+    const auto n = static_cast<double>(x.size());
+    Mean m{std::accumulate(x.begin(), x.end(), 0.0) / n, 0};
+    double squares = 0;
+    for (const double v : x) squares += (v - m.value) * (v - m.value);
+    if (n > 1) m.error = std::sqrt(squares / (n - 1) / n);
+    return m;
+  }
+  // Of means that do not depend on one another.
+  static Mean over(const std::vector<Mean>& parts) {
+    Mean m;
+    for (const Mean& p : parts) {
+      m.value += p.value / static_cast<double>(parts.size());
+      m.error += p.error * p.error;
+    }
+    m.error = std::sqrt(m.error) / static_cast<double>(parts.size());
+    return m;
+  }
+};
+
+struct Summary {
+  Mean exact, partial, log_prob, rows_share, bytes;
+
+  static constexpr std::pair<const char*, Mean Summary::*> fields[] = {{"exact_match", &Summary::exact},
+                                                                       {"partial", &Summary::partial},
+                                                                       {"log_prob", &Summary::log_prob},
+                                                                       {"rows_share", &Summary::rows_share},
+                                                                       {"measured_bytes", &Summary::bytes}};
+  static Summary of(const std::vector<Score>& scores) {
+    constexpr double Score::*parts[] = {&Score::exact, &Score::partial, &Score::log_prob, &Score::rows_share, &Score::bytes};
+    Summary s;
+    for (std::size_t f = 0; f < std::size(fields); ++f) {
+      std::vector<double> x;
+      for (const Score& score : scores) x.push_back(score.*parts[f]);
+      s.*fields[f].second = Mean::of(x);
+    }
+    return s;
+  }
+  static Summary over(const std::vector<Summary>& summaries) {
+    Summary s;
+    for (const auto& [name, field] : fields) {
+      std::vector<Mean> parts;
+      for (const Summary& each : summaries) parts.push_back(each.*field);
+      s.*field = Mean::over(parts);
+    }
+    return s;
+  }
+  json to_json() const {
+    json out;
+    for (const auto& [name, field] : fields) {
+      out[name] = (this->*field).value;
+      out[std::string(name) + "_error"] = (this->*field).error;
+    }
+    return out;
+  }
+};
+
+class Benchmark {
+ public:
+  explicit Benchmark(const Options& o);
+  void run();
+  void report() const;
+
+ private:
+  // A method at a retention, with a summary for each task.
+  struct Row {
+    const Method& method;
+    const Retention& retention;
+    std::vector<Summary> of_task;
+    Summary mean;  // of the tasks that are solved
+  };
+
+  void read_options();
+  void check_context(int tokens) const;
+  void make_prompts();
+  json parameters() const;
+  json key(const Prompt& prompt, const Method& method, const Retention& retention) const;
+  void run_method(const Prompt& prompt, const Method& method, std::span<const Retention> retentions, Progress& progress);
+  std::vector<Score> scores(const std::string& task, const Method& method, const Retention& retention,
+                            std::optional<double> depth = {}) const;
+  Row row(const Method& method, const Retention& retention) const;
+  std::vector<Row> rows() const;
+  void print_table(FILE* out, const std::vector<Row>& rows, bool of_solved) const;
+  json to_json(const Row& row) const;
+
+  const Options& o_;
+  std::vector<std::string> tasks_;
+  std::vector<Method> methods_;
+  std::vector<Retention> retentions_;
+  std::optional<Plot> plot_;
+  std::string text_;
+  std::optional<Tokenizer> tokenizer_;
+  std::optional<Model> model_;
+  std::optional<Engine> engine_;
+  std::vector<Prompt> prompts_;
+  std::vector<bool> solved_;  // of each task
+  Results results_;
+};
+
+// Whatever can be refused is refused before minutes are spent.
+Benchmark::Benchmark(const Options& o) : o_(o) {
+  read_options();
+  if (!o.plot.empty()) plot_.emplace(o.plot);
+  const std::string& path = o.common.model_path();
+  text_ = read_file(o.text);
+  model_.emplace(path);
+  for (const auto& method : methods_) {
+    make_cache(method.names, model_->parameters().geometry(), told_of(*model_, method.names, o.common.zones));
+  }
+  make_prompts();
+  if (!o.resume.empty()) results_ = Results(o.resume, parameters());
+  engine_.emplace(*model_, o.common.threads);
+}
+
+void Benchmark::read_options() {
+  tasks_ = o_.tasks.empty() ? Tasks::names() : o_.tasks;
+  for (const auto& task : tasks_) {
+    const auto& known = Tasks::names();
+    if (std::find(known.begin(), known.end(), task) != known.end()) continue;
+    std::string names;
+    for (const auto& name : known) names += (names.empty() ? "" : ", ") + name;
+    throw std::runtime_error("there is no task \"" + task + "\"; known: " + names);
+  }
+  for (std::size_t i = 0; i < tasks_.size(); ++i) {
+    if (std::find(tasks_.begin(), tasks_.begin() + static_cast<std::ptrdiff_t>(i), tasks_[i]) !=
+        tasks_.begin() + static_cast<std::ptrdiff_t>(i))
+      throw std::runtime_error("the task " + tasks_[i] + " is given twice");
+  }
+  if (o_.methods.empty() != o_.retains.empty()) throw std::runtime_error("--method and --retain need each other");
+  for (const auto& text : o_.methods) methods_.push_back(parse_method(text));
+  for (const auto& text : o_.retains) retentions_.push_back({text, Budget::parse(text)});
+}
+
+void Benchmark::check_context(int tokens) const {
+  const int context = model_->parameters().context;
+  if (tokens <= context) return;
+  throw std::runtime_error("--tokens " + std::to_string(o_.make.tokens) + " and a question take " + std::to_string(tokens) +
+                           " tokens or more; the model's context is " + std::to_string(context));
+}
+
+void Benchmark::make_prompts() {
+  check_context(o_.make.tokens);
+  const Tokenizer& tokenizer = tokenizer_.emplace(o_.common.model_path());
+  const Haystack haystack(tokenizer, text_);
+  const Tasks tasks(haystack, o_.make);
+  int most = 0;
+  for (int number = 0; number < tasks.count("passkey", o_.samples); ++number) {
+    for (const auto& task : tasks_) {
+      if (number >= tasks.count(task, o_.samples)) continue;
+      prompts_.push_back(make_prompt(tokenizer, tasks.make(task, number), o_.question_aware));
+      const auto& prompt = prompts_.back();
+      for (const auto& reply : prompt.replies)
+        most = std::max(most, static_cast<int>(prompt.context.size() + prompt.asked.size() + reply.tokens.size()));
+      for (const auto& retention : retentions_)
+        retention.budget.check_room(static_cast<int>(prompt.context.size()), o_.common.zones);
+    }
+  }
+  check_context(most);
+}
+
+json Benchmark::parameters() const {
+  std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+  for (const char c : text_) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
+  char digits[17];
+  std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(hash));
+  const std::filesystem::path model = o_.common.model_path();
+  return {{"format", "kvt-llm retrieve 1"},
+          {"model", model.filename().string()},
+          {"model_bytes", std::filesystem::file_size(model)},
+          {"text_hash", digits},
+          {"tokens", o_.make.tokens},
+          {"seed", o_.make.seed},
+          {"depths", o_.make.depths},
+          {"question_aware", o_.question_aware},
+          {"chunk", o_.common.chunk},
+          {"sink", o_.common.zones.sink_rows},
+          {"recent", o_.common.zones.recent_rows},
+          {"block", o_.common.zones.block_rows}};
+}
+
+json Benchmark::key(const Prompt& prompt, const Method& method, const Retention& retention) const {
+  return {prompt.question.task, prompt.question.number, method.text, retention.text};
+}
+
+// All retentions are cut from copies of one cache.
+void Benchmark::run_method(const Prompt& prompt, const Method& method, std::span<const Retention> retentions,
+                           Progress& progress) {
+  const bool known = std::all_of(retentions.begin(), retentions.end(),
+                                 [&](const auto& r) { return results_.find(key(prompt, method, r)) != nullptr; });
+  CountingResource memory;
+  std::unique_ptr<kvt::AnyCache> whole;
+  if (!known) {
+    whole = make_counted_cache(method.names, *model_, o_.common.zones, memory);
+    prefill(*engine_, *whole, prompt.context, o_.common.chunk);
+    if (wants_repetition(*whole)) repeat_context(*engine_, *whole, *tokenizer_, prompt.context, o_.common.chunk);
+  }
+  for (const auto& retention : retentions) {
+    const json name = key(prompt, method, retention);
+    if (results_.find(name) == nullptr) {
+      const long long before = measured_bytes(*whole, memory);
+      std::unique_ptr<kvt::AnyCache> cache;
+      check(whole->fork(cache));
+      retention.budget.apply(*cache);
+      const double rows = mean_rows(*cache);
+      const auto bytes = static_cast<double>(memory.outstanding() - before);
+      Score score = answer(*engine_, *cache, prompt);
+      score.rows_share = rows / static_cast<double>(prompt.context.size());
+      score.bytes = bytes;
+      results_.add(name, score.to_json());
+    }
+    progress.advance(1);
+  }
+}
+
+void Benchmark::run() {
+  const auto runs = prompts_.size() * (1 + methods_.size() * retentions_.size());
+  Progress progress("retrieve", static_cast<long long>(runs));
+  for (const auto& prompt : prompts_) {
+    run_method(prompt, full_cache, std::span(&everything, 1), progress);
+    for (const auto& method : methods_) run_method(prompt, method, retentions_, progress);
+  }
+  for (const auto& task : tasks_) solved_.push_back(Summary::of(scores(task, full_cache, everything)).exact.value >= 0.5);
+}
+
+std::vector<Score> Benchmark::scores(const std::string& task, const Method& method, const Retention& retention,
+                                     std::optional<double> depth) const {
+  std::vector<Score> out;
+  for (const auto& prompt : prompts_) {
+    if (prompt.question.task != task || (depth && prompt.question.depth != depth)) continue;
+    out.push_back(Score::from(*results_.find(key(prompt, method, retention))));
+  }
+  return out;
+}
+
+Benchmark::Row Benchmark::row(const Method& method, const Retention& retention) const {
+  Row row{method, retention, {}, {}};
+  std::vector<Summary> solved;
+  for (std::size_t t = 0; t < tasks_.size(); ++t) {
+    row.of_task.push_back(Summary::of(scores(tasks_[t], method, retention)));
+    if (solved_[t]) solved.push_back(row.of_task.back());
+  }
+  if (!solved.empty()) row.mean = Summary::over(solved);
+  return row;
+}
+
+std::vector<Benchmark::Row> Benchmark::rows() const {
+  std::vector<Row> rows = {row(full_cache, everything)};
+  for (const auto& method : methods_) {
+    for (const auto& retention : retentions_) rows.push_back(row(method, retention));
+  }
+  return rows;
+}
+
+// The tasks that the full cache solves, with their means, or the others.
+void Benchmark::print_table(FILE* out, const std::vector<Row>& rows, bool of_solved) const {
+  std::vector<std::size_t> shown;
+  for (std::size_t t = 0; t < tasks_.size(); ++t) {
+    if (solved_[t] == of_solved) shown.push_back(t);
+  }
+  if (shown.empty()) return;
+  const auto column = [&](std::size_t t) {
+    return (tasks_[t].starts_with("niah_") ? tasks_[t].substr(5) : tasks_[t]) + (of_solved ? "" : "*");
+  };
+  std::size_t wide = 6;
+  for (const auto& r : rows) wide = std::max(wide, r.method.text.size());
+  std::fprintf(out, "\n");
+  if (!of_solved) std::fprintf(out, "* not solved by the full cache (exact match below 50 %%), and not in the means:\n");
+  std::fprintf(out, "%-*s %10s", static_cast<int>(wide), "method", "retain");
+  if (of_solved) std::fprintf(out, " %6s %7s", "rows", "MiB");
+  for (const auto t : shown) std::fprintf(out, " %*s", std::max(6, static_cast<int>(column(t).size())), column(t).c_str());
+  std::fprintf(out, of_solved ? " | %6s %5s %7s %7s\n" : "\n", "mean", "+-", "partial", "log p");
+  for (const auto& r : rows) {
+    std::fprintf(out, "%-*s %10s", static_cast<int>(wide), r.method.text.c_str(), r.retention.text.c_str());
+    if (of_solved) std::fprintf(out, " %5.1f%% %7.3f", 100 * r.mean.rows_share.value, r.mean.bytes.value / mebibyte);
+    for (const auto t : shown) {
+      std::fprintf(out, " %*.1f", std::max(6, static_cast<int>(column(t).size())), 100 * r.of_task[t].exact.value);
+    }
+    if (of_solved) {
+      std::fprintf(out, " | %6.1f %5.1f %7.1f %7.3f", 100 * r.mean.exact.value, 100 * r.mean.exact.error,
+                   100 * r.mean.partial.value, r.mean.log_prob.value);
+    }
+    std::fprintf(out, "\n");
+  }
+}
+
+json Benchmark::to_json(const Row& row) const {
+  json of_task = json::array();
+  for (std::size_t t = 0; t < tasks_.size(); ++t) {
+    json task = row.of_task[t].to_json();
+    task["task"] = tasks_[t];
+    task["samples"] = scores(tasks_[t], row.method, row.retention).size();
+    task["solved"] = static_cast<bool>(solved_[t]);
+    if (tasks_[t] == "passkey") {
+      for (const double depth : o_.make.depths) {
+        json at = Summary::of(scores(tasks_[t], row.method, row.retention, depth)).to_json();
+        at["depth"] = depth;
+        task["depths"].push_back(at);
+      }
+    }
+    of_task.push_back(task);
+  }
+  const bool full = &row.method == &full_cache;
+  const bool any = std::find(solved_.begin(), solved_.end(), true) != solved_.end();
+  return {{"method", row.method.text},
+          {"retain", full ? json() : json(row.retention.text)},
+          {"mean", any ? row.mean.to_json() : json()},
+          {"tasks", of_task}};
+}
+
+void Benchmark::report() const {
+  const auto all = rows();
+  FILE* const out = o_.common.text();
+  std::size_t tokens = 0;
+  for (const auto& prompt : prompts_) tokens += prompt.context.size();
+  std::fprintf(out, "%zu questions, on average after %zu tokens; exact match, %%\n", prompts_.size(), tokens / prompts_.size());
+  print_table(out, all, true);
+  print_table(out, all, false);
+  json result = parameters();
+  result["text"] = o_.text;
+  result["samples"] = o_.samples;
+  result["tasks"] = tasks_;
+  for (const auto& r : all) result["results"].push_back(to_json(r));
+  o_.common.write(result);
+  if (!plot_) return;
+  std::vector<Plot::Line> lines;
+  for (std::size_t m = 0; m < methods_.size(); ++m) {
+    auto& line = lines.emplace_back(Plot::Line{methods_[m].text, {}});
+    for (std::size_t r = 0; r < retentions_.size(); ++r) {
+      const auto& mean = all[1 + m * retentions_.size() + r].mean;
+      line.points.push_back({100 * mean.rows_share.value, 100 * mean.exact.value});
+    }
+  }
+  plot_->draw(std::filesystem::path(o_.text).filename().string() + ", " + std::to_string(o_.make.tokens) + " tokens, " +
+                  std::to_string(o_.samples) + " samples a task",
+              lines, 100 * all[0].mean.exact.value);
+}
+
+}  // namespace
+
+void add_retrieve(CLI::App& app) {
+  const auto o = std::make_shared<Options>();
+  auto* const command = app.add_subcommand("retrieve", "what is still found in a document whose cache was cut");
+  o->common.add(*command, 256);
+  std::string known;
+  for (const auto& name : Tasks::names()) known += (known.empty() ? "" : ", ") + name;
+  command->add_option("--text", o->text, "text file in which things are hidden")->required();
+  command->add_option("--method", o->methods,
+                      "ALLOCATOR,SELECTOR,CODEC; repeat for more; none: the full cache alone. Join a policy's parameters by +: "
+                      "snap_kv:window=32+kernel=7");
+  command
+      ->add_option("--retain", o->retains,
+                   "what may be kept of the document: shares of its rows, rows a KV head, or bytes; 0.5,200rows")
+      ->delimiter(',');
+  command->add_option("--tasks", o->tasks, "of " + known + " (default: all)")->delimiter(',');
+  command->add_option("--samples", o->samples, "questions of each task; of passkey, in whole rounds of the depths")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  command->add_option("--tokens", o->make.tokens, "length of a document")
+      ->capture_default_str()
+      ->check(CLI::Range(50, 1 << 20));
+  command->add_option("--depths", o->make.depths, "where the passkeys are, 0 to 1")
+      ->capture_default_str()
+      ->delimiter(',')
+      ->check(number_between(0, 1));
+  command->add_option("--seed", o->make.seed, "seed of the questions")->capture_default_str();
+  command->add_flag("--question-aware", o->question_aware, "cut the cache after the question instead of before it");
+  command->add_option("--resume", o->resume, "file that keeps each result as it is made, and from which the next run goes on");
+  command->add_option("--plot", o->plot, "also draw exact match against rows into this file, .svg or .png, with gnuplot");
+  command->callback([o] {
+    Benchmark benchmark(*o);
+    benchmark.run();
+    benchmark.report();
+  });
+}
+
+}  // namespace kvt_llm
