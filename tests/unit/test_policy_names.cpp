@@ -252,7 +252,8 @@ TEST_CASE("an allocator's name with its parameters is that allocator") {
       {"streaming_heads:rows=9,file=" + gate_file, AnyAllocator(StreamingHeads{gate_numbers(), 9})},
       {"curve:file=" + curve_file, AnyAllocator(Curve{curve_numbers()})},
   };
-  for (const auto& [text, policy] : all) {
+  for (const auto& [name, policy] : all) {
+    const std::string& text = name;
     CAPTURE(text);
     const AnyAllocator parsed = allocator_of(text);
     CHECK(r.kept(parsed) == r.kept(policy));
@@ -385,8 +386,8 @@ TEST_CASE("a selector's name with its parameters is that selector") {
       std::vector<float> own(e.positions.size());
       CHECK(parsed.attention(e.seen, own).code == Errc::bad_policy);
     }
-    const auto [other, added] = different.emplace(want, text);
-    CHECK_MESSAGE(added, "scores as " << other->second);
+    const auto found = different.emplace(want, text);
+    CHECK_MESSAGE(found.second, "scores as " << found.first->second);
     ++tried;
   };
   same("random", Random{}, 64);
