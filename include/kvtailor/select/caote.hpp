@@ -45,10 +45,11 @@ struct Caote {
     constexpr float most = std::numeric_limits<float>::max();
     for (std::size_t row = 0; row < kept; ++row) {
       for (std::size_t d = 0; d < dim; ++d) {
-        difference[d] = static_cast<float>(sum[d] - static_cast<double>(seen.values[row * dim + d]));
+        // Smaller by a power of two: squares of values of 1e18 that add up leave fp32, and no weight times that would be NaN.
+        difference[d] = static_cast<float>(0x1p-8 * (sum[d] - static_cast<double>(seen.values[row * dim + d])));
       }
       const double own = share * static_cast<double>(score[row]);
-      const double far = std::sqrt(static_cast<double>(dot(difference.data(), difference.data(), seen.head_dim)));
+      const double far = 0x1p8 * std::sqrt(static_cast<double>(dot(difference.data(), difference.data(), seen.head_dim)));
       score[row] = own < 1 ? static_cast<float>(std::min(own / (1 - own) * far, 0.5 * static_cast<double>(most))) : most;
     }
     std::fill(score.begin() + static_cast<std::ptrdiff_t>(kept), score.end(), most);
