@@ -26,6 +26,10 @@ struct SqueezeAttention {
 
   Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept try {
     if (!(share >= 0 && share <= 1)) return error(Errc::bad_value, "share is {}; it must be between 0 and 1", share);
+    if (want.similarity.size() != static_cast<std::size_t>(want.num_layers)) {
+      return error(Errc::no_evidence, "SqueezeAttention knows the hidden states of {} of {} layers",
+                   static_cast<double>(want.similarity.size()), want.num_layers);
+    }
     const std::vector<bool> lazy = highest_group(want.similarity);
     const auto layers = static_cast<double>(lazy.size());
     const auto squeezed = static_cast<double>(std::count(lazy.begin(), lazy.end(), true));

@@ -49,7 +49,7 @@ inline Status parse_npy(std::string_view file, Table& table) {
     return at == header.npos ? std::string_view() : header.substr(at + key.size());
   };
   std::string_view type = after("'descr':"), order = after("'fortran_order':"), shape = after("'shape':");
-  const auto skip = [](std::string_view& text) { text.remove_prefix(std::min(text.find_first_not_of(" "), text.size())); };
+  const auto skip = [](std::string_view& text) { text.remove_prefix(std::min(text.find_first_not_of(' '), text.size())); };
   skip(type);
   skip(order);
   skip(shape);

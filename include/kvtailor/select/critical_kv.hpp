@@ -13,6 +13,7 @@
 #include <new>
 #include <vector>
 
+#include "kvtailor/core/concepts.hpp"
 #include "kvtailor/select/row_products.hpp"
 
 namespace kvt::inline v0 {

@@ -39,6 +39,8 @@ template <class Budget, class Selector, class Codec, class Device>
 class DeviceKvCache : public DeviceCache<Codec, Device> {
   static_assert(BudgetAllocator<Budget>, "the first policy is a budget allocator");
   static_assert(DeviceTokenSelector<Selector>, "the token selector has no side for devices");
+  static_assert(!EvidenceSet(Budget::needs).has(Evidence::layer_similarity),
+                "hidden states are not compared on devices, as the budget allocator wants");
   using Rows = DeviceCache<Codec, Device>;
 
  public:
@@ -47,6 +49,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
               const Budget& budget = {}, const Selector& selector = {}, const Codec& codec = {},
               std::span<const Codec> head_codecs = {}) {
     if constexpr (requires { selector.check(); }) KVT_TRY(selector.check());
+    if constexpr (requires { budget.check(geometry); }) KVT_TRY(budget.check(geometry));
     Window window;
     KVT_TRY(geometry.validate());
     if constexpr (needs_queries) KVT_TRY(window.init(device, geometry, window_of(selector)));
