@@ -179,6 +179,7 @@ void niah_multiquery(const Draft& d) {
   ask_magics(d, keys, numbers);
 }
 
+// Each of three variables has the value of the one before it.
 void vt(const Draft& d) {
   std::vector<std::string> names;
   for (char letter = 'A'; letter <= 'Z'; ++letter)
@@ -229,7 +230,9 @@ std::string coded_word(Random& random) {
 // The numbers of the words fall with the square of their rank, as in RULER; the first is asked.
 void fwe(const Draft& d) {
   std::vector<std::string> coded, list;
-  while (coded.size() < 12) coded.push_back(coded_word(d.random));
+  while (coded.size() < 12) {
+    if (auto next = coded_word(d.random); std::find(coded.begin(), coded.end(), next) == coded.end()) coded.push_back(next);
+  }
   for (std::size_t rank = 1; rank <= coded.size(); ++rank) {
     const int times = d.options.tokens * 2 / 3 / static_cast<int>(rank * rank);
     list.insert(list.end(), static_cast<std::size_t>(std::max(1, times)), coded[rank - 1]);
