@@ -20,6 +20,7 @@
 
 #include "kvtailor/attend/softmax_state.hpp"
 #include "kvtailor/core/concepts.hpp"
+#include "kvtailor/core/simd.hpp"
 #include "kvtailor/select/row_products.hpp"
 
 namespace kvt::inline v0 {
