@@ -8,7 +8,7 @@
 //          softmax over the part, and the same of values; the mean of both is ranked within the part, 0 .. (lag - 1) / lag.
 //          Sinks and the last whole part and what follows it score 1. Fewer than two parts: newer above older.
 // Needs:   keys, values.  Cost: O(rows * (head_dim + log lag)).
-// Source:  LagKV, Liang et al., arXiv 2504.04704. A channel that is constant in the next part is left out, where kvpress
+// Source:  LagKV, Liang et al., arXiv 2504.04704. A channel that is constant in the next part counts as zero, where kvpress
 // divides
 //          by zero.
 #pragma once
