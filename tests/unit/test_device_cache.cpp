@@ -443,7 +443,7 @@ void check_queries(const Geometry& geometry, const SnapKv& selector, const Atten
   const auto check = [&](Both& both) {
     both.compress_alone(Retain::ratio(.6));
     both.compare_all();
-    CHECK(both.device_cache.compress(Retain::ratio(.9)).code == Errc::bad_value);  // queries are used up
+    CHECK(both.device_cache.compress(Retain::ratio(.9)).code == Errc::no_evidence);  // queries are used up
     both.compare_all();
   };
   twin.append(290, random);
@@ -472,7 +472,7 @@ void check_queries(const Geometry& geometry, const SnapKv& selector, const Atten
   twin.truncate(5000);
   CHECK(twin.device_cache.compress(Retain::ratio(1)).code == Errc::bad_budget);  // no rows
   twin.append(60, random);
-  CHECK(twin.device_cache.compress(Retain::ratio(.8)).code == Errc::bad_value);  // no queries
+  CHECK(twin.device_cache.compress(Retain::ratio(.8)).code == Errc::no_evidence);  // no queries
   twin.compress_alone(Retain::ratio(1));                                         // needs none
   twin.compare_all();
 }
@@ -905,7 +905,7 @@ TEST_CASE("queries that are missing or make no sense, and memory for them that r
   CHECK(cache.observe(1, queries.data(), positions, 3, {.scale = NAN}).code == Errc::bad_value);
   CHECK(cache.observe(1, queries.data(), positions, 3, {.window = -1}).code == Errc::bad_value);
   CHECK(cache.observe<float>(1, nullptr, nullptr, 0).ok());
-  CHECK(cache.compress(Retain::ratio(.5)).code == Errc::bad_value);  // still none
+  CHECK(cache.compress(Retain::ratio(.5)).code == Errc::no_evidence);  // still none
   REQUIRE(cache.observe(1, queries.data(), positions, 3).ok());
   for (int layer = 0; layer < 2; ++layer) REQUIRE(twin.host_cache.observe(layer, queries.data(), positions).ok());
   CHECK(device.allocations == allocations + 3);  // of the compression that said no
