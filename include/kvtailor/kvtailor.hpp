@@ -1,13 +1,20 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Everything that compiles without nvcc, but for what costs compile time: the low rank (codec/low_rank.hpp, which needs Eigen's
-// decompositions), make_cache (compose.hpp) and the engines (engine/).
+// Everything that compiles without nvcc, but for what costs compile time: what multiplies by Eigen (codec/low_rank.hpp;
+// select/expected_attention.hpp, leverage.hpp, value_norm.hpp and critical_kv.hpp), make_cache (compose.hpp), policies by name
+// (select/any_selector.hpp, budget/any_allocator.hpp) and the engines (engine/).
 #pragma once
 
 #include "kvtailor/attend/plan.hpp"
 #include "kvtailor/attend/softmax_state.hpp"
 #include "kvtailor/budget/adaptive.hpp"
+#include "kvtailor/budget/curve.hpp"
+#include "kvtailor/budget/global.hpp"
+#include "kvtailor/budget/lava.hpp"
+#include "kvtailor/budget/pyramid.hpp"
+#include "kvtailor/budget/squeeze_attention.hpp"
+#include "kvtailor/budget/streaming_heads.hpp"
 #include "kvtailor/budget/uniform.hpp"
 #include "kvtailor/cache.hpp"
 #include "kvtailor/codec/dense.hpp"
@@ -18,8 +25,19 @@
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/codec/turbo_quant_unbiased.hpp"
 #include "kvtailor/core/rope.hpp"
+#include "kvtailor/io/table.hpp"
 #include "kvtailor/learn/option_hull.hpp"
+#include "kvtailor/select/caote.hpp"
+#include "kvtailor/select/chunk_kv.hpp"
+#include "kvtailor/select/heavy_hitter.hpp"
 #include "kvtailor/select/key_diff.hpp"
+#include "kvtailor/select/key_norm.hpp"
+#include "kvtailor/select/lag_kv.hpp"
+#include "kvtailor/select/last_query.hpp"
+#include "kvtailor/select/lava_score.hpp"
+#include "kvtailor/select/random.hpp"
+#include "kvtailor/select/reconstruction.hpp"
 #include "kvtailor/select/sink_recent.hpp"
 #include "kvtailor/select/snap_kv.hpp"
+#include "kvtailor/select/tova.hpp"
 #include "kvtailor/version.hpp"

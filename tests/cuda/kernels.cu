@@ -16,6 +16,7 @@
 #include "kvtailor/store/decode_plan.hpp"
 #include "kvtailor/store/device_kv_cache.hpp"
 #endif
+#include "kvtailor/select/chunk_kv.hpp"
 #include "kvtailor/select/key_diff.hpp"
 #include "kvtailor/select/sink_recent.hpp"
 #include "kvtailor/select/snap_kv.hpp"
@@ -72,6 +73,7 @@ void use_pair(const void** kernels) {
       use<TruncateWork<Codec>>(kernels);
       use<ForkWork<Codec>>(kernels);
       use<ScoreWork<Codec, SinkRecent>>(kernels);
+      use<JoinWork<Codec, ChunkKv<KeyDiff>>>(kernels);
     }
   }
 }

@@ -274,6 +274,9 @@ TEST_CASE("compression keeps the rows on a device that it keeps on the host") {
   check_compression<KvCodec<Rotated<Q4_0<40>>, Q8_0<40>>, Adaptive, KeyDiff>(9);
   check_compression<KvCodec<Dense<BFloat16, 64>>, Uniform, KeyDiff>(10);
   check_compression<KvCodec<TurboQuantUnbiased<4, 64>, TurboQuant<3, 64>>, Uniform, KeyDiff>(11);
+  check_compression<KvCodec<TurboQuant<2, 64>, TurboQuant<1, 64>>, Global, Random>(12);
+  check_compression<KvCodec<Dense<BFloat16, 64>>, Pyramid, KeyNorm>(13);
+  check_compression<KvCodec<TurboQuant<2, 64>, TurboQuant<1, 64>>, Adaptive, ChunkKv<KeyNorm>>(14);
 }
 
 namespace {
@@ -432,12 +435,12 @@ double score_error(const Geometry& geometry, const SnapKv& selector, int queries
 namespace {
 
 // Compression by queries, again and again, and what cuts, truncations and forks do to them.
-template <class Codec, class Budget, class T>
-void check_queries(const Geometry& geometry, const SnapKv& selector, const AttendOptions& options, unsigned seed) {
+template <class Codec, class Budget, class T, class Selector = SnapKv>
+void check_queries(const Geometry& geometry, const Selector& selector, const AttendOptions& options, unsigned seed) {
   SimulatedDevice device;
   Pool<Codec> pool;
   REQUIRE(pool.init(device, 100).ok());
-  using Both = Twin<Codec, Budget, SnapKv>;
+  using Both = Twin<Codec, Budget, Selector>;
   Both twin(device, pool, geometry, {}, selector), child(device, pool, geometry, {}, selector);
   std::mt19937 random(seed);
   const auto check = [&](Both& both) {
@@ -473,7 +476,7 @@ void check_queries(const Geometry& geometry, const SnapKv& selector, const Atten
   CHECK(twin.device_cache.compress(Retain::ratio(1)).code == Errc::bad_budget);  // no rows
   twin.append(60, random);
   CHECK(twin.device_cache.compress(Retain::ratio(.8)).code == Errc::no_evidence);  // no queries
-  twin.compress_alone(Retain::ratio(1));                                         // needs none
+  twin.compress_alone(Retain::ratio(1));                                           // needs none
   twin.compare_all();
 }
 
@@ -491,6 +494,7 @@ TEST_CASE("compression by queries keeps the rows on a device that it keeps on th
   check_queries<KvCodec<Q8_0<64>, Rotated<Q4_1<64>>>, Uniform, Half>({2, 2, 6, 64}, {}, {}, 25);
   check_queries<KvCodec<Rotated<Trellis<3, 64>>>, Uniform, Half>({2, 2, 6, 64}, {}, {}, 27);
   check_queries<KvCodec<Dense<float, 40>>, Adaptive, float>({2, 2, 6, 40}, {.window = 40}, {.window = 250, .soft_cap = 6}, 26);
+  check_queries<Coded, Uniform, Half>({2, 2, 6, 64}, Tova{}, {}, 28);
 }
 
 TEST_CASE("SnapKv's scores on a device are those of the plain loops") {

@@ -50,8 +50,9 @@ struct Instance {
   explicit Instance(const std::string& name) {
     std::smatch found;
     if (std::regex_search(name, found, std::regex("(\\w+)Work"))) kind = found[1];
-    if (std::regex_search(name, found,
-                          std::regex(", (true, \\d+|KeyDiff|SinkRecent|SnapKv)|, [\\w:]*::(KeyDiff|SinkRecent|SnapKv)"))) {
+    if (std::regex_search(
+            name, found,
+            std::regex(", (true, \\d+|ChunkKv|KeyDiff|SinkRecent|SnapKv)|, [\\w:]*::(ChunkKv|KeyDiff|SinkRecent|SnapKv)"))) {
       kind += ", " + found[1].str() + found[2].str();
     }
     const std::regex codec("(LloydMax|Trellis|GroupInt|PerChannelInt|TurboQuantUnbiased|Dense)<(?:[\\w:]*::)?(\\w+), (\\d+)");
@@ -227,6 +228,9 @@ TEST_CASE("caches of every codec and every head dim") {
   run<2, 2, 64, SinkRecent>();
   run<2, 2, 128, SinkRecent>();
   run<2, 2, 256, SinkRecent>();
+  run<2, 2, 64, ChunkKv<KeyDiff>>();
+  run<2, 2, 128, ChunkKv<KeyDiff>>();
+  run<2, 2, 256, ChunkKv<KeyDiff>>();
   run<1, 1, 64, SnapKv>();
   run<2, 2, 128, SnapKv>();
   run<3, 3, 256, SnapKv>();

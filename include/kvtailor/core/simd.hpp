@@ -103,10 +103,11 @@ KVT_HD KVT_INLINE float dot(const float* a, const float* b) {
 // a . b, any n.
 KVT_HD KVT_INLINE float dot(const float* a, const float* b, int n) {
   float total = 0;
-  int i = 0;
+  int rest = n;  // elements that are in no eight
 #if defined(KVT_HOST_VECTORS)
   if (n >= 8) {
     detail::Float8 x, y, even = {}, odd = {};
+    int i = 0;
     for (; i + 16 <= n; i += 16) {
       detail::load(a + i, x);
       detail::load(b + i, y);
@@ -119,13 +120,13 @@ KVT_HD KVT_INLINE float dot(const float* a, const float* b, int n) {
       detail::load(a + i, x);
       detail::load(b + i, y);
       even = x * y + even;
-      i += 8;
     }
     even += odd;
     total = detail::sum(even);
+    rest = n % 8;
   }
 #endif
-  for (; i < n; ++i) total += a[i] * b[i];
+  for (int i = n - rest; i < n; ++i) total += a[i] * b[i];
   return total;
 }
 

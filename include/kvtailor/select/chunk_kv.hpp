@@ -54,6 +54,28 @@ struct ChunkKv {
     return error(Errc::out_of_memory, "out of memory while scoring rows");
   }
 
+  // The same on a device: see store/head_score.hpp.
+  template <int dim, int warps, class Own = Base>
+  using Shared = typename Own::template Shared<dim, warps>;
+  template <class Block, class... Args>
+  KVT_HD void score_on_device(const Block& block, Args&&... args) const {
+    base.score_on_device(block, static_cast<Args&&>(args)...);
+  }
+  template <class Layer>
+  KVT_HD float joined(const Layer& layer, int, int position, float) const {
+    static_assert(!JoinsHeads<Base>, "on a device, only rows of selectors that score each head alone are chunked");
+    const int chunk = position / length;
+    float sum = 0;
+    for (int h = 0; h < layer.num_heads; ++h) {
+      const auto rows = layer.rows(h);
+      const int first = rows.rows_before(chunk * length), last = rows.rows_before((chunk + 1) * length);
+      float own = 0;
+      for (int r = first; r < last; ++r) own += layer.score(h, r);
+      if (last > first) sum += own / static_cast<float>(last - first);
+    }
+    return sum;
+  }
+
  private:
   // f(chunk, first, last) of the rows in each.
   template <class F>

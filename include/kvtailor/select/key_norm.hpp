@@ -26,6 +26,28 @@ struct KeyNorm {
     }
     return success();
   }
+
+  // The same on a device: see store/head_score.hpp.
+  template <int size, int warps>
+  struct Shared {
+    float key[warps][size];
+  };
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    using Lanes = typename Block::Lanes;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      float* const key = shared.key[warp];
+      rows.each_key(lanes, warp, key, [&](int r) {
+        typename Lanes::template Reg<float> part;
+        lanes.each([&](int lane) {
+          part[lane] = 0;
+          for (int d = lane; d < Rows::dim; d += Lanes::size) part[lane] += key[d] * key[d];
+        });
+        const float square = lanes.sum(part);
+        lanes.once([&] { score[r] = -std::sqrt(square); });
+      });
+    });
+  }
 };
 
 static_assert(TokenSelector<KeyNorm>);

@@ -25,6 +25,22 @@ struct Random {
     return success();
   }
 
+  // The same on a device: see store/head_score.hpp.
+  template <int dim, int warps>
+  struct Shared {};
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory&, float* score) const {
+    using Lanes = typename Block::Lanes;
+    const std::uint64_t own = of_head(rows.layer, rows.kv_head);
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      lanes.each([&](int lane) {
+        for (int r = warp * Lanes::size + lane; r < rows.count; r += Block::warps * Lanes::size) {
+          score[r] = uniform_number(own, static_cast<std::uint64_t>(rows.position(r)));
+        }
+      });
+    });
+  }
+
  private:
   KVT_HD std::uint64_t of_head(int layer, int kv_head) const {
     return mixed_bits(mixed_bits(seed, static_cast<std::uint64_t>(layer)), static_cast<std::uint64_t>(kv_head));

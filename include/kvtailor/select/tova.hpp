@@ -57,6 +57,38 @@ struct Tova {
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while scoring rows");
   }
+
+  // The same on a device: see store/head_score.hpp.
+  template <int dim, int warps>
+  struct Shared {};
+  template <class Block, class Rows, class Window, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, const Window& seen, Memory&, float* score) const {
+    using Lanes = typename Block::Lanes;
+    const int before = rows.rows_before(seen.first_position());
+    const float average = 1.f / static_cast<float>(seen.group());
+    for (int g = 0; g < seen.group(); ++g) {
+      const float* const mass = seen.of_query_head(block, g);
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        lanes.each([&](int lane) {
+          for (int r = warp * Lanes::size + lane; r < rows.count; r += Block::warps * Lanes::size) {
+            score[r] = r >= before ? above_attention : (g == 0 ? 0.f : score[r]) + mass[r] * average;
+          }
+        });
+      });
+    }
+  }
+  // Of one row: a mean of those that other heads have at its position.
+  template <class Layer>
+  KVT_HD float joined(const Layer& layer, int, int position, float) const {
+    float sum = 0;
+    int heads = 0;
+    for (int h = 0; h < layer.num_heads; ++h) {
+      const auto rows = layer.rows(h);
+      const int r = rows.rows_before(position);
+      if (r < rows.count && rows.position(r) == position) sum += layer.score(h, r), ++heads;
+    }
+    return sum / static_cast<float>(heads);
+  }
 };
 
 static_assert(JoinsHeads<Tova> && AttentionSelector<Tova>);

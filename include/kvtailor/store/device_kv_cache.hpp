@@ -8,8 +8,9 @@
 //   KVT_TRY(cache.compress(Retain::ratio(0.25)));           // after prefill, between chunks, or while decoding
 //   KVT_TRY(cache.reserve(1));                              // what was reserved before is gone
 //
-// compress() waits for the device, and takes memory while it runs: five bytes for each row of each head, nine if the selector
-// needs queries. observe() and truncate() are as append(): they allocate nothing, wait for nothing, and can be captured.
+// compress() waits for the device, and takes memory while it runs: five bytes for each row of each head, four more if the
+// selector needs queries, and four if its heads decide together. observe() and truncate() are as append(): they allocate
+// nothing, wait for nothing, and can be captured.
 #pragma once
 
 #include "kvtailor/budget/request.hpp"
@@ -230,13 +231,21 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
   Status score(const BudgetRequest& want, float* scores, long long stride, std::vector<float>& seen_scores) const {
     Device& device = *this->device();
     const auto places = want.seen.size() * static_cast<std::size_t>(stride);
-    DeviceArray<float, Device> mass;
+    DeviceArray<float, Device> mass, apart;
     if constexpr (needs_queries) {
       KVT_TRY(window_.check_seen(want.num_kv_heads));
       KVT_TRY(mass.allocate(device, places));
     }
-    const ScoreWork<Codec, Selector> work{this->all_heads(), selector_, scores, stride, window_.queries(), mass.data()};
-    KVT_TRY(device.launch(work, static_cast<int>(want.seen.size())));
+    if constexpr (joins_on_device<Selector>) KVT_TRY(apart.allocate(device, places));
+    const auto heads = static_cast<int>(want.seen.size());
+    float* const to = joins_on_device<Selector> ? apart.data() : scores;
+    KVT_TRY(device.launch(
+        ScoreWork<Codec, Selector>{this->all_heads(), selector_, want.num_kv_heads, to, stride, window_.queries(), mass.data()},
+        heads));
+    if constexpr (joins_on_device<Selector>) {
+      KVT_TRY(device.launch(
+          JoinWork<Codec, Selector>{this->all_heads(), selector_, want.num_kv_heads, apart.data(), scores, stride}, heads));
+    }
     if constexpr (EvidenceSet(Budget::needs).has(Evidence::scores) && !LayerSharing<Budget>) {
       std::vector<float> padded(places);
       KVT_TRY(device.copy_from(padded.data(), scores, places * sizeof(float)));

@@ -3,6 +3,7 @@
 //
 // Which rows of heads stay, on a device, by one block of threads a head:
 //   ScoreWork   scores of a token selector; rows that are never dropped get infinity
+//   JoinWork    the same of a selector whose heads decide together, out of the scores of all heads of the layer
 //   MarkWork    the rows with the highest scores, the first of equal ones: see cut() in store/cut.hpp
 //
 // A selector that works on a device has, beside score() for the host:
@@ -10,12 +11,14 @@
 //   read score_on_device(block, rows, shared, scores)    rows: see ScoredRows
 // or, if it needs queries,
 //   score_on_device(block, rows, window, shared, scores)    window: see WindowMass; it has one query or more
+// and, if its heads decide together,
+//   joined(layer, head, position, score)    a row's score once all heads of the layer have theirs: see ScoredLayer
 // and, if not all it may be told makes sense, check(), which returns a Status.
 #pragma once
 
 #include <limits>
 
-#include "kvtailor/core/evidence.hpp"
+#include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/half.hpp"
 #include "kvtailor/store/stream_work.hpp"
 #include "kvtailor/store/window_mass.hpp"
@@ -33,13 +36,16 @@ struct ScoredRows {
   static constexpr bool in_blocks = lies_in_blocks<Codec>;
   static constexpr int dim = Key::head_dim, basis = max_basis_dim<Key>, warps = 8;
 
+  int layer, kv_head;
   const SlicePages& near;
   const typename Body::Pages& body;
   std::byte* memory;  // where rows lie in blocks: WarpBlock [WarpBlock::warps]
   int sinks, encoded, count;
 
-  KVT_HD ScoredRows(const HeadsOf<Codec>& heads, int h, std::byte* dynamic)
-      : near(heads.near[h]),
+  KVT_HD ScoredRows(const HeadsOf<Codec>& heads, int num_kv_heads, int h, std::byte* dynamic)
+      : layer(h / num_kv_heads),
+        kv_head(h % num_kv_heads),
+        near(heads.near[h]),
         body([&]() -> const auto& {
           if constexpr (in_blocks) {
             return heads.stream[h];
@@ -136,6 +142,70 @@ struct ScoredRows {
   }
 };
 
+// All heads of a layer, after each was scored.
+template <class Codec>
+struct ScoredLayer {
+  const HeadsOf<Codec>& heads;
+  int first, num_heads;  // heads of the model
+  const float* scores;   // of the layer's first head
+  long long stride;
+
+  KVT_HD ScoredRows<Codec> rows(int h) const { return {heads, num_heads, first + h, nullptr}; }
+  KVT_HD float score(int h, int r) const { return scores[h * stride + r]; }
+};
+
+template <class Selector>
+inline constexpr bool joins_on_device = JoinsHeads<Selector>;
+
+namespace detail {
+
+// Rows that are never dropped get infinity.
+template <class Block, class Rows>
+KVT_HD void protect_rows(const Block& block, const Rows& rows, int recent_rows, float* own) {
+  const int recent = rows.count - rows.sinks < recent_rows ? rows.count - rows.sinks : recent_rows;
+  block.each_warp([&](const typename Block::Lanes& lanes, int warp) {
+    if (warp != 0) return;
+    lanes.each([&](int lane) {
+      for (int r = lane; r < rows.sinks + recent; r += Block::Lanes::size) {
+        own[r < rows.sinks ? r : rows.count - 1 - (r - rows.sinks)] = std::numeric_limits<float>::infinity();
+      }
+    });
+  });
+}
+
+}  // namespace detail
+
+// One block a head.
+template <class Codec, class Selector>
+struct JoinWork {
+  static constexpr int warps = 8, blocks = 1, dynamic_bytes = 0;
+  struct Shared {};
+
+  HeadsOf<Codec> heads;
+  Selector selector;
+  int num_kv_heads;
+  const float* scores;  // [heads, stride]
+  float* joined;        // likewise
+  long long stride;
+
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int h, Shared&, std::byte*) const {
+    using Lanes = typename Block::Lanes;
+    const int first = h / num_kv_heads * num_kv_heads;
+    const ScoredLayer<Codec> layer{heads, first, num_kv_heads, scores + first * stride, stride};
+    const ScoredRows<Codec> rows = layer.rows(h - first);
+    float* const own = joined + h * stride;
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      lanes.each([&](int lane) {
+        for (int r = warp * Lanes::size + lane; r < rows.count; r += warps * Lanes::size) {
+          own[r] = selector.joined(layer, h - first, rows.position(r), layer.score(h - first, r));
+        }
+      });
+    });
+    detail::protect_rows(block, rows, heads.recent_rows, own);
+  }
+};
+
 template <class Codec, class Selector>
 struct ScoreWork {
   using Rows = ScoredRows<Codec>;
@@ -152,6 +222,7 @@ struct ScoreWork {
 
   HeadsOf<Codec> heads;
   Selector selector;
+  int num_kv_heads;
   float* scores;  // [heads, stride]
   long long stride;
   DeviceQueries queries;  // if the selector needs them
@@ -160,7 +231,7 @@ struct ScoreWork {
   template <class Block>
   KVT_HD void operator()(const Block& block, int h, Shared& shared, [[maybe_unused]] std::byte* table) const {
     using Lanes = typename Block::Lanes;
-    const Rows rows(heads, h, table);
+    const Rows rows(heads, num_kv_heads, h, table);
     float* const own = scores + h * stride;
     if constexpr (needs_queries) {
       if constexpr (Rows::Body::fragments && dynamic_bytes > 0) {
@@ -173,15 +244,7 @@ struct ScoreWork {
     } else {
       selector.score_on_device(block, rows, shared.own, own);
     }
-    const int recent = rows.count - rows.sinks < heads.recent_rows ? rows.count - rows.sinks : heads.recent_rows;
-    block.each_warp([&](const Lanes& lanes, int warp) {
-      if (warp != 0) return;
-      lanes.each([&](int lane) {
-        for (int r = lane; r < rows.sinks + recent; r += Lanes::size) {
-          own[r < rows.sinks ? r : rows.count - 1 - (r - rows.sinks)] = std::numeric_limits<float>::infinity();
-        }
-      });
-    });
+    if constexpr (!joins_on_device<Selector>) detail::protect_rows(block, rows, heads.recent_rows, own);
   }
 };
 
