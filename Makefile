@@ -5,6 +5,7 @@
 #   make test        the tests; PRESETS="release clang asan tsan" for all of them
 #   make bench       the benchmarks
 #   make codecs      every codec's bits and distance from the full cache, beside llama.cpp's caches
+#   make selectors   every token selector and budget allocator at equal rows kept
 #   make mutate      deliberate bugs, each of which a test has to catch
 #   make ci          all that has to pass
 
@@ -13,7 +14,7 @@ JOBS ?= $(shell nproc)
 
 sources = git ls-files -z --cached --others --exclude-standard -- '*.hpp' '*.cpp' '*.cu' '*.cuh'
 
-.PHONY: bootstrap demo test bench codecs format check-format tidy mutate ci clean
+.PHONY: bootstrap demo test bench codecs selectors format check-format tidy mutate ci clean
 
 bootstrap:
 	@tools/bootstrap
@@ -40,6 +41,11 @@ codecs: bootstrap
 	cmake --preset release
 	cmake --build --preset release -j $(JOBS) --target kvt-llm
 	tools/codecs
+
+selectors: bootstrap
+	cmake --preset release
+	cmake --build --preset release -j $(JOBS) --target kvt-llm
+	tools/selectors
 
 format:
 	$(sources) | xargs -0 -r clang-format-14 -i
