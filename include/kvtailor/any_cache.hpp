@@ -13,12 +13,16 @@
 
 namespace kvt::inline v0 {
 
+class AnyAllocator;
+class AnySelector;
+
 // The calls of KvCache; see there.
 class AnyCache {
  public:
   virtual ~AnyCache() = default;
   virtual const Geometry& geometry() const noexcept = 0;
   virtual const CacheOptions& options() const noexcept = 0;
+  virtual Status set_policies(const AnyAllocator& allocator, const AnySelector& selector) noexcept = 0;
   virtual Status append(int layer, const float* keys, const float* values, std::span<const int> positions) noexcept = 0;
   virtual EvidenceSet needs() const noexcept = 0;
   virtual bool wants_queries() const noexcept = 0;

@@ -121,6 +121,31 @@ class KvCache {
     });
   }
 
+  // Takes other policies from here on: after prefill, say, for those that rows are chosen by while decoding. What was observed
+  // serves them as far as they look at it; what only they look at is collected from now on.
+  Status set_policies(Budget budget, Selector selector) noexcept {
+    KVT_TRY(check_layer(0));
+    const EvidenceSet wanted = needs_of(budget) | needs_of(selector);
+    KVT_TRY(detail::check_model(geometry_, options_, wanted));
+    if constexpr (requires { selector.check(); }) KVT_TRY(selector.check());
+    if constexpr (requires { budget.check(geometry_); }) KVT_TRY(budget.check(geometry_));
+    return guarded([&] {
+      const bool keeps = wanted.has(Evidence::window_queries);
+      const auto window = keeps ? static_cast<std::size_t>(window_of(selector)) : 0;
+      std::vector<QueryWindow> windows;
+      for (const Layer& layer : layers_) windows.push_back(layer.evidence.queries.resized(options_.memory, window));
+      for (std::size_t l = 0; l < layers_.size(); ++l) {
+        LayerEvidence& evidence = layers_[l].evidence;
+        evidence.queries = std::move(windows[l]);
+        if (!wanted.has(Evidence::query_moments)) evidence.statistics.release();
+        if (!wanted.has(Evidence::attention)) evidence.attention.clear();
+      }
+      budget_ = std::move(budget);
+      selector_ = std::move(selector);
+      return success();
+    });
+  }
+
   const Geometry& geometry() const noexcept { return geometry_; }
   const CacheOptions& options() const noexcept { return options_; }  // the memory resource as it was resolved
   const Codec& codec(int layer, int kv_head) const noexcept { return head(layer, kv_head).codec(); }

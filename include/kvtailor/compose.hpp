@@ -109,6 +109,9 @@ class Erased final : public AnyCache {
 
   const Geometry& geometry() const noexcept override { return cache_.geometry(); }
   const CacheOptions& options() const noexcept override { return cache_.options(); }
+  Status set_policies(const AnyAllocator& allocator, const AnySelector& selector) noexcept override {
+    return cache_.set_policies(allocator, selector);
+  }
   Status append(int layer, const float* keys, const float* values, std::span<const int> positions) noexcept override {
     return cache_.append(layer, keys, values, positions);
   }
@@ -293,14 +296,20 @@ MadeCache make_cache(const Composition& names, const Geometry& geometry, const C
   return detail::make_any_head_dim<KVT_HEAD_DIMS>(parsed, geometry, options);
 }
 
-// What the policies of a composition need; nothing for one that cannot be made.
-inline EvidenceSet needs_of(const Composition& names) {
+// The two policies that choose rows, of a composition's names; a message if there is something wrong with one.
+struct ParsedPolicies {
   AnyAllocator allocator;
   AnySelector selector;
-  if (!detail::parse_allocator(names.allocator, allocator).empty()) return {};
-  if (!detail::parse_selector(names.selector, selector).empty()) return {};
-  return allocator.active_needs() | selector.active_needs();
-}
+  std::string message;
+
+  explicit ParsedPolicies(const Composition& names) : message(detail::parse_allocator(names.allocator, allocator)) {
+    if (message.empty()) message = detail::parse_selector(names.selector, selector);
+  }
+  EvidenceSet needs() const { return message.empty() ? allocator.active_needs() | selector.active_needs() : EvidenceSet(); }
+};
+
+// What the policies of a composition need; nothing for one that cannot be made.
+inline EvidenceSet needs_of(const Composition& names) { return ParsedPolicies(names).needs(); }
 
 // For a program's help.
 inline std::string known_policies() {

@@ -48,6 +48,19 @@ kvt::CacheOptions told_of(const Model& model, const kvt::Composition& names, kvt
   return options;
 }
 
+std::pair<std::uint32_t, int> observed_by(const kvt::Composition& names) {
+  constexpr kvt::EvidenceSet collected = kvt::query_evidence | kvt::Evidence::reconstruction | kvt::Evidence::layer_similarity;
+  const kvt::ParsedPolicies policies(names);
+  const kvt::EvidenceSet seen(policies.needs().bits & collected.bits);
+  return {seen.bits, seen.has(kvt::Evidence::window_queries) ? policies.selector.window : 0};
+}
+
+void set_policies(kvt::AnyCache& cache, const kvt::Composition& names) {
+  const kvt::ParsedPolicies policies(names);
+  if (!policies.message.empty()) throw std::runtime_error(policies.message);
+  check(cache.set_policies(policies.allocator, policies.selector));
+}
+
 std::string known_policies() {
   return kvt::known_policies() +
          "                   mixed:FILE@BITS for a codec for each head, FILE from the command sensitivity\n";

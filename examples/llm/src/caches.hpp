@@ -5,6 +5,7 @@
 #pragma once
 
 #include <string>
+#include <utility>
 #include <vector>
 
 #include "kvtailor/any_cache.hpp"
@@ -19,6 +20,10 @@ std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const k
                                           const kvt::CacheOptions& options, std::vector<std::string> head_codecs = {});
 // The options with what the policies of a composition ask of the model, which has to outlive the cache.
 kvt::CacheOptions told_of(const Model& model, const kvt::Composition& names, kvt::CacheOptions options);
+// What the policies of a composition want a cache to collect, and how many queries; equal for those that one cache can serve.
+std::pair<std::uint32_t, int> observed_by(const kvt::Composition& names);
+// Gives a cache the allocator and the selector of a composition.
+void set_policies(kvt::AnyCache& cache, const kvt::Composition& names);
 std::string known_policies();
 
 // Throws unless success.

@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
+#include <map>
 #include <numeric>
 #include <sstream>
 #include <stdexcept>
@@ -241,12 +242,19 @@ class Benchmark {
     Summary mean;  // of the tasks that are solved
   };
 
+  // What is cut from one cache: methods that want the same observed of it.
+  struct Run {
+    const Method& method;
+    std::span<const Retention> retentions;
+  };
+
   void read_options();
+  std::vector<std::vector<Run>> groups() const;
   void check_context(int tokens) const;
   void make_prompts();
   json parameters() const;
   json key(const Prompt& prompt, const Method& method, const Retention& retention) const;
-  void run_method(const Prompt& prompt, const Method& method, std::span<const Retention> retentions, Progress& progress);
+  void run_group(const Prompt& prompt, const std::vector<Run>& group, Progress& progress);
   std::vector<Score> scores(const std::string& task, const Method& method, const Retention& retention,
                             std::optional<double> depth = {}) const;
   Row row(const Method& method, const Retention& retention) const;
@@ -353,42 +361,56 @@ json Benchmark::key(const Prompt& prompt, const Method& method, const Retention&
   return {prompt.question.task, prompt.question.number, method.text, retention.text};
 }
 
-// All retentions are cut from copies of one cache.
-void Benchmark::run_method(const Prompt& prompt, const Method& method, std::span<const Retention> retentions,
-                           Progress& progress) {
-  const bool known = std::all_of(retentions.begin(), retentions.end(),
-                                 [&](const auto& r) { return results_.find(key(prompt, method, r)) != nullptr; });
+std::vector<std::vector<Benchmark::Run>> Benchmark::groups() const {
+  std::map<std::pair<std::string, std::pair<std::uint32_t, int>>, std::vector<Run>> groups;
+  const auto add = [&](const Run& run) { groups[{run.method.names.codec, observed_by(run.method.names)}].push_back(run); };
+  add({full_cache, std::span(&everything, 1)});
+  for (const auto& method : methods_) add({method, retentions_});
+  std::vector<std::vector<Run>> all;
+  for (auto& [key, runs] : groups) all.push_back(std::move(runs));
+  return all;
+}
+
+void Benchmark::run_group(const Prompt& prompt, const std::vector<Run>& group, Progress& progress) {
   CountingResource memory;
   std::unique_ptr<kvt::AnyCache> whole;
-  if (!known) {
-    whole = make_counted_cache(method.names, *model_, o_.common.zones, memory);
+  const auto prefilled = [&]() -> const kvt::AnyCache& {
+    if (whole) return *whole;
+    kvt::CacheOptions told = o_.common.zones;
+    for (const auto& run : group) told = told_of(*model_, run.method.names, told);
+    whole = make_counted_cache(group.front().method.names, *model_, told, memory);
     prefill(*engine_, *whole, prompt.context, o_.common.chunk);
     if (wants_repetition(*whole)) repeat_context(*engine_, *whole, *tokenizer_, prompt.context, o_.common.chunk);
-  }
-  for (const auto& retention : retentions) {
-    const json name = key(prompt, method, retention);
-    if (results_.find(name) == nullptr) {
-      const long long before = measured_bytes(*whole, memory);
-      std::unique_ptr<kvt::AnyCache> cache;
-      check(whole->fork(cache));
-      retention.budget.apply(*cache);
-      const double rows = mean_rows(*cache);
-      const auto bytes = static_cast<double>(memory.outstanding() - before);
-      Score score = answer(*engine_, *cache, prompt);
-      score.rows_share = rows / static_cast<double>(prompt.context.size());
-      score.bytes = bytes;
-      results_.add(name, score.to_json());
+    return *whole;
+  };
+  for (const auto& [method, retentions] : group) {
+    for (const auto& retention : retentions) {
+      const json name = key(prompt, method, retention);
+      if (results_.find(name) == nullptr) {
+        const kvt::AnyCache& from = prefilled();
+        const long long before = measured_bytes(from, memory);
+        std::unique_ptr<kvt::AnyCache> cache;
+        check(from.fork(cache));
+        set_policies(*cache, method.names);
+        retention.budget.apply(*cache);
+        const double rows = mean_rows(*cache);
+        const auto bytes = static_cast<double>(memory.outstanding() - before);
+        Score score = answer(*engine_, *cache, prompt);
+        score.rows_share = rows / static_cast<double>(prompt.context.size());
+        score.bytes = bytes;
+        results_.add(name, score.to_json());
+      }
+      progress.advance(1);
     }
-    progress.advance(1);
   }
 }
 
 void Benchmark::run() {
   const auto runs = prompts_.size() * (1 + methods_.size() * retentions_.size());
   Progress progress("retrieve", static_cast<long long>(runs));
+  const auto all = groups();
   for (const auto& prompt : prompts_) {
-    run_method(prompt, full_cache, std::span(&everything, 1), progress);
-    for (const auto& method : methods_) run_method(prompt, method, retentions_, progress);
+    for (const auto& group : all) run_group(prompt, group, progress);
   }
   for (const auto& task : tasks_) solved_.push_back(Summary::of(scores(task, full_cache, everything)).exact.value >= 0.5);
 }

@@ -148,9 +148,9 @@ class LayerEvidence {
   }
   // Fills fresh evidence.
   void copy_to(LayerEvidence& other) const {
-    queries.copy_to(other.queries);
-    statistics.copy_to(other.statistics);
     auto* const memory = other.attention.get_allocator().resource();
+    other.queries = queries.resized(memory, queries.window());
+    statistics.copy_to(other.statistics);
     for (const auto& head : attention) {
       Buffer<RowAttention>& twin = other.attention.emplace_back(memory);
       twin.reserve(head.size());

@@ -17,6 +17,7 @@ class QueryWindow {
   explicit QueryWindow(std::pmr::memory_resource* memory) noexcept : queries_(memory), positions_(memory) {}
 
   std::size_t size() const noexcept { return size_; }
+  std::size_t window() const noexcept { return positions_.size(); }
   // Of the newest query, or -1.
   int last_position() const noexcept { return size_ == 0 ? -1 : positions_[slot(size_ - 1)]; }
   long long used_bytes() const noexcept { return static_cast<long long>(size_ * (width_ * sizeof(float) + sizeof(int))); }
@@ -40,6 +41,16 @@ class QueryWindow {
       positions_[to] = positions[i];
     }
   }
+  // What is kept of it by a window of another size: a twin that takes its place. Throws what the resource throws.
+  QueryWindow resized(std::pmr::memory_resource* memory, std::size_t window) const {
+    QueryWindow twin(memory);
+    if (size_ == 0 || window == 0) return twin;
+    std::vector<float> queries;
+    std::vector<int> positions;
+    unroll(queries, positions);
+    twin.push(queries.data(), positions, width_, window);
+    return twin;
+  }
   // Forgets the queries at `position` and after it.
   void truncate(int position) noexcept {
     while (size_ > 0 && last_position() >= position) --size_;
@@ -48,13 +59,6 @@ class QueryWindow {
     queries_.release();
     positions_.release();
     first_ = size_ = 0;
-  }
-  void copy_to(QueryWindow& other) const {
-    if (size_ == 0) return;
-    std::vector<float> queries;
-    std::vector<int> positions;
-    unroll(queries, positions);
-    other.push(queries.data(), positions, width_, positions_.size());
   }
   // Oldest first: queries [size, width] and positions [size].
   void unroll(std::vector<float>& queries, std::vector<int>& positions) const {
