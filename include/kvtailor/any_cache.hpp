@@ -7,6 +7,7 @@
 #include <memory>
 #include <span>
 #include <string>
+#include <vector>
 
 #include "kvtailor/attend/plan.hpp"
 #include "kvtailor/core/evidence.hpp"
@@ -37,6 +38,7 @@ class AnyCache {
     plan.clear();
     return add_to_plan(layer, queries, positions, attend, out, plan);
   }
+  virtual Status scores(double share, std::vector<float>& out) const noexcept = 0;
   virtual Status compress(Retain retain) noexcept = 0;
   virtual Status flush() noexcept = 0;
   virtual Status truncate(int position) noexcept = 0;

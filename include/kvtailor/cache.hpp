@@ -366,7 +366,9 @@ class KvCache {
       }
       std::vector<float> similarity;
       if (needs_of(budget_).has(Evidence::layer_similarity)) KVT_TRY(read_similarity(similarity));
-      BudgetRequest want{0, geometry_.num_layers, geometry_.num_kv_heads, seen, floor, {}, similarity};
+      std::vector<long long> appended;
+      for (const Layer& layer : layers_) appended.push_back(layer.appended());
+      BudgetRequest want{0, geometry_.num_layers, geometry_.num_kv_heads, seen, floor, {}, similarity, appended};
       const bool bytes = retain.unit == Retain::Unit::bytes;
       KVT_TRY(resolve_rows(retain, geometry_.num_heads(), rows, floor_rows, memory().total(), want.total));
       std::vector<float> scores;
@@ -375,7 +377,8 @@ class KvCache {
       } else {
         const double share = bytes ? retain.amount / static_cast<double>(memory().total())
                                    : static_cast<double>(want.total) / static_cast<double>(rows);
-        KVT_TRY(score(seen, floor, rows, share, scores));
+        KVT_TRY(score(share, scores));
+        protect(floor, scores);
         want.scores = scores;
         if (bytes) {
           KVT_TRY(fit_bytes(budget_, retain.amount, rows, floor_rows, want, keep,
@@ -398,6 +401,19 @@ class KvCache {
         layers_[l].evidence.used_up();
         layers_[l].cut(oldest_recent(l));
       }
+      return success();
+    });
+  }
+
+  // What the token selector gives each row if the share `share` of all is to be kept, heads one after another: what compress()
+  // goes by, but for the rows that always stay, which it puts above all.
+  Status scores(double share, std::vector<float>& out) const noexcept {
+    KVT_TRY(check_layer(0));
+    if (!(share >= 0 && share <= 1)) return error(Errc::bad_budget, "a share of {} is not between 0 and 1", share);
+    return guarded([&] {
+      std::vector<float> made;
+      KVT_TRY(score(share, made));
+      out = std::move(made);
       return success();
     });
   }
@@ -691,12 +707,15 @@ class KvCache {
     return success();
   }
 
-  // Scores of all heads, one after another; protected rows are above all.
-  Status score(std::span<const int> seen, std::span<const int> floor, std::int64_t rows, double share,
-               std::vector<float>& scores) const {
+  // Scores of all heads, one after another.
+  Status score(double share, std::vector<float>& scores) const {
     const EvidenceSet needs = needs_of(selector_);
-    scores.assign(static_cast<std::size_t>(rows), 0.f);
-    const auto longest = static_cast<std::size_t>(*std::max_element(seen.begin(), seen.end()));
+    std::size_t rows = 0, longest = 0;
+    for (const Head& store : heads_) {
+      rows += static_cast<std::size_t>(store.num_rows());
+      longest = std::max(longest, static_cast<std::size_t>(store.num_rows()));
+    }
+    scores.assign(rows, 0.f);
     std::vector<float> keys(needs.has(Evidence::keys) ? longest * head_dim : 0);
     std::vector<float> values(needs.has(Evidence::values) ? longest * head_dim : 0);
     std::vector<float> scratch(4 * (longest + head_dim)), queries, mean, covariance;
@@ -749,20 +768,25 @@ class KvCache {
         at += n;
       }
       if constexpr (JoinsHeads<Selector>) KVT_TRY(selector_.join({positions, layer_scores}));
-      for (std::size_t kv_head = 0; kv_head < heads; ++kv_head) {
-        const std::span<float> own = layer_scores[kv_head];
-        const auto h = static_cast<std::size_t>(l) * heads + kv_head;
-        const auto sinks = static_cast<std::size_t>(heads_[h].sink().rows());
-        const auto newest = own.size() - (static_cast<std::size_t>(floor[h]) - sinks);
-        for (std::size_t row = 0; row < own.size(); ++row) {
-          if (row < sinks || row >= newest) own[row] = std::numeric_limits<float>::infinity();
-          if (std::isnan(own[row])) {
-            return error(Errc::bad_policy, "the token selector gave row {} the score NaN", static_cast<double>(row));
-          }
-        }
+      for (const std::span<const float> own : layer_scores) {
+        const auto nan = std::find_if(own.begin(), own.end(), [](float x) { return std::isnan(x); });
+        if (nan == own.end()) continue;
+        return error(Errc::bad_policy, "the token selector gave row {} of a head of layer {} the score NaN",
+                     static_cast<double>(nan - own.begin()), l);
       }
     }
     return success();
+  }
+
+  // Rows that always stay are above all others.
+  void protect(std::span<const int> floor, std::vector<float>& scores) const {
+    float* at = scores.data();
+    for (std::size_t h = 0; h < heads_.size(); ++h) {
+      const int rows = heads_[h].num_rows(), sinks = heads_[h].sink().rows();
+      std::fill_n(at, sinks, std::numeric_limits<float>::infinity());
+      at += rows;
+      std::fill_n(at - (floor[h] - sinks), floor[h] - sinks, std::numeric_limits<float>::infinity());
+    }
   }
 
   // What the cache takes at most once heads keep so many rows: those with the highest scores [rows of all heads].

@@ -129,6 +129,7 @@ class Erased final : public AnyCache {
                      AttendPlan& plan) const noexcept override {
     return cache_.add_to_plan(layer, queries, positions, attend, out, plan);
   }
+  Status scores(double share, std::vector<float>& out) const noexcept override { return cache_.scores(share, out); }
   Status compress(Retain retain) noexcept override { return cache_.compress(retain); }
   Status flush() noexcept override { return cache_.flush(); }
   Status truncate(int position) noexcept override { return cache_.truncate(position); }
@@ -280,23 +281,7 @@ extern KVT_INSTANTIATE_HEAD_DIM(192);
 extern KVT_INSTANTIATE_HEAD_DIM(256);
 #endif
 
-// head_codecs [num_layers * num_kv_heads], or empty: the codec of each head, in the form of names.codec.
-// A template, since otherwise to include this is to compile every codec for every head dim.
-template <class = void>
-MadeCache make_cache(const Composition& names, const Geometry& geometry, const CacheOptions& options = {},
-                     std::span<const std::string> head_codecs = {}) {
-  detail::ParsedComposition parsed;
-  std::string wrong = detail::parse_allocator(names.allocator, parsed.allocator);
-  if (wrong.empty()) wrong = detail::parse_selector(names.selector, parsed.selector);
-  if (wrong.empty()) wrong = detail::parse_codecs(names.codec, parsed.codec);
-  for (const std::string& codec : head_codecs) {
-    if (wrong.empty()) wrong = detail::parse_codecs(codec, parsed.head_codecs.emplace_back());
-  }
-  if (!wrong.empty()) return {nullptr, error(Errc::bad_name, "unknown name or parameter of a policy"), wrong};
-  return detail::make_any_head_dim<KVT_HEAD_DIMS>(parsed, geometry, options);
-}
-
-// The two policies that choose rows, of a composition's names; a message if there is something wrong with one.
+// The two policies that choose rows, of a composition's names; a message if there is something wrong with them.
 struct ParsedPolicies {
   AnyAllocator allocator;
   AnySelector selector;
@@ -304,9 +289,30 @@ struct ParsedPolicies {
 
   explicit ParsedPolicies(const Composition& names) : message(detail::parse_allocator(names.allocator, allocator)) {
     if (message.empty()) message = detail::parse_selector(names.selector, selector);
+    const std::string_view wanted = allocator.made_for();
+    if (message.empty() && !wanted.empty() && full_name(names.selector) != wanted) {
+      message = names.allocator + " was made for the token selector " + std::string(wanted) + "; this one is " +
+                full_name(names.selector);
+    }
   }
   EvidenceSet needs() const { return message.empty() ? allocator.active_needs() | selector.active_needs() : EvidenceSet(); }
 };
+
+// head_codecs [num_layers * num_kv_heads], or empty: the codec of each head, in the form of names.codec.
+// A template, since otherwise to include this is to compile every codec for every head dim.
+template <class = void>
+MadeCache make_cache(const Composition& names, const Geometry& geometry, const CacheOptions& options = {},
+                     std::span<const std::string> head_codecs = {}) {
+  const ParsedPolicies policies(names);
+  detail::ParsedComposition parsed{policies.allocator, policies.selector, {}, {}};
+  std::string wrong = policies.message;
+  if (wrong.empty()) wrong = detail::parse_codecs(names.codec, parsed.codec);
+  for (const std::string& codec : head_codecs) {
+    if (wrong.empty()) wrong = detail::parse_codecs(codec, parsed.head_codecs.emplace_back());
+  }
+  if (!wrong.empty()) return {nullptr, error(Errc::bad_name, "unknown name or parameter of a policy"), wrong};
+  return detail::make_any_head_dim<KVT_HEAD_DIMS>(parsed, geometry, options);
+}
 
 // What the policies of a composition need; nothing for one that cannot be made.
 inline EvidenceSet needs_of(const Composition& names) { return ParsedPolicies(names).needs(); }

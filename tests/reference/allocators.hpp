@@ -325,20 +325,31 @@ inline Shares streaming_heads(const Asked& want, long long rows, const std::vect
   return shares;
 }
 
-// table [99, layers, heads]. LU-KV takes clamp(round(100 * share_dropped) - 1); a half is not sure.
+// table [steps, layers, heads], of rows that are not protected; nothing is dropped at step 0, all at the one after the last.
 inline Shares curve(const Asked& want, const std::vector<float>& table) {
-  const long long steps = static_cast<long long>(table.size() / want.size());
-  const long long rows = std::accumulate(want.seen.begin(), want.seen.end(), 0LL), dropped = rows - want.total;
-  long long step = rows > 0 ? (2 * (steps + 1) * dropped + rows) / (2 * rows) - 1 : 0;
-  const bool half = rows > 0 && (2 * (steps + 1) * dropped + rows) % (2 * rows) == 0;
-  step = std::min(std::max(step, 0LL), steps - 1);
-  std::vector<double> weight;
-  for (std::size_t h = 0; h < want.size(); ++h) {
-    const double own = double(table[static_cast<std::size_t>(step) * want.size() + h]);
-    weight.push_back(std::max(1e-9, (1 - own) * double(want.seen[h])));
+  const std::size_t heads = want.size(), steps = table.size() / heads;
+  std::vector<std::vector<double>> all(1, std::vector<double>(heads, 0));
+  for (std::size_t s = 0; s < steps; ++s)
+    all.emplace_back(table.begin() + long(s * heads), table.begin() + long((s + 1) * heads));
+  all.emplace_back(heads, 1);
+  all.emplace_back(heads, 1);
+  long long free = 0, total = want.total;
+  std::vector<long long> none(heads, 0), most;
+  for (std::size_t h = 0; h < heads; ++h) {
+    most.push_back(want.seen[h] - want.floor[h]);
+    free += most.back();
+    total -= want.floor[h];
   }
-  Shares shares = divide(want.total, weight, want.floor, want.seen);
-  shares.sure = shares.sure && !half;
+  const long long parts = free > 0 ? (free - total) * static_cast<long long>(steps + 1) : 0;
+  const auto step = static_cast<std::size_t>(free > 0 ? parts / free : 0);
+  const double part = free > 0 ? double(parts % free) / double(free) : 0;
+  std::vector<double> weight;
+  for (std::size_t h = 0; h < heads; ++h) {
+    const double own = (1 - part) * all[step][h] + part * all[step + 1][h];
+    weight.push_back(std::max(1e-9, (1 - own) * double(most[h])));
+  }
+  Shares shares = divide(total, weight, none, most);
+  for (std::size_t h = 0; h < heads; ++h) shares.rows[h] += want.floor[h], shares.ideal[h] += want.floor[h];
   return shares;
 }
 

@@ -34,6 +34,8 @@ class AnyAllocator {
   Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept {
     return policy_ ? policy_->allocate(want, keep) : none();
   }
+  // The selector whose scores it was made for, by its full name; empty if any will do.
+  std::string_view made_for() const noexcept { return policy_ ? policy_->made_for() : std::string_view(); }
 
  private:
   struct Interface {
@@ -41,6 +43,7 @@ class AnyAllocator {
     virtual EvidenceSet needs() const noexcept = 0;
     virtual Status check(const Geometry& shape) const noexcept = 0;
     virtual Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept = 0;
+    virtual std::string_view made_for() const noexcept = 0;
   };
   template <class Policy>
   struct Holder final : Interface {
@@ -52,6 +55,10 @@ class AnyAllocator {
     }
     Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept override {
       return policy.allocate(want, keep);
+    }
+    std::string_view made_for() const noexcept override {
+      if constexpr (requires { policy.selector; }) return policy.selector;
+      return {};
     }
     Policy policy;
   };

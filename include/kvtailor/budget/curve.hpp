@@ -3,15 +3,16 @@
 //
 // Curve: how many rows a head keeps was found out beforehand, for every budget.
 //
-// Rule:    a table says what share of its rows each head drops when i of steps + 1 parts are dropped on the whole; the nearest
-// i
-//          is taken, and what heads keep by it is scaled to the budget.
+// Rule:    a table says what share of its rows each head drops when i of steps + 1 parts are dropped on the whole, and between
+//          two steps what lies between. Rows that always stay are not counted; all others ever appended to a layer are, so that
+//          a cut of what an earlier one left leaves what one cut would have.
 // Needs:   the table, from a file.  Cost: O(heads log heads).
 // Source:  LU-KV, arXiv 2602.08585, whose tables [99, num_layers, num_kv_heads] are read as they are published (.npy): see
-//          read_table() in io/table.hpp. Its code scales within each layer.
+//          io/table.hpp. Its code takes the nearest step and scales within each layer. learn/marginal_utility.hpp makes tables.
 #pragma once
 
 #include <new>
+#include <string>
 #include <vector>
 
 #include "kvtailor/budget/apportion.hpp"
@@ -22,13 +23,22 @@ namespace kvt::inline v0 {
 
 struct Curve {
   static constexpr EvidenceSet needs = {};
-  std::vector<float> dropped;  // [steps, num_layers, num_kv_heads], 0 .. 1
+  std::vector<float> dropped;            // [steps, num_layers, num_kv_heads], 0 .. 1
+  int num_layers = 0, num_kv_heads = 0;  // of the model it was made for; 0: not known
+  std::string selector = {};             // it was made for, by its name with all parameters; empty: not known
 
   Status check(const Geometry& shape) const noexcept {
     const auto heads = static_cast<std::size_t>(shape.num_heads());
     if (dropped.empty() || dropped.size() % heads != 0) {
       return error(Errc::bad_shape, "the curve has {} numbers; it must have some for each of {} heads",
                    static_cast<double>(dropped.size()), shape.num_heads());
+    }
+    if (num_layers != 0 && num_layers != shape.num_layers) {
+      return error(Errc::bad_shape, "the curve is of a model with {} layers; this one has {}", num_layers, shape.num_layers);
+    }
+    if (num_kv_heads != 0 && num_kv_heads != shape.num_kv_heads) {
+      return error(Errc::bad_shape, "the curve is of a model with {} KV heads; this one has {}", num_kv_heads,
+                   shape.num_kv_heads);
     }
     for (const float share : dropped) {
       if (!(share >= 0 && share <= 1)) {
@@ -39,17 +49,31 @@ struct Curve {
     return success();
   }
   Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept try {
-    const auto steps = static_cast<double>(dropped.size() / keep.size());
+    const std::size_t heads = keep.size(), steps = dropped.size() / heads;
+    std::vector<double> weight(heads);
+    std::vector<std::int64_t> lower(heads, 0), upper(heads), share(heads);
+    std::int64_t total = want.total;
     double rows = 0;
-    for (const int n : want.seen) rows += n;
-    const double share = rows > 0 ? 1 - static_cast<double>(want.total) / rows : 0;
-    const double step = std::clamp(std::round(share * (steps + 1)), 1.0, steps);
-    const float* const table = dropped.data() + static_cast<std::size_t>(step - 1) * keep.size();
-    std::vector<double> weight(keep.size());
-    for (std::size_t h = 0; h < keep.size(); ++h) {
-      weight[h] = std::max(1e-9, (1 - static_cast<double>(table[h])) * want.seen[h]);
+    for (std::size_t h = 0; h < heads; ++h) {
+      const std::int64_t seen = want.seen[h], floor = want.floor[h];
+      const auto layer = h / static_cast<std::size_t>(want.num_kv_heads);
+      const std::int64_t ever = want.appended.empty() ? seen : std::max<std::int64_t>(seen, want.appended[layer]);
+      upper[h] = seen - floor;
+      weight[h] = static_cast<double>(ever - floor);
+      total -= floor;
+      rows += weight[h];
     }
-    apportion(want, weight, keep);
+    const double at = rows > 0 ? (1 - static_cast<double>(total) / rows) * static_cast<double>(steps + 1) : 0;
+    const auto step = std::min(static_cast<std::size_t>(std::max(0.0, at)), steps);
+    for (std::size_t h = 0; h < heads; ++h) {
+      // Nothing is dropped before the first step, and all after the last.
+      const auto row = [&](std::size_t s) { return static_cast<double>(dropped[(s - 1) * heads + h]); };
+      const double before = step == 0 ? 0 : row(step), after = step == steps ? 1 : row(step + 1);
+      weight[h] *= 1 - std::lerp(before, after, std::max(0.0, at) - static_cast<double>(step));
+      weight[h] = std::max(1e-9, weight[h]);
+    }
+    apportion(total, weight, lower, upper, share);
+    for (std::size_t h = 0; h < heads; ++h) keep[h] = static_cast<int>(want.floor[h] + share[h]);
     return success();
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while sharing out a budget");

@@ -110,10 +110,11 @@ struct BudgetRequest {
   std::int64_t total = 0;  // rows to keep over all heads
   int num_layers = 0;
   int num_kv_heads = 0;
-  std::span<const int> seen;               // [heads] rows there are
-  std::span<const int> floor;              // [heads] rows that stay whatever happens; floor <= seen
-  std::span<const float> scores;           // [sum of seen] scores of all heads, one head after another; protected rows +inf
-  std::span<const float> similarity = {};  // [layers] mean cosine of hidden states before and after attention
+  std::span<const int> seen;                 // [heads] rows there are
+  std::span<const int> floor;                // [heads] rows that stay whatever happens; floor <= seen
+  std::span<const float> scores;             // [sum of seen] scores of all heads, one head after another; protected rows +inf
+  std::span<const float> similarity = {};    // [layers] mean cosine of hidden states before and after attention
+  std::span<const long long> appended = {};  // [layers] rows ever, dropped ones too; empty: not known
 };
 
 }  // namespace kvt::inline v0

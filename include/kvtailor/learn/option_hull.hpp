@@ -13,7 +13,7 @@
 
 #include <algorithm>
 #include <cmath>
-#include <queue>
+#include <limits>
 #include <span>
 #include <vector>
 
@@ -30,8 +30,10 @@ inline std::vector<int> lower_hull(std::span<const Option> options) {
   std::vector<int> order(options.size());
   for (std::size_t i = 0; i < order.size(); ++i) order[i] = static_cast<int>(i);
   const auto at = [&](int i) { return options[static_cast<std::size_t>(i)]; };
-  std::stable_sort(order.begin(), order.end(),
-                   [&](int a, int b) { return at(a).cost != at(b).cost ? at(a).cost < at(b).cost : at(a).loss < at(b).loss; });
+  const auto before = [](const Option& a, const Option& b) { return a.cost != b.cost ? a.cost < b.cost : a.loss < b.loss; };
+  if (!std::is_sorted(options.begin(), options.end(), before)) {
+    std::stable_sort(order.begin(), order.end(), [&](int a, int b) { return before(at(a), at(b)); });
+  }
   std::vector<int> hull;
   for (const int i : order) {
     if (!hull.empty() && at(i).loss >= at(hull.back()).loss) continue;
@@ -103,44 +105,56 @@ inline Status pool_losses(std::span<std::vector<Option>> places, int group_size 
   return success();
 }
 
-// options[place]: not empty. chosen[place]: an index into options[place]. bad_budget if even the cheapest cost more.
-inline Status choose_options(std::span<const std::vector<Option>> options, double most, std::vector<int>& chosen) {
-  struct Step {
-    double gain, cost;  // of loss for each unit of cost; of the step
-    std::size_t place;
-    bool operator<(const Step& other) const { return gain != other.gain ? gain < other.gain : place > other.place; }
-  };
-  std::vector<std::vector<int>> hulls;
-  std::vector<std::size_t> where(options.size(), 0);
-  std::priority_queue<Step> steps;
-  double cost = 0;
-  const auto push = [&](std::size_t place) {
-    const auto& hull = hulls[place];
-    if (where[place] + 1 == hull.size()) return;
-    const Option from = options[place][static_cast<std::size_t>(hull[where[place]])];
-    const Option to = options[place][static_cast<std::size_t>(hull[where[place] + 1])];
-    steps.push({(from.loss - to.loss) / (to.cost - from.cost), to.cost - from.cost, place});
-  };
-  for (const auto& place : options) {
-    for (const Option& one : place) {
+// From one option of a place's hull to the next.
+struct HullStep {
+  double gain;  // of loss for each unit of cost
+  double cost;
+  std::size_t place;
+};
+
+// The first option of each place's hull, and the steps of all places, those that gain most first: along a place gains fall, so
+// that its steps stay in order. options[place]: not empty. O(n log n) for n options, O(n) at places whose costs increase.
+inline Status hull_steps(std::span<const std::vector<Option>> options, std::vector<std::vector<int>>& hulls,
+                         std::vector<HullStep>& steps) {
+  for (std::size_t place = 0; place < options.size(); ++place) {
+    const auto& own = options[place];
+    for (const Option& one : own) {
       if (!std::isfinite(one.cost) || !std::isfinite(one.loss)) {
         return error(Errc::bad_value, "an option has the cost {} and the loss {}; both must be finite", one.cost, one.loss);
       }
     }
-    if (place.empty()) return error(Errc::bad_shape, "place {} has no options", static_cast<double>(hulls.size()));
-    hulls.push_back(lower_hull(place));
-    cost += place[static_cast<std::size_t>(hulls.back().front())].cost;
+    if (own.empty()) return error(Errc::bad_shape, "place {} has no options", static_cast<double>(place));
+    const auto& hull = hulls.emplace_back(lower_hull(own));
+    double least = std::numeric_limits<double>::infinity();  // gains fall by the hull's making, but for rounding
+    for (std::size_t k = 1; k < hull.size(); ++k) {
+      const Option from = own[static_cast<std::size_t>(hull[k - 1])], to = own[static_cast<std::size_t>(hull[k])];
+      least = std::min(least, (from.loss - to.loss) / (to.cost - from.cost));
+      steps.push_back({least, to.cost - from.cost, place});
+    }
+  }
+  std::stable_sort(steps.begin(), steps.end(), [](const HullStep& a, const HullStep& b) { return a.gain > b.gain; });
+  return success();
+}
+
+// chosen[place]: an index into options[place]. bad_budget if even the cheapest cost more.
+inline Status choose_options(std::span<const std::vector<Option>> options, double most, std::vector<int>& chosen) {
+  std::vector<std::vector<int>> hulls;
+  std::vector<HullStep> steps;
+  KVT_TRY(hull_steps(options, hulls, steps));
+  double cost = 0;
+  for (std::size_t place = 0; place < options.size(); ++place) {
+    cost += options[place][static_cast<std::size_t>(hulls[place].front())].cost;
   }
   if (!(cost <= most))
     return error(Errc::bad_budget, "a limit of {} is below the {} that the cheapest options cost", most, cost);
-  for (std::size_t place = 0; place < options.size(); ++place) push(place);
-  while (!steps.empty()) {
-    const Step step = steps.top();
-    steps.pop();
-    if (cost + step.cost > most) continue;  // a smaller step elsewhere may still fit
+  std::vector<std::size_t> where(options.size(), 0);
+  std::vector<bool> done(options.size(), false);
+  for (const HullStep& step : steps) {
+    // Where a step does not fit none after it is taken; a smaller one elsewhere may still fit.
+    done[step.place] = done[step.place] || cost + step.cost > most;
+    if (done[step.place]) continue;
     cost += step.cost;
     ++where[step.place];
-    push(step.place);
   }
   chosen.clear();
   for (std::size_t place = 0; place < options.size(); ++place) chosen.push_back(hulls[place][where[place]]);

@@ -5,6 +5,7 @@
 #pragma once
 
 #include <algorithm>
+#include <charconv>
 #include <memory>
 
 #include "kvtailor/core/spec.hpp"
@@ -265,5 +266,38 @@ inline std::string parse_selector(std::string_view text, AnySelector& out) {
 }
 
 }  // namespace detail
+
+// The name of a selector with all its parameters, those that were left out too, in one order: texts that mean the same selector
+// have the same. A name that is not known stays as it is.
+inline std::string full_name(std::string_view text) {
+  detail::Spec spec(text);
+  const std::string_view all = known_selectors;
+  std::string name(spec.name);
+  // Where the name begins in the list; it ends with a bracket, a parenthesis, a comma or the end.
+  std::size_t at = 0;
+  const auto ends = [&](std::size_t i) { return i == all.size() || std::string_view("[(,;").find(all[i]) != all.npos; };
+  while ((at = all.find(spec.name, at)) != all.npos && !(ends(at + name.size()) && (at == 0 || all[at - 1] == ' '))) ++at;
+  if (at == all.npos || name.empty()) return std::string(text);
+  std::string_view defaults = all.substr(at + name.size());
+  defaults = defaults.starts_with("[:") ? defaults.substr(2, defaults.find(']') - 2) : std::string_view();
+  const auto plain = [](std::string_view value) {
+    if (value.find_first_not_of("0123456789") == value.npos) return std::string(value);
+    double x = 0;
+    const auto [end, failure] = std::from_chars(value.data(), value.data() + value.size(), x);
+    if (failure != std::errc() || end != value.data() + value.size()) return std::string(value);
+    char digits[32];
+    return std::string(digits, std::to_chars(digits, digits + sizeof digits, x).ptr);
+  };
+  for (std::string_view rest = defaults; !rest.empty();) {
+    const auto item = rest.substr(0, rest.find(','));
+    rest = item.size() < rest.size() ? rest.substr(item.size() + 1) : std::string_view();
+    std::string_view key = item.substr(0, item.find('=')), value = item.substr(key.size() + 1), given_key, given;
+    for (detail::Spec own(text); own.next(given_key, given);) {
+      if (given_key == key) value = given;
+    }
+    name += (name.size() == spec.name.size() ? ":" : ",") + std::string(key) + "=" + plain(value);
+  }
+  return spec.wraps ? name + "(" + full_name(spec.inner) + ")" : name;
+}
 
 }  // namespace kvt::inline v0

@@ -51,10 +51,21 @@ class WindowAttention {
   // f(mass) for each query head of the group: mass [rows], the softmax weights of a query over the rows it may see, summed over
   // the queries. Takes queries * rows floats. Uses the evidence's scratch memory.
   template <class F>
-  Status each_head(F&& f) const noexcept try {
+  Status each_head(F&& f) const noexcept {
+    float* const mass = seen_.scratch.data();
+    const int n = seen_.num_rows(), last = size() - 1;
+    return each_query([&](int, int w, int from, std::span<const float> weights) {
+      if (w == 0) std::fill(mass, mass + n, 0.f);
+      for (std::size_t i = 0; i < weights.size(); ++i) mass[static_cast<std::size_t>(from) + i] += weights[i];
+      if (w == last) f(mass);
+    });
+  }
+  // f(g, w, from, weights) for each query w of each query head g of the group: the softmax weights over the rows it may see,
+  // which are those from `from` on. Takes queries * rows floats.
+  template <class F>
+  Status each_query(F&& f) const noexcept try {
     const int n = seen_.num_rows(), dim = seen_.head_dim, many = size();
     const AttendOptions& attend = seen_.attend;
-    float* const mass = seen_.scratch.data();
     const float scale = attend.scale != 0 ? attend.scale : 1.f / std::sqrt(static_cast<float>(dim));
     std::vector<float> queries(static_cast<std::size_t>(many) * static_cast<std::size_t>(dim));
     std::vector<float> logits(static_cast<std::size_t>(many) * static_cast<std::size_t>(n));
@@ -65,9 +76,10 @@ class WindowAttention {
         for (int d = 0; d < dim; ++d) queries[static_cast<std::size_t>(w * dim + d)] = from[d] * scale;
       }
       multiply(queries.data(), many, logits.data());
-      std::fill(mass, mass + n, 0.f);
-      for (int w = 0; w < many; ++w) add_weights(w, logits.data() + static_cast<std::ptrdiff_t>(w) * n, mass);
-      f(mass);
+      for (int w = 0; w < many; ++w) {
+        const auto [from, weights] = weights_of(w, logits.data() + static_cast<std::ptrdiff_t>(w) * n);
+        f(g, w, from, weights);
+      }
     }
     return success();
   } catch (const std::bad_alloc&) {
@@ -94,14 +106,14 @@ class WindowAttention {
       for (; first < many; ++first) some.template operator()<1>(rows, row, first);
     }
   }
-  // Weights of query w, of its logits, which are used up.
-  void add_weights(int w, float* logits, float* mass) const noexcept {
+  // Weights of query w, in place of its logits, and the row they begin at.
+  std::pair<int, std::span<const float>> weights_of(int w, float* logits) const noexcept {
     const AttendOptions& attend = seen_.attend;
     const int position = seen_.window_positions[first_ + static_cast<std::size_t>(w)];
     const auto begin = seen_.positions.begin(), end = std::upper_bound(begin, seen_.positions.end(), position);
     const auto start = attend.window > 0 ? std::upper_bound(begin, end, position - attend.window) : begin;
     const int from = static_cast<int>(start - begin), count = static_cast<int>(end - start);
-    if (count == 0) return;
+    if (count == 0) return {from, {}};
     float* const x = logits + from;
     if (attend.soft_cap > 0) {
       for (int i = 0; i < count; ++i) x[i] = attend.soft_cap * std::tanh(x[i] / attend.soft_cap);
@@ -109,7 +121,8 @@ class WindowAttention {
     const float top = largest_of(x, count);
     for (int i = 0; i < count; ++i) x[i] = exp_nonpositive(x[i] - top);
     const float share = 1.f / sum_of(x, count);
-    for (int i = 0; i < count; ++i) mass[from + i] += x[i] * share;
+    for (int i = 0; i < count; ++i) x[i] *= share;
+    return {from, {x, static_cast<std::size_t>(count)}};
   }
 
   const HeadEvidence& seen_;
