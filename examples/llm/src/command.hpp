@@ -26,6 +26,7 @@ void add_parity(CLI::App& app);
 void add_bench(CLI::App& app);
 void add_sensitivity(CLI::App& app);
 void add_retrieve(CLI::App& app);
+void add_profile(CLI::App& app);
 
 struct Common {
   std::string model;

@@ -111,6 +111,46 @@ std::string script(const std::string& title, std::vector<Plot::Line> lines, doub
   return out.str();
 }
 
+std::string script(const std::string& title, const kvt::Table& dropped, const std::vector<std::vector<kvt::Option>>& losses) {
+  const std::size_t steps = dropped.shape[0], layers = dropped.shape[1], heads = dropped.shape[2];
+  const float* const row = dropped.numbers.data() + (steps * 4 / 5) * layers * heads;
+  std::ostringstream out, plot;
+  out << "set termoption noenhanced\nset multiplot layout 1,2 title " << quoted(title) << "\n"
+      << "$kept << END\n";
+  for (std::size_t l = 0; l < layers; ++l) {
+    for (std::size_t h = 0; h < heads; ++h) out << h << ' ' << l << ' ' << 100 * (1 - row[l * heads + h]) << '\n';
+  }
+  // Grey, so that it can be printed.
+  out << "END\nset title 'rows kept, %, of 20 % on average'\nset xlabel 'KV head'\nset ylabel 'layer'\n"
+      << "set xrange [-.5:" << heads << "-.5]\nset yrange [" << layers << "-.5:-.5]\nset xtics 1\nset cbrange [0:100]\n"
+      << "set palette gray negative\nplot $kept with image notitle\n";
+  // Heads with the most to lose, the least, and those between.
+  std::vector<std::size_t> order(losses.size());
+  for (std::size_t i = 0; i < order.size(); ++i) order[i] = i;
+  std::sort(order.begin(), order.end(), [&](auto a, auto b) { return losses[a].front().loss > losses[b].front().loss; });
+  out << "set title 'importance lost (points) and its lower hull (lines)'\nset xlabel 'rows kept, %'\nset ylabel ''\n"
+      << "set xrange [0:100]\nset autoscale y\nset xtics 20\nset logscale y\nset format y '%.0e'\n"
+      << "set grid xtics ytics linetype 1 linecolor rgb '#dddddd'\nset key top right\n";
+  for (std::size_t k = 0; k < 5; ++k) {
+    const std::size_t h = order[k * (order.size() - 1) / 4];
+    const auto& own = losses[h];
+    const double part = 100 / own.back().cost;
+    out << "$loss" << k << " << END\n";
+    for (std::size_t i = 0; i + 1 < own.size(); i += 10) out << own[i].cost * part << ' ' << own[i].loss << '\n';
+    out << "END\n$hull" << k << " << END\n";
+    for (const int i : kvt::lower_hull(own)) {
+      const auto& at = own[static_cast<std::size_t>(i)];
+      if (at.loss > 0) out << at.cost * part << ' ' << at.loss << '\n';
+    }
+    out << "END\n";
+    plot << (k == 0 ? "plot " : ", ") << "$loss" << k << " with points pointtype " << k + 4 << " pointsize .5 linecolor "
+         << k + 1 << " notitle, $hull" << k << " with lines linecolor " << k + 1 << " title 'layer " << h / heads << ", head "
+         << h % heads << "'";
+  }
+  out << plot.str() << "\nunset multiplot\n";
+  return out.str();
+}
+
 }  // namespace
 
 Plot::Plot(const std::string& path) : path_(fs::absolute(path).string()) {
@@ -131,6 +171,11 @@ void Plot::draw(const std::string& title, const std::vector<Point>& points) cons
 
 void Plot::draw(const std::string& title, std::vector<Line> lines, double full) const {
   run(script(title, std::move(lines), full));
+}
+
+void Plot::draw(const std::string& title, const kvt::Table& dropped,
+                const std::vector<std::vector<kvt::Option>>& losses) const {
+  run(script(title, dropped, losses));
 }
 
 void Plot::run(const std::string& script) const {

@@ -8,6 +8,9 @@
 #include <utility>
 #include <vector>
 
+#include "kvtailor/io/table.hpp"
+#include "kvtailor/learn/option_hull.hpp"
+
 namespace kvt_llm {
 
 class Plot {
@@ -27,6 +30,9 @@ class Plot {
   void draw(const std::string& title, const std::vector<Point>& points) const;
   // `full` is the exact match of the full cache.
   void draw(const std::string& title, std::vector<Line> lines, double full) const;
+  // A budget curve: what share of its rows each head keeps where a fifth of all is kept, by layer and head, and what heads lose
+  // by the rows they keep, before and after the hull is taken.
+  void draw(const std::string& title, const kvt::Table& dropped, const std::vector<std::vector<kvt::Option>>& losses) const;
 
  private:
   void run(const std::string& script) const;

@@ -19,7 +19,8 @@ void prefill(Engine& engine, kvt::AnyCache& cache, std::span<const int> tokens, 
   });
 }
 
-void repeat_context(Engine& engine, kvt::AnyCache& cache, const Tokenizer& tokenizer, std::span<const int> context, int chunk) {
+void repeat_context(Engine& engine, kvt::AnyCache& cache, const Tokenizer& tokenizer, std::span<const int> context, int chunk,
+                    const std::function<void()>& after_chunk) {
   constexpr std::size_t most = 2048, overlap = 8;
   const auto end = static_cast<int>(context.size());
   const auto request = [&](std::size_t at) {
@@ -46,6 +47,7 @@ void repeat_context(Engine& engine, kvt::AnyCache& cache, const Tokenizer& token
     in_chunks(static_cast<int>(tokens.size()), chunk, 0, [&](int first, int n) {
       engine.eval(cache, std::span(tokens).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), end + first,
                   Engine::Logits::last);
+      if (after_chunk) after_chunk();
     });
     check(cache.truncate(end));
   }

@@ -21,7 +21,8 @@ inline bool wants_repetition(const kvt::AnyCache& cache) { return cache.needs().
 
 // Lets the model read a request to repeat the context, and the context again, over the cache that holds it, in parts of 2,048
 // tokens or as many as its positions allow; what it saw before is forgotten, and the repetition is dropped again. Prompts are
-// those of KVzip, arXiv 2505.23416.
-void repeat_context(Engine& engine, kvt::AnyCache& cache, const Tokenizer& tokenizer, std::span<const int> context, int chunk);
+// those of KVzip, arXiv 2505.23416. after_chunk, if there is one, is called each time the model has read some of it.
+void repeat_context(Engine& engine, kvt::AnyCache& cache, const Tokenizer& tokenizer, std::span<const int> context, int chunk,
+                    const std::function<void()>& after_chunk = {});
 
 }  // namespace kvt_llm

@@ -16,6 +16,7 @@
 #include "engine.hpp"
 #include "plot.hpp"
 #include "prefill.hpp"
+#include "prompt.hpp"
 #include "results.hpp"
 #include "tasks.hpp"
 
@@ -59,21 +60,6 @@ Method parse_method(const std::string& text) {
   return {text, {part[0], part[1], part[2]}};
 }
 
-// A question as the model reads it.
-struct Prompt {
-  struct Target {
-    std::size_t token, answer;  // the token is (a part of) the answer
-  };
-  struct Reply {
-    std::vector<int> tokens;
-    std::vector<Target> targets;
-    std::size_t answers;
-  };
-  Question question;
-  std::vector<int> context, asked;  // what is in the cache when it is cut, and what comes before the reply
-  std::vector<Reply> replies;
-};
-
 struct Score {
   double exact = 0;     // all tokens of all answers are the most likely ones
   double partial = 0;   // share of the answers that are; of the tokens if there is one answer
@@ -83,45 +69,6 @@ struct Score {
   json to_json() const { return {exact, partial, log_prob, rows_share, bytes}; }
   static Score from(const json& j) { return {j.at(0), j.at(1), j.at(2), j.at(3), j.at(4)}; }
 };
-
-Prompt::Reply make_reply(const Tokenizer& tokenizer, const Response& response) {
-  Prompt::Reply reply{tokenizer.encode(response.text, false, false), {}, response.answers.size()};
-  std::size_t length = 0;
-  for (const int token : reply.tokens) length += tokenizer.decode(token).size();
-  // Some vocabularies put a blank before a text.
-  const std::size_t blank = length - response.text.size();
-  if (blank > 1) throw std::runtime_error("the model's tokens do not give back the text they were made of: " + response.text);
-  std::size_t end = 0;
-  for (std::size_t t = 0; t < reply.tokens.size(); ++t) {
-    const std::size_t begin = end;
-    end += tokenizer.decode(reply.tokens[t]).size();
-    for (std::size_t a = 0; a < reply.answers; ++a) {
-      if (begin < response.answers[a].end + blank && end > response.answers[a].begin + blank) reply.targets.push_back({t, a});
-    }
-  }
-  return reply;
-}
-
-Prompt make_prompt(const Tokenizer& tokenizer, Question question, bool question_aware) {
-  const std::string marker = "\x01";
-  // As in generate, only the template's own text is read as special tokens.
-  const std::string form = tokenizer.chat(marker);
-  const auto cut = form.find(marker);
-  if (cut == std::string::npos)
-    throw std::runtime_error("the chat template changes the message; the document cannot be put into it");
-  Prompt prompt;
-  const auto append = [](std::vector<int>& to, const std::vector<int>& tokens) {
-    to.insert(to.end(), tokens.begin(), tokens.end());
-  };
-  append(prompt.context, tokenizer.encode(form.substr(0, cut), true, true));
-  append(prompt.context, tokenizer.encode(question.document, false, false));
-  auto& asked = question_aware ? prompt.context : prompt.asked;
-  append(asked, tokenizer.encode("\n\n" + question.question, false, false));
-  append(asked, tokenizer.encode(form.substr(cut + marker.size()), false, true));
-  for (const auto& response : question.responses) prompt.replies.push_back(make_reply(tokenizer, response));
-  prompt.question = std::move(question);
-  return prompt;
-}
 
 double log_probability(std::span<const float> logits, int token) {
   const auto top = static_cast<double>(*std::max_element(logits.begin(), logits.end()));

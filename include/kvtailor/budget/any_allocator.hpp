@@ -15,7 +15,7 @@
 #include "kvtailor/budget/streaming_heads.hpp"
 #include "kvtailor/budget/uniform.hpp"
 #include "kvtailor/core/spec.hpp"
-#include "kvtailor/io/table.hpp"
+#include "kvtailor/io/policy_file.hpp"
 
 namespace kvt::inline v0 {
 
@@ -76,9 +76,10 @@ inline constexpr const char* known_allocators =
 namespace detail {
 
 // An empty message is success.
-inline std::string read_table_of(std::string_view policy, const std::string& path, Table& table) {
+template <class Read>
+std::string from_file(std::string_view policy, const std::string& path, Read&& read) {
   if (path.empty()) return std::string(policy) + " needs a file: " + std::string(policy) + ":file=PATH";
-  const Status status = read_table(path, table);
+  const Status status = read();
   return status.ok() ? std::string() : path + ": " + status.message();
 }
 
@@ -118,10 +119,13 @@ inline std::string parse_allocator(std::string_view text, AnyAllocator& out) {
       return key == "file" || (streams && key == "rows" && read_number(value, 0, 1 << 20, heads.rows));
     });
     Table table;
-    if (wrong.empty()) wrong = read_table_of(spec.name, path, table);
+    Curve curve;
+    if (wrong.empty()) {
+      wrong = from_file(spec.name, path, [&] { return streams ? read_table(path, table) : read_curve(path, curve); });
+    }
     if (!wrong.empty()) return wrong;
-    heads.gates = table.numbers;
-    out = streams ? AnyAllocator(std::move(heads)) : AnyAllocator(Curve{std::move(table.numbers)});
+    heads.gates = std::move(table.numbers);
+    out = streams ? AnyAllocator(std::move(heads)) : AnyAllocator(std::move(curve));
   } else {
     wrong = "unknown budget allocator \"" + std::string(spec.name) + "\"; known are " + known_allocators;
   }

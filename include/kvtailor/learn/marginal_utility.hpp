@@ -54,26 +54,31 @@ class LossPool {
  public:
   static constexpr int points = 1000;  // a share of rows is known to a thousandth
 
-  explicit LossPool(int heads) : curves_(static_cast<std::size_t>(heads), std::vector<Option>(points + 1)) {
-    for (auto& curve : curves_) {
-      for (std::size_t i = 0; i <= points; ++i) curve[i].cost = static_cast<double>(i);
-    }
-  }
+  explicit LossPool(int heads) : losses_(static_cast<std::size_t>(heads) * (points + 1), 0.f) {}
   // losses as retention_losses() gives them.
   void add(int head, std::span<const Option> losses) {
-    auto& curve = curves_[static_cast<std::size_t>(head)];
+    float* const to = losses_.data() + static_cast<std::ptrdiff_t>(head) * (points + 1);
     const auto n = static_cast<double>(losses.size() - 1);
-    for (std::size_t i = 0; i <= points; ++i) {
-      const double at = n * static_cast<double>(i) / points;
+    for (int i = 0; i <= points; ++i) {
+      const double at = n * i / points;
       const auto below = static_cast<std::size_t>(at), above = std::min(below + 1, losses.size() - 1);
-      curve[i].loss += std::lerp(losses[below].loss, losses[above].loss, at - static_cast<double>(below));
+      to[i] += static_cast<float>(std::lerp(losses[below].loss, losses[above].loss, at - static_cast<double>(below)));
     }
   }
+  // [heads, points + 1]: what was added, which is all there is to know.
+  std::vector<float>& losses() { return losses_; }
   // [heads]: options of 0 .. points thousandths of the rows.
-  std::span<const std::vector<Option>> curves() const { return curves_; }
+  std::vector<std::vector<Option>> curves() const {
+    std::vector<std::vector<Option>> all(losses_.size() / (points + 1), std::vector<Option>(points + 1));
+    for (std::size_t i = 0; i < losses_.size(); ++i) {
+      const std::size_t at = i % (points + 1);
+      all[i / (points + 1)][at] = {static_cast<double>(at), static_cast<double>(losses_[i])};
+    }
+    return all;
+  }
 
  private:
-  std::vector<std::vector<Option>> curves_;
+  std::vector<float> losses_;
 };
 
 // What each place is given of each of several totals, which increase, so that the sum of losses along the hulls is least:

@@ -1,0 +1,475 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// kvt-llm profile: finds out on texts how many rows each head should keep, for every budget, and writes a curve that the budget
+// allocator "curve" reads. What rows matter is seen while the model repeats a text, or answers questions about it.
+#include <cmath>
+#include <cstdio>
+#include <filesystem>
+#include <fstream>
+#include <map>
+#include <numeric>
+#include <random>
+#include <stdexcept>
+
+#include "command.hpp"
+#include "engine.hpp"
+#include "kvtailor/budget/any_allocator.hpp"
+#include "kvtailor/io/policy_file.hpp"
+#include "kvtailor/learn/importance.hpp"
+#include "kvtailor/learn/marginal_utility.hpp"
+#include "kvtailor/select/any_selector.hpp"
+#include "plot.hpp"
+#include "prefill.hpp"
+#include "prompt.hpp"
+
+namespace kvt_llm {
+
+namespace {
+
+using nlohmann::json;
+
+struct Options {
+  Common common;
+  std::vector<std::string> texts, selectors, outs, plots, tasks;
+  std::string questions, resume;
+  int samples = 16;
+  Tasks::Options make;
+  bool mean = false, average = false, per_layer = false;
+};
+
+// A text, and what the model goes on with, whose queries show what it needs; the text itself if that is empty.
+struct Sample {
+  std::vector<int> context, asked, reply;
+};
+
+class Profile {
+ public:
+  explicit Profile(const Options& o);
+  void run();
+  void report() const;
+
+ private:
+  // What was found out for one selector: losses of heads, and the tables of single texts.
+  struct Found {
+    kvt::LossPool pool;
+    std::vector<float> tables;
+  };
+
+  std::vector<Sample> from_texts() const;
+  std::vector<Sample> from_questions() const;
+  std::vector<Sample> from_tasks() const;
+  Sample answered(Question question) const;
+  void check_sample(const Sample& sample) const;
+  json parameters() const;
+  void load();
+  void save(int done) const;
+  std::vector<float> see_importance(kvt::AnyCache& cache, const Sample& sample) const;
+  void learn(const Sample& sample);
+  kvt::Table table_of(std::size_t selector) const;
+  double predicted_loss(std::size_t selector, const std::vector<float>& dropped) const;
+
+  const kvt::Geometry& shape() const { return shape_; }
+  // Rows of a text that a cut may drop, from the first on.
+  int first_free() const { return o_.common.zones.sink_rows; }
+  int free_rows(std::size_t rows) const {
+    return static_cast<int>(rows) - o_.common.zones.sink_rows - o_.common.zones.recent_rows;
+  }
+
+  const Options& o_;
+  std::optional<Tokenizer> tokenizer_;
+  std::optional<Model> model_;
+  mutable std::optional<Engine> engine_;
+  kvt::Geometry shape_;
+  std::vector<Plot> plots_;
+  std::vector<Sample> samples_;
+  std::vector<Found> found_;
+  int done_ = 0;
+};
+
+constexpr int steps = 99;
+
+// Whatever can be refused is refused before minutes are spent.
+Profile::Profile(const Options& o) : o_(o) {
+  if (o.selectors.size() != o.outs.size())
+    throw std::runtime_error("each --selector needs its own --out, and the other way round");
+  if (!o.plots.empty() && o.plots.size() != o.outs.size())
+    throw std::runtime_error("there is one --plot for each --out, or none");
+  if (!o.questions.empty() && (!o.tasks.empty() || !o.texts.empty()))
+    throw std::runtime_error("--questions has texts of its own: give neither --text nor --tasks beside it");
+  if (o.questions.empty() && o.texts.empty()) throw std::runtime_error("give --text or --questions to learn from");
+  for (const auto& path : o.plots) plots_.emplace_back(path);
+  const std::string& path = o.common.model_path();
+  tokenizer_.emplace(path);
+  model_.emplace(path);
+  shape_ = model_->parameters().geometry();
+  for (const auto& selector : o.selectors) {
+    const kvt::Composition names{"uniform", selector, "fp16"};
+    make_cache(names, shape_, told_of(*model_, names, o.common.zones));
+  }
+  samples_ = !o.questions.empty() ? from_questions() : o.tasks.empty() ? from_texts() : from_tasks();
+  for (const Sample& sample : samples_) check_sample(sample);
+  const auto heads = static_cast<std::size_t>(shape_.num_heads());
+  for (std::size_t s = 0; s < o.selectors.size(); ++s) {
+    found_.push_back({kvt::LossPool(shape_.num_heads()), std::vector<float>(steps * heads)});
+  }
+  if (!o.resume.empty()) load();
+  engine_.emplace(*model_, o.common.threads);
+}
+
+// Pieces of the texts, of each in turn, from anywhere in it.
+std::vector<Sample> Profile::from_texts() const {
+  std::vector<Sample> samples;
+  std::vector<std::vector<int>> texts;
+  for (const auto& path : o_.texts) {
+    texts.push_back(tokenizer_->encode(read_file(path), false, false));
+    if (static_cast<int>(texts.back().size()) < o_.make.tokens) {
+      throw std::runtime_error(path + " has " + std::to_string(texts.back().size()) + " tokens; --tokens " +
+                               std::to_string(o_.make.tokens) + " are wanted of it");
+    }
+  }
+  std::mt19937_64 random(o_.make.seed);
+  for (int i = 0; i < o_.samples; ++i) {
+    const auto& text = texts[static_cast<std::size_t>(i) % texts.size()];
+    const auto first = random() % (text.size() - static_cast<std::size_t>(o_.make.tokens) + 1);
+    Sample& sample = samples.emplace_back();
+    // As a prompt begins: with the token that begins a text, where the model has one.
+    sample.context = tokenizer_->encode("", true, false);
+    sample.context.insert(sample.context.end(), text.begin() + static_cast<std::ptrdiff_t>(first),
+                          text.begin() + static_cast<std::ptrdiff_t>(first) + o_.make.tokens);
+  }
+  return samples;
+}
+
+Sample Profile::answered(Question question) const {
+  Prompt prompt = make_prompt(*tokenizer_, std::move(question), false);
+  return {std::move(prompt.context), std::move(prompt.asked), std::move(prompt.replies.front().tokens)};
+}
+
+// Lines of JSON: {"context": "..", "question": "..", "answer": ".."}.
+std::vector<Sample> Profile::from_questions() const {
+  std::vector<Sample> samples;
+  std::ifstream stream(o_.questions);
+  if (!stream) throw std::runtime_error("cannot read the questions " + o_.questions);
+  int number = 0;
+  for (std::string line; std::getline(stream, line) && static_cast<int>(samples.size()) < o_.samples;) {
+    ++number;
+    if (line.find_first_not_of(" \t\r") == line.npos) continue;
+    const json one = json::parse(line, nullptr, false);
+    const auto text = [&](const char* name) {
+      if (one.is_object() && one.contains(name) && one[name].is_string() && one[name] != "")
+        return one[name].get<std::string>();
+      throw std::runtime_error(o_.questions + ", line " + std::to_string(number) +
+                               ": an object with the texts context, question and answer is wanted, and " + name +
+                               " is missing or empty");
+    };
+    Question question;
+    question.document = text("context");
+    question.question = text("question");
+    Response& response = question.responses.emplace_back();
+    response.text = text("answer");
+    response.answers.push_back({0, response.text.size()});
+    samples.push_back(answered(std::move(question)));
+  }
+  if (samples.empty()) throw std::runtime_error("there is no question in " + o_.questions);
+  return samples;
+}
+
+// Questions that are made of the texts, of each task in turn.
+std::vector<Sample> Profile::from_tasks() const {
+  const auto& known = Tasks::names();
+  for (const auto& task : o_.tasks) {
+    if (std::find(known.begin(), known.end(), task) != known.end()) continue;
+    std::string names;
+    for (const auto& name : known) names += (names.empty() ? "" : ", ") + name;
+    throw std::runtime_error("there is no task \"" + task + "\"; known: " + names);
+  }
+  std::string all;
+  for (const auto& path : o_.texts) all += read_file(path) + "\n";
+  const Haystack haystack(*tokenizer_, all);
+  const Tasks tasks(haystack, o_.make);
+  std::vector<Sample> samples;
+  for (int i = 0; i < o_.samples; ++i) {
+    const auto kinds = static_cast<int>(o_.tasks.size());
+    samples.push_back(answered(tasks.make(o_.tasks[static_cast<std::size_t>(i % kinds)], i / kinds)));
+  }
+  return samples;
+}
+
+void Profile::check_sample(const Sample& sample) const {
+  const auto rows = sample.context.size(), all = rows + sample.asked.size() + sample.reply.size();
+  const int context = model_->parameters().context;
+  if (free_rows(rows) < 1) {
+    throw std::runtime_error("a text has " + std::to_string(rows) + " tokens, all of which are sink or recent rows");
+  }
+  if (static_cast<int>(all) >= context) {
+    throw std::runtime_error("a text and what comes after it take " + std::to_string(all) + " tokens; the model's context is " +
+                             std::to_string(context));
+  }
+}
+
+json Profile::parameters() const {
+  std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+  for (const Sample& sample : samples_) {
+    for (const auto* part : {&sample.context, &sample.asked, &sample.reply}) {
+      for (const int token : *part) hash = (hash ^ static_cast<std::uint64_t>(token)) * 0x100000001b3;
+    }
+  }
+  json selectors;
+  for (const auto& name : o_.selectors) selectors.push_back(kvt::full_name(name));
+  const std::filesystem::path model = o_.common.model_path();
+  return {{"model", model.filename().string()},
+          {"samples", std::to_string(hash)},
+          {"selectors", selectors},
+          {"chunk", o_.common.chunk},
+          {"sink", o_.common.zones.sink_rows},
+          {"mean", o_.mean},
+          {"block", o_.common.zones.block_rows},
+          {"recent", o_.common.zones.recent_rows},
+          {"per_layer", o_.per_layer}};
+}
+
+void Profile::load() {
+  if (!std::filesystem::exists(o_.resume)) return;
+  kvt::TensorFile file;
+  check(kvt::read_safetensors(o_.resume, file));
+  if (file.metadata["format"] != "kvt-llm profile 1" || file.metadata["parameters"] != parameters().dump()) {
+    throw std::runtime_error("the file " + o_.resume + " is of another profile: other samples, selectors or options");
+  }
+  for (std::size_t s = 0; s < found_.size(); ++s) {
+    auto& losses = file.tensors["losses." + std::to_string(s)].numbers;
+    auto& tables = file.tensors["tables." + std::to_string(s)].numbers;
+    if (losses.size() != found_[s].pool.losses().size() || tables.size() != found_[s].tables.size()) {
+      throw std::runtime_error("the file " + o_.resume + " does not hold what its header says");
+    }
+    found_[s].pool.losses() = std::move(losses);
+    found_[s].tables = std::move(tables);
+  }
+  done_ = std::clamp(std::atoi(file.metadata["done"].c_str()), 0, static_cast<int>(samples_.size()));
+}
+
+void Profile::save(int done) const {
+  if (o_.resume.empty()) return;
+  kvt::TensorFile file;
+  file.metadata = {{"format", "kvt-llm profile 1"}, {"parameters", parameters().dump()}, {"done", std::to_string(done)}};
+  for (std::size_t s = 0; s < found_.size(); ++s) {
+    const auto& losses = found_[s].pool.losses();
+    const auto& tables = found_[s].tables;
+    file.tensors["losses." + std::to_string(s)] = {{losses.size()}, losses};
+    file.tensors["tables." + std::to_string(s)] = {{tables.size()}, tables};
+  }
+  check(kvt::write_safetensors(o_.resume, file, kvt::FloatType::fp32));
+}
+
+// [heads, rows of the context]: what rows of a cache that holds the context give to what comes then, each layer divided by what
+// its values are through the output projection.
+std::vector<float> Profile::see_importance(kvt::AnyCache& cache, const Sample& sample) const {
+  const std::size_t rows = sample.context.size(), heads = static_cast<std::size_t>(shape_.num_heads());
+  const auto kv_heads = static_cast<std::size_t>(shape_.num_kv_heads);
+  const kvt::AnyAllocator uniform(kvt::Uniform{});
+  std::vector<float> importance(heads * rows, 0.f), scores;
+  std::vector<double> whole(static_cast<std::size_t>(shape_.num_layers), 0);
+  check(cache.set_policies(uniform, kvt::AnySelector(kvt::OutputNorm{})));
+  check(cache.scores(1, scores));
+  for (std::size_t i = 0; i < scores.size(); ++i) whole[i / (kv_heads * rows)] += static_cast<double>(scores[i]);
+
+  const auto over = o_.mean ? kvt::OverQueries::sum : kvt::OverQueries::largest;
+  check(cache.set_policies(uniform, kvt::AnySelector(kvt::OracleImportance{o_.common.chunk, over})));
+  cache.forget();
+  const auto look = [&] {
+    check(cache.scores(1, scores));
+    const std::size_t now = scores.size() / heads;  // the context's rows and those that came after
+    for (std::size_t i = 0; i < importance.size(); ++i) {
+      const float seen = scores[i / rows * now + i % rows];
+      importance[i] = o_.mean ? importance[i] + seen : std::max(importance[i], seen);
+    }
+    cache.forget();
+  };
+  if (sample.reply.empty()) {
+    repeat_context(*engine_, cache, *tokenizer_, sample.context, o_.common.chunk, look);
+  } else {
+    auto at = static_cast<int>(rows);
+    // The step that makes the first token of the answer is that of the question's last one.
+    const std::span<const int> asked(sample.asked), question = asked.first(asked.size() - 1);
+    in_chunks(static_cast<int>(question.size()), o_.common.chunk, 0, [&](int first, int n) {
+      engine_->eval(cache, question.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), at + first,
+                    Engine::Logits::last);
+    });
+    cache.forget();
+    at += static_cast<int>(question.size());
+    std::vector<int> reply = {asked.back()};
+    reply.insert(reply.end(), sample.reply.begin(), sample.reply.end() - 1);
+    in_chunks(static_cast<int>(reply.size()), o_.common.chunk, 0, [&](int first, int n) {
+      engine_->eval(cache, std::span<const int>(reply).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)),
+                    at + first, Engine::Logits::last);
+      look();
+    });
+  }
+  for (std::size_t i = 0; i < importance.size(); ++i) {
+    const double all = whole[i / (kv_heads * rows)];
+    importance[i] = all > 0 ? static_cast<float>(static_cast<double>(importance[i]) / all) : 0.f;
+  }
+  return importance;
+}
+
+void Profile::learn(const Sample& sample) {
+  const std::size_t rows = sample.context.size(), heads = static_cast<std::size_t>(shape_.num_heads());
+  std::vector<std::vector<float>> scores(o_.selectors.size());
+  std::map<std::pair<std::uint32_t, int>, std::vector<std::size_t>> groups;
+  for (std::size_t s = 0; s < o_.selectors.size(); ++s) {
+    groups[observed_by({"uniform", o_.selectors[s], "fp16"})].push_back(s);
+  }
+  std::unique_ptr<kvt::AnyCache> cache;
+  for (const auto& [observed, group] : groups) {
+    kvt::CacheOptions told = told_of(*model_, {"uniform", "sink_recent", "fp16"}, o_.common.zones);
+    told.output_projections = model_->output_projections();
+    cache = make_cache({"uniform", o_.selectors[group.front()], "fp16"}, shape_, told);
+    prefill(*engine_, *cache, sample.context, o_.common.chunk);
+    if (wants_repetition(*cache)) repeat_context(*engine_, *cache, *tokenizer_, sample.context, o_.common.chunk);
+    for (const std::size_t s : group) {
+      set_policies(*cache, {"uniform", o_.selectors[s], "fp16"});
+      check(cache->scores(0.2, scores[s]));  // the share matters to selectors that choose in stages; the paper's own
+    }
+  }
+  const std::vector<float> importance = see_importance(*cache, sample);
+  const auto first = static_cast<std::size_t>(first_free()), n = static_cast<std::size_t>(free_rows(rows));
+  for (std::size_t s = 0; s < found_.size(); ++s) {
+    kvt::LossPool own(shape_.num_heads());
+    std::vector<kvt::Option> losses;
+    for (std::size_t h = 0; h < heads; ++h) {
+      const auto part = [&](const std::vector<float>& all) { return std::span(all).subspan(h * rows + first, n); };
+      check(kvt::retention_losses(part(scores[s]), part(importance), losses));
+      own.add(static_cast<int>(h), losses);
+    }
+    kvt::Table table;
+    check(kvt::utility_table(own.curves(), shape_.num_layers, {steps, o_.per_layer}, table));
+    for (std::size_t i = 0; i < table.numbers.size(); ++i) found_[s].tables[i] += table.numbers[i];
+    for (std::size_t i = 0; i < own.losses().size(); ++i) found_[s].pool.losses()[i] += own.losses()[i];
+  }
+}
+
+void Profile::run() {
+  Progress progress("profile", static_cast<long long>(samples_.size()));
+  progress.advance(done_);
+  for (; done_ < static_cast<int>(samples_.size()); progress.advance(1)) {
+    learn(samples_[static_cast<std::size_t>(done_)]);
+    save(++done_);
+  }
+}
+
+kvt::Table Profile::table_of(std::size_t s) const {
+  kvt::Table table;
+  check(kvt::utility_table(found_[s].pool.curves(), shape_.num_layers, {steps, o_.per_layer}, table));
+  if (o_.average) {
+    for (std::size_t i = 0; i < table.numbers.size(); ++i) {
+      table.numbers[i] = std::clamp(found_[s].tables[i] / static_cast<float>(samples_.size()), 0.f, 1.f);
+    }
+  }
+  return table;
+}
+
+// Of the importance of all rows, what is lost where heads drop such shares [heads].
+double Profile::predicted_loss(std::size_t s, const std::vector<float>& dropped) const {
+  double lost = 0, all = 0;
+  const auto curves = found_[s].pool.curves();
+  for (std::size_t h = 0; h < curves.size(); ++h) {
+    const double kept = (1 - static_cast<double>(dropped[h])) * kvt::LossPool::points;
+    const auto below = static_cast<std::size_t>(kept), above = std::min(below + 1, curves[h].size() - 1);
+    lost += std::lerp(curves[h][below].loss, curves[h][above].loss, kept - static_cast<double>(below));
+    all += curves[h].front().loss;
+  }
+  return all > 0 ? lost / all : 0;
+}
+
+void Profile::report() const {
+  FILE* const out = o_.common.text();
+  const auto heads = static_cast<std::size_t>(shape_.num_heads());
+  json results = json::array();
+  std::size_t tokens = 0;
+  for (const Sample& sample : samples_) tokens += sample.context.size();
+  std::string data;
+  for (const auto& path : o_.questions.empty() ? o_.texts : std::vector<std::string>{o_.questions}) {
+    data += (data.empty() ? "" : ", ") + std::filesystem::path(path).filename().string();
+  }
+  std::string importance = o_.questions.empty() && o_.tasks.empty() ? "repetition of the text" : "answers to questions";
+  for (const auto& task : o_.tasks) importance += (&task == o_.tasks.data() ? ": " : ", ") + task;
+  std::fprintf(out, "%zu texts, %zu tokens on average; %s\n", samples_.size(), tokens / samples_.size(), importance.c_str());
+  std::fprintf(out, "lost of all importance, as these texts would have it, where heads keep equal shares and by the curve:\n");
+  std::fprintf(out, "%-28s", "selector");
+  for (const int kept : {50, 25, 15, 10}) std::fprintf(out, "  %9d %% kept", kept);
+  std::fprintf(out, "\n");
+  for (std::size_t s = 0; s < found_.size(); ++s) {
+    const kvt::Table table = table_of(s);
+    kvt::Curve curve{table.numbers, shape_.num_layers, shape_.num_kv_heads, kvt::full_name(o_.selectors[s])};
+    check(curve.check(shape_));
+    check(kvt::write_curve(
+        o_.outs[s], curve,
+        {{"model", std::filesystem::path(o_.common.model_path()).filename().string()},
+         {"head_dim", std::to_string(shape_.head_dim)},
+         {"num_q_heads", std::to_string(shape_.num_q_heads)},
+         {"data", data},
+         {"importance", importance + (o_.mean ? ", mean over queries" : ", largest over queries")},
+         {"samples", std::to_string(samples_.size()) + " of " + std::to_string(tokens / samples_.size()) + " tokens"},
+         {"seed", std::to_string(o_.make.seed)},
+         {"sink_rows", std::to_string(o_.common.zones.sink_rows)},
+         {"recent_rows", std::to_string(o_.common.zones.recent_rows)},
+         {"shared", std::string(o_.per_layer ? "within each layer" : "over all layers") +
+                        (o_.average ? ", tables of texts averaged" : ", losses of texts added")},
+         {"source", "LU-KV, arXiv 2602.08585"}}));
+    std::fprintf(out, "%-28s", o_.selectors[s].c_str());
+    json result = {{"selector", curve.selector}, {"file", o_.outs[s]}};
+    for (const int kept : {50, 25, 15, 10}) {
+      const float* const row = table.numbers.data() + (steps - static_cast<std::size_t>(kept)) * heads;
+      const double even = predicted_loss(s, std::vector<float>(heads, 1 - static_cast<float>(kept) / 100)),
+                   own = predicted_loss(s, std::vector<float>(row, row + heads));
+      std::fprintf(out, "  %6.2f %6.2f", 100 * even, 100 * own);
+      result["lost"].push_back({{"kept", kept}, {"equal_shares", even}, {"curve", own}});
+    }
+    std::fprintf(out, "\n");
+    results.push_back(result);
+    if (!plots_.empty()) {
+      plots_[s].draw(o_.selectors[s] + ", " + data + ": " + importance, table, found_[s].pool.curves());
+    }
+  }
+  json result = parameters();
+  result["importance"] = importance;
+  result["results"] = results;
+  o_.common.write(result);
+}
+
+}  // namespace
+
+void add_profile(CLI::App& app) {
+  const auto o = std::make_shared<Options>();
+  auto* const command = app.add_subcommand("profile", "find out how many rows each head should keep, for the allocator curve");
+  o->common.add(*command, 256);
+  command->add_option("--selector", o->selectors, "token selector by whose scores rows will be kept; repeat for more")
+      ->required();
+  command->add_option("--out", o->outs, "curve file, safetensors, for the --selector in the same place")->required();
+  command->add_option("--text", o->texts, "text file; repeat for more");
+  command->add_option("--questions", o->questions,
+                      "lines of JSON with the texts context, question and answer: rows matter that answers look at. "
+                      "Without it and --tasks, rows matter that the model needs to repeat the text");
+  std::string known;
+  for (const auto& name : Tasks::names()) known += (known.empty() ? "" : ", ") + name;
+  command->add_option("--tasks", o->tasks, "questions made of the texts: " + known)->delimiter(',');
+  command->add_option("--samples", o->samples, "pieces of the texts, or questions")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  command->add_option("--tokens", o->make.tokens, "length of a piece")->capture_default_str()->check(CLI::Range(50, 1 << 20));
+  command->add_option("--seed", o->make.seed, "where pieces are, and what questions are")->capture_default_str();
+  command->add_flag("--mean", o->mean, "what rows give to queries is added instead of the largest taken");
+  command->add_flag("--average", o->average,
+                    "average the tables of single texts, as published, instead of adding their losses");
+  command->add_flag("--per-layer", o->per_layer, "every layer keeps as much as any other");
+  command->add_option("--resume", o->resume, "file that keeps what each text showed, and from which the next run goes on");
+  command->add_option("--plot", o->plots,
+                      "also draw what heads keep and lose into this file, .svg or .png, one for each --out");
+  command->callback([o] {
+    Profile profile(*o);
+    profile.run();
+    profile.report();
+  });
+}
+
+}  // namespace kvt_llm
