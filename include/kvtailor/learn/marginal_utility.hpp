@@ -67,6 +67,7 @@ class LossPool {
   }
   // [heads, points + 1]: what was added, which is all there is to know.
   std::vector<float>& losses() { return losses_; }
+  const std::vector<float>& losses() const { return losses_; }
   // [heads]: options of 0 .. points thousandths of the rows.
   std::vector<std::vector<Option>> curves() const {
     std::vector<std::vector<Option>> all(losses_.size() / (points + 1), std::vector<Option>(points + 1));
