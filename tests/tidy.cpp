@@ -3,5 +3,6 @@
 //
 // What clang-tidy reads: every header once.
 #include <kvtailor/compose.hpp>
+#include <kvtailor/io/safetensors.hpp>
 #include <kvtailor/kvtailor.hpp>
 #include <kvtailor/version.hpp>

@@ -5,7 +5,6 @@
 // and whatever is wrong is named in one sentence that leaves the policy as it was.
 #include <doctest/doctest.h>
 
-#include <filesystem>
 #include <fstream>
 #include <functional>
 #include <iterator>
@@ -17,31 +16,13 @@
 
 #include "kvtailor/budget/any_allocator.hpp"
 #include "kvtailor/select/any_selector.hpp"
+#include "unit/files.hpp"
 
 using namespace kvt;
 
 namespace {
 
 constexpr float infinity = std::numeric_limits<float>::infinity();
-
-struct Folder {
-  std::filesystem::path path;
-  Folder() {
-    std::string name = (std::filesystem::temp_directory_path() / "kvtailor-XXXXXX").string();
-    REQUIRE(mkdtemp(name.data()) != nullptr);
-    path = name;
-  }
-  Folder(const Folder&) = delete;
-  Folder& operator=(const Folder&) = delete;
-  ~Folder() {
-    std::error_code ignored;
-    std::filesystem::remove_all(path, ignored);
-  }
-  std::string write(const std::string& name, const std::string& content) const {
-    std::ofstream(path / name, std::ios::binary) << content;
-    return (path / name).string();
-  }
-};
 
 std::vector<float> normals(std::mt19937& random, std::size_t n) {
   std::normal_distribution<float> normal;

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // read_table: numbers from a file, a .npy array or lines of text. Files are not trusted: what does not fit is refused, and no
-// more than a few times the bytes of the file is allocated.
+// more than a few times the bytes of the file is allocated. write_npy: numbers to one.
 #pragma once
 
 #include <algorithm>
@@ -10,15 +10,17 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
-#include <fstream>
-#include <iterator>
+#include <limits>
 #include <new>
+#include <optional>
 #include <string>
 #include <string_view>
+#include <type_traits>
 #include <vector>
 
 #include "kvtailor/core/half.hpp"
 #include "kvtailor/core/status.hpp"
+#include "kvtailor/io/file.hpp"
 
 namespace kvt::inline v0 {
 
@@ -28,6 +30,52 @@ struct Table {
 };
 
 namespace detail {
+
+// How many numbers a shape has, unless that is more than `most`.
+inline std::optional<std::size_t> count_of(const std::vector<std::size_t>& shape, std::size_t most) {
+  std::size_t count = 1;
+  for (const std::size_t extent : shape) {
+    if (extent != 0 && count > most / extent) return std::nullopt;
+    count *= extent;
+  }
+  return count;
+}
+
+// Numbers of type T as fp32: the nearest, or infinity.
+template <class T>
+std::vector<float> numbers_of(std::string_view bytes) {
+  std::vector<float> numbers(bytes.size() / sizeof(T));
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    T x;  // may lie anywhere in the file
+    std::memcpy(&x, bytes.data() + i * sizeof x, sizeof x);
+    if constexpr (std::is_arithmetic_v<T>) {
+      numbers[i] = static_cast<float>(x);
+    } else {
+      numbers[i] = to_float(x);
+    }
+  }
+  return numbers;
+}
+
+// The numbers of a table as type T, float or Half, behind what is there. What T does not hold is refused.
+template <class T>
+Status append_numbers(const Table& table, std::string& bytes) {
+  const std::vector<float>& numbers = table.numbers;
+  if (count_of(table.shape, numbers.size()) != numbers.size()) {
+    return error(Errc::bad_shape, "a table of {} numbers has a shape of another count", double(numbers.size()));
+  }
+  const std::size_t start = bytes.size();
+  bytes.resize(start + numbers.size() * sizeof(T));
+  for (std::size_t i = 0; i < numbers.size(); ++i) {
+    const T x = from_float<T>(numbers[i]);
+    if (!std::isfinite(to_float(x))) {
+      const float most = sizeof(T) == 2 ? Half::max : std::numeric_limits<float>::max();
+      return error(Errc::bad_value, "a table has the number {}; to be written it must be within {}", numbers[i], most);
+    }
+    std::memcpy(bytes.data() + start + i * sizeof x, &x, sizeof x);
+  }
+  return success();
+}
 
 // A .npy file, versions 1 to 3: fp16, fp32 or fp64, little-endian, C order. See NumPy's documentation, numpy.lib.format.
 inline Status parse_npy(std::string_view file, Table& table) {
@@ -59,38 +107,23 @@ inline Status parse_npy(std::string_view file, Table& table) {
   if (!shape.starts_with("(")) return error(Errc::bad_shape, "the .npy file's header has no shape");
   shape.remove_prefix(1);
   Table made;
-  std::size_t count = 1;
+  const auto unfit = error(Errc::bad_shape, "the .npy file's shape does not fit its {} bytes of data", double(data.size()));
   for (skip(shape); !shape.empty() && shape[0] != ')'; skip(shape)) {
     std::size_t extent = 0;
     const auto [end, failure] = std::from_chars(shape.data(), shape.data() + shape.size(), extent);
-    if (failure != std::errc() || (extent != 0 && count > data.size() / extent)) {
-      return error(Errc::bad_shape, "the .npy file's shape does not fit its {} bytes of data", double(data.size()));
-    }
+    if (failure != std::errc()) return unfit;
     made.shape.push_back(extent);
-    count *= extent;
     shape.remove_prefix(static_cast<std::size_t>(end - shape.data()));
     skip(shape);
     if (!shape.empty() && shape[0] == ',') shape.remove_prefix(1);
   }
-  if (count > data.size() / width || count * width != data.size()) {
-    return error(Errc::bad_shape, "the .npy file has {} numbers by its shape; it has {} bytes of data", double(count),
+  const std::optional<std::size_t> count = count_of(made.shape, data.size());
+  if (!count) return unfit;
+  if (*count > data.size() / width || *count * width != data.size()) {
+    return error(Errc::bad_shape, "the .npy file has {} numbers by its shape; it has {} bytes of data", double(*count),
                  double(data.size()));
   }
-  made.numbers.resize(count);
-  for (std::size_t i = 0; i < count; ++i) {
-    const char* const at = data.data() + i * width;
-    if (width == 2) {
-      Half x;
-      std::memcpy(&x, at, 2);
-      made.numbers[i] = to_float(x);
-    } else if (width == 4) {
-      std::memcpy(&made.numbers[i], at, 4);
-    } else {
-      double x;
-      std::memcpy(&x, at, 8);
-      made.numbers[i] = static_cast<float>(x);
-    }
-  }
+  made.numbers = width == 2 ? numbers_of<Half>(data) : width == 4 ? numbers_of<float>(data) : numbers_of<double>(data);
   table = std::move(made);
   return success();
 }
@@ -139,15 +172,31 @@ inline Status parse_table(std::string_view file, Table& table) noexcept try {
 } catch (const std::bad_alloc&) {
   return error(Errc::out_of_memory, "out of memory while reading a table");
 }
-inline Status read_table(const std::string& path, Table& table) noexcept try {
-  std::ifstream stream(path, std::ios::binary);
-  const std::string file{std::istreambuf_iterator<char>(stream), {}};
-  if (!stream.is_open() || stream.bad()) return error(Errc::bad_name, "the file of a table cannot be read");
+inline Status read_table(const std::string& path, Table& table) noexcept {
+  std::string file;
+  KVT_TRY(detail::read_file(path, file));
   return parse_table(file, table);
+}
+
+// A .npy file of version 1, fp32 in C order, in place of what was at the path; see io/file.hpp. Numbers that are not finite are
+// refused, and so is a shape that has another count.
+inline Status write_npy(const std::string& path, const Table& table) noexcept try {
+  std::string header = "{'descr': '<f4', 'fortran_order': False, 'shape': (";
+  for (const std::size_t extent : table.shape) header += std::to_string(extent) + ", ";
+  if (!table.shape.empty()) header.resize(header.size() - (table.shape.size() > 1 ? 2 : 1));  // (2, 3), but (2,)
+  header += "), }";
+  header.append(63 - (10 + header.size()) % 64, ' ');
+  header += '\n';
+  if (header.size() > 0xffff) {
+    return error(Errc::bad_shape, "a shape of {} extents is too long for a .npy file", double(table.shape.size()));
+  }
+  std::string file = "\x93NUMPY\x01";
+  for (const std::size_t byte : {std::size_t{0}, header.size() % 256, header.size() / 256}) file += static_cast<char>(byte);
+  file += header;
+  KVT_TRY(detail::append_numbers<float>(table, file));
+  return detail::write_file(path, file);
 } catch (const std::bad_alloc&) {
-  return error(Errc::out_of_memory, "out of memory while reading a table");
-} catch (...) {  // of the stream: a folder, say
-  return error(Errc::bad_name, "the file of a table cannot be read");
+  return error(Errc::out_of_memory, "out of memory while writing a table");
 }
 
 }  // namespace kvt::inline v0
