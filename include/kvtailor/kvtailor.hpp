@@ -2,9 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Everything that compiles without nvcc, but for what costs compile time: what multiplies by Eigen (codec/low_rank.hpp;
-// select/expected_attention.hpp, leverage.hpp, value_norm.hpp and critical_kv.hpp), make_cache (compose.hpp), policies by name
-// (select/any_selector.hpp, budget/any_allocator.hpp), and what needs more than Eigen: io/safetensors.hpp (nlohmann-json) and the
-// engines (engine/).
+// select/expected_attention.hpp, leverage.hpp, value_norm.hpp and critical_kv.hpp; learn/importance.hpp), make_cache
+// (compose.hpp), policies by name (select/any_selector.hpp, budget/any_allocator.hpp), and what needs more than Eigen:
+// io/safetensors.hpp (nlohmann-json) and the engines (engine/).
 #pragma once
 
 #include "kvtailor/attend/plan.hpp"
@@ -27,6 +27,7 @@
 #include "kvtailor/codec/turbo_quant_unbiased.hpp"
 #include "kvtailor/core/rope.hpp"
 #include "kvtailor/io/table.hpp"
+#include "kvtailor/learn/marginal_utility.hpp"
 #include "kvtailor/learn/option_hull.hpp"
 #include "kvtailor/select/caote.hpp"
 #include "kvtailor/select/chunk_kv.hpp"

@@ -57,10 +57,11 @@ TEST_CASE("neither folders nor devices are written to, and no folder is made") {
   std::filesystem::create_directory(folder.path / "inner");
   std::filesystem::create_symlink("/dev/null", folder.path / "device");
   const Names before = folder.names();
-  refused(write_file((folder.path / "inner").string(), "new"), "is no file");
-  refused(write_file((folder.path / "device").string(), "new"), "is no file");
+  refused(write_file((folder.path / "inner").string(), "new"), "is no file's");
+  refused(write_file((folder.path / "device").string(), "new"), "is no file's");
+  refused(write_file((folder.path / "").string(), "new"), "is no file's");
   refused(write_file((folder.path / "none" / "x").string(), "new"), "no file can be made");
-  refused(write_file("", "new"), "cannot be written");
+  refused(write_file("", "new"), "is no file's");
   CHECK(folder.names() == before);
   CHECK(std::filesystem::is_symlink(folder.path / "device"));
 }

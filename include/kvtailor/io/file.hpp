@@ -38,8 +38,8 @@ inline Status write_file(const std::string& path, std::string_view bytes) noexce
   const std::filesystem::path target(path);
   std::error_code failure;
   const std::filesystem::file_status there = std::filesystem::status(target, failure);
-  if (std::filesystem::exists(there) && !std::filesystem::is_regular_file(there)) {
-    return error(Errc::bad_name, "what is at the path to write to is no file");
+  if (!target.has_filename() || (std::filesystem::exists(there) && !std::filesystem::is_regular_file(there))) {
+    return error(Errc::bad_name, "the path to write to is no file's");
   }
   // Beside it: names across disks cannot be exchanged. Others may be writing the same file.
   std::filesystem::path part;
