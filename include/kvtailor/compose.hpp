@@ -12,7 +12,6 @@
 #include <string_view>
 
 #include "kvtailor/any_cache.hpp"
-#include "kvtailor/budget/any_allocator.hpp"
 #include "kvtailor/cache.hpp"
 #include "kvtailor/codec/kivi.hpp"
 #include "kvtailor/codec/low_rank.hpp"
@@ -20,7 +19,7 @@
 #include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant.hpp"
 #include "kvtailor/codec/turbo_quant_unbiased.hpp"
-#include "kvtailor/select/any_selector.hpp"
+#include "kvtailor/policies.hpp"
 
 // An engine that knows its models may name fewer.
 #if !defined(KVT_HEAD_DIMS)
@@ -281,23 +280,6 @@ extern KVT_INSTANTIATE_HEAD_DIM(192);
 extern KVT_INSTANTIATE_HEAD_DIM(256);
 #endif
 
-// The two policies that choose rows, of a composition's names; a message if there is something wrong with them.
-struct ParsedPolicies {
-  AnyAllocator allocator;
-  AnySelector selector;
-  std::string message;
-
-  explicit ParsedPolicies(const Composition& names) : message(detail::parse_allocator(names.allocator, allocator)) {
-    if (message.empty()) message = detail::parse_selector(names.selector, selector);
-    const std::string_view wanted = allocator.made_for();
-    if (message.empty() && !wanted.empty() && full_name(names.selector) != wanted) {
-      message = names.allocator + " was made for the token selector " + std::string(wanted) + "; this one is " +
-                full_name(names.selector);
-    }
-  }
-  EvidenceSet needs() const { return message.empty() ? allocator.active_needs() | selector.active_needs() : EvidenceSet(); }
-};
-
 // head_codecs [num_layers * num_kv_heads], or empty: the codec of each head, in the form of names.codec.
 // A template, since otherwise to include this is to compile every codec for every head dim.
 template <class = void>
@@ -313,9 +295,6 @@ MadeCache make_cache(const Composition& names, const Geometry& geometry, const C
   if (!wrong.empty()) return {nullptr, error(Errc::bad_name, "unknown name or parameter of a policy"), wrong};
   return detail::make_any_head_dim<KVT_HEAD_DIMS>(parsed, geometry, options);
 }
-
-// What the policies of a composition need; nothing for one that cannot be made.
-inline EvidenceSet needs_of(const Composition& names) { return ParsedPolicies(names).needs(); }
 
 // For a program's help.
 inline std::string known_policies() {
