@@ -4,6 +4,7 @@
 // The selectors that test_policies.cpp leaves out, and the evidence they go by, against plain loops.
 #include <doctest/doctest.h>
 
+#include <array>
 #include <memory>
 #include <numeric>
 #include <random>
@@ -582,21 +583,23 @@ TEST_CASE("Leverage scores are those of the plain loops") {
 TEST_CASE("ValueNorm multiplies by the length of values, or by that of what the output projection makes of them") {
   std::mt19937 random(11);
   for (int round = 0; round < 12; ++round) {
-    Head head(random, 64, 1 + round % 4, 40, 1);
-    const auto base = normals(random, 40);
+    const int dim = std::array{64, 40, 24}[static_cast<Index>(round) % 3];
+    const Index n = round < 6 ? 40 : 400;  // more than a block
+    Head head(random, dim, 1 + round % 4, static_cast<int>(n), 1);
+    const auto base = normals(random, n);
     const float epsilon = round % 2 == 0 ? 0.f : 0.5f;
     REQUIRE(head.by(ValueNorm<Plain>{{&base}, epsilon}).ok());
-    Vector want(40);
+    Vector want(n);
     const auto factor = [&](std::size_t r) { return static_cast<double>(base[r] + epsilon); };
-    for (std::size_t r = 0; r < 40; ++r) want[r] = factor(r) * reference::norm(&head.values[r * 64], 64);
-    // A sum of 64 squares, halved by the root, and two products.
+    for (std::size_t r = 0; r < n; ++r) want[r] = factor(r) * reference::norm(&head.values[r * head.dim], head.dim);
+    // A sum of up to 64 squares, halved by the root, and two products.
     compare(head.score, want, [&](std::size_t r) { return 36 * eps * std::fabs(want[r]); });
 
     using Through_ = ValueNorm<Plain, Through::output>;
     REQUIRE(head.by(Through_{{&base}, epsilon}).ok());
-    const auto projected = reference::projected(head.values, 64, head.weights(), Head::width, head.stride(), head.group);
-    for (std::size_t r = 0; r < 40; ++r) want[r] = factor(r) * projected.root[r];
-    // v'(W'W)v: sums of 20, 64 and 64 products; the root divides the error by twice the length.
+    const auto projected = reference::projected(head.values, head.dim, head.weights(), Head::width, head.stride(), head.group);
+    for (std::size_t r = 0; r < n; ++r) want[r] = factor(r) * projected.root[r];
+    // v'(W'W)v: sums of 20, up to 64 and up to 64 products; the root divides the error by twice the length.
     compare(head.score, want, [&](std::size_t r) {
       return std::fabs(factor(r)) * ((20 + 2 * 64 + 4) * eps * projected.square_terms[r] + 8 * eps * projected.root[r]);
     });
@@ -633,7 +636,7 @@ TEST_CASE("rows that the selector inside keeps above all stay so whatever their 
 TEST_CASE("CriticalKv keeps a first part by scores alone, and the others by the projected sum of magnitudes") {
   std::mt19937 random(13);
   for (int round = 0; round < 30; ++round) {
-    const int n = 1 + static_cast<int>(random() % 60);
+    const int n = 1 + static_cast<int>(random() % (round < 24 ? 60 : 400));
     Head head(random, 64, 1 + round % 3, n, 1);
     auto base = normals(random, head.rows());
     for (float& x : base) x = round % 3 == 0 ? std::round(std::fabs(x)) : std::fabs(x);  // with ties, or without
@@ -746,8 +749,11 @@ TEST_CASE("ChunkKv gives all rows of a run the same score, with and without a ba
 TEST_CASE("LavaScore is that of the plain loops") {
   std::mt19937 random(17);
   for (int round = 0; round < 40; ++round) {
-    const int window = 1 + round % 9;
-    Head head(random, round % 2 == 0 ? 40 : 64, 1 + round % 4, 1 + static_cast<int>(random() % 120), window);
+    // The last rounds: more queries and rows than are met at a time.
+    const bool many = round >= 34;
+    const int window = many ? 110 + 10 * (round % 6) : 1 + round % 9;
+    const int n = (many ? 180 : 1) + static_cast<int>(random() % (many ? 400 : 120));
+    Head head(random, round % 2 == 0 ? 40 : 64, 1 + round % 4, n, window);
     head.attend = {0, round % 4 == 3 ? 3.0 : 0, round % 5 == 4 ? 20 : 0};
     const LavaScore selector{.window = window, .kernel = 1 + 2 * (round % 5)};
     REQUIRE(head.by(selector).ok());

@@ -20,8 +20,6 @@
 
 namespace kvt::inline v0 {
 
-enum class OverQueries { largest, sum };
-
 struct OracleImportance {
   static constexpr EvidenceSet needs =
       Evidence::keys | Evidence::values | Evidence::positions | Evidence::window_queries | Evidence::output_projection;
@@ -31,22 +29,17 @@ struct OracleImportance {
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept try {
     const WindowAttention queries(seen, window);
     KVT_TRY(queries.check());
-    const std::size_t n = score.size(), group = static_cast<std::size_t>(seen.group_size);
-    std::vector<float> given(group * n, 0.f), norms(n);
-    KVT_TRY(queries.each_query([&](int g, int, int from, std::span<const float> weights) {
-      float* const to = given.data() + static_cast<std::size_t>(g) * n + static_cast<std::size_t>(from);
-      for (std::size_t i = 0; i < weights.size(); ++i) {
-        to[i] = over == OverQueries::largest ? std::max(to[i], weights[i]) : to[i] + weights[i];
-      }
-    }));
+    std::vector<float> norms(score.size());
     std::fill(score.begin(), score.end(), 0.f);
     HeadEvidence alone = seen;
     alone.group_size = 1;
-    for (std::size_t g = 0; g < group; ++g, alone.output.weights += seen.head_dim) {
-      projected_norms(alone, Norm::root, norms);
-      for (std::size_t r = 0; r < n; ++r) score[r] = std::max(score[r], given[g * n + r] * norms[r]);
-    }
-    return success();
+    return queries.each_head(
+        [&](const float* mass) {
+          projected_norms(alone, Norm::root, norms);
+          alone.output.weights += seen.head_dim;
+          for (std::size_t r = 0; r < score.size(); ++r) score[r] = std::max(score[r], mass[r] * norms[r]);
+        },
+        over);
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while scoring rows");
   }

@@ -54,26 +54,27 @@ struct ExpectedAttention {
     const std::span<const float> keys = seen.keys.subspan(first * dim);
     const std::size_t n = score.size() - first;
     const std::vector<Turn> turns = mean_turns(*seen.rope, seen.end_position);
-    std::vector<float> mean(dim), square(covariance ? dim * dim : 0), logit(n);
-    std::vector<double> form(n);
+    const auto group = static_cast<std::size_t>(seen.group_size);
+    std::vector<float> means(seen.moments.mean, seen.moments.mean + group * dim), squares;
+    std::vector<double> forms(covariance ? group * n : 0), products(group * n);
+    std::vector<float> logit(n);
+    for (std::size_t g = 0; g < group; ++g) turn(*seen.rope, turns, means.data() + g * dim, 1);
+    if (covariance) {
+      squares.assign(seen.moments.covariance, seen.moments.covariance + group * dim * dim);
+      for (std::size_t g = 0; g < group; ++g) {
+        float* const square = squares.data() + g * dim * dim;
+        for (std::size_t i = 0; i < dim; ++i) turn(*seen.rope, turns, square + i * dim, 1);        // S R'
+        for (std::size_t j = 0; j < dim; ++j) turn(*seen.rope, turns, square + j, seen.head_dim);  // R S R'
+      }
+    }
+    quadratic_forms(keys, seen.head_dim, squares, means, forms, products);
     std::fill(score.begin(), score.begin() + static_cast<std::ptrdiff_t>(first), std::numeric_limits<float>::max());
     std::fill(score.begin() + static_cast<std::ptrdiff_t>(first), score.end(), 0.f);
-    for (int g = 0; g < seen.group_size && n > 0; ++g) {
-      const float* const of_head = seen.moments.mean + static_cast<std::size_t>(g) * dim;
-      std::copy(of_head, of_head + dim, mean.begin());
-      turn(*seen.rope, turns, mean.data(), 1);
-      inner_products(keys, seen.head_dim, mean.data(), logit);
-      if (covariance) {
-        const float* const from = seen.moments.covariance + static_cast<std::size_t>(g) * dim * dim;
-        std::copy(from, from + dim * dim, square.begin());
-        for (std::size_t i = 0; i < dim; ++i) turn(*seen.rope, turns, square.data() + i * dim, 1);        // S R'
-        for (std::size_t j = 0; j < dim; ++j) turn(*seen.rope, turns, square.data() + j, seen.head_dim);  // R S R'
-        quadratic_forms(keys, seen.head_dim, square.data(), form);
-      }
+    for (std::size_t g = 0; g < group && n > 0; ++g) {
       // Keys may have elements of 1e18.
       for (std::size_t r = 0; r < n; ++r) {
-        const auto by = static_cast<double>(scale);
-        logit[r] = static_cast<float>(std::clamp(by * static_cast<double>(logit[r]) + 0.5 * by * by * form[r], -1e30, 1e30));
+        const double by = static_cast<double>(scale), spread = covariance ? 0.5 * by * by * forms[g * n + r] : 0;
+        logit[r] = static_cast<float>(std::clamp(by * products[g * n + r] + spread, -1e30, 1e30));
       }
       const float top = largest_of(logit.data(), static_cast<int>(n));
       for (float& x : logit) x = exp_nonpositive(x - top);

@@ -5,13 +5,15 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
+#include <limits>
 #include <new>
 #include <vector>
 
 #include "kvtailor/attend/softmax_state.hpp"
 #include "kvtailor/core/concepts.hpp"
-#include "kvtailor/core/simd.hpp"
+#include "kvtailor/core/row_tiles.hpp"
 
 namespace kvt::inline v0 {
 
@@ -28,6 +30,8 @@ concept AttentionSelector = TokenSelector<S> && requires(const S s, const HeadEv
 
 // The score of a row that stays before all others: above every mean of shares.
 inline constexpr float above_attention = 2.f;
+
+enum class OverQueries { sum, largest };
 
 // The last queries that a selector with a window looks at.
 class WindowAttention {
@@ -49,36 +53,38 @@ class WindowAttention {
                             positions.begin());
   }
   // f(mass) for each query head of the group: mass [rows], the softmax weights of a query over the rows it may see, summed over
-  // the queries. Takes queries * rows floats. Uses the evidence's scratch memory.
+  // the queries, or the largest of them. Takes 128 * rows floats. Uses the evidence's scratch memory.
   template <class F>
-  Status each_head(F&& f) const noexcept {
+  Status each_head(F&& f, OverQueries over = OverQueries::sum) const noexcept try {
+    const int n = seen_.num_rows(), many = size(), heads = std::clamp(most / many, 1, seen_.group_size);
     float* const mass = seen_.scratch.data();
-    const int n = seen_.num_rows(), last = size() - 1;
-    return each_query([&](int, int w, int from, std::span<const float> weights) {
-      if (w == 0) std::fill(mass, mass + n, 0.f);
-      for (std::size_t i = 0; i < weights.size(); ++i) mass[static_cast<std::size_t>(from) + i] += weights[i];
-      if (w == last) f(mass);
-    });
-  }
-  // f(g, w, from, weights) for each query w of each query head g of the group: the softmax weights over the rows it may see,
-  // which are those from `from` on. Takes queries * rows floats.
-  template <class F>
-  Status each_query(F&& f) const noexcept try {
-    const int n = seen_.num_rows(), dim = seen_.head_dim, many = size();
-    const AttendOptions& attend = seen_.attend;
-    const float scale = attend.scale != 0 ? attend.scale : 1.f / std::sqrt(static_cast<float>(dim));
-    std::vector<float> queries(static_cast<std::size_t>(many) * static_cast<std::size_t>(dim));
-    std::vector<float> logits(static_cast<std::size_t>(many) * static_cast<std::size_t>(n));
-    for (int g = 0; g < seen_.group_size; ++g) {
-      for (int w = 0; w < many; ++w) {
-        const auto at = static_cast<std::int64_t>(first_) + w;
-        const float* const from = seen_.window_queries + at * seen_.window_stride + g * dim;
-        for (int d = 0; d < dim; ++d) queries[static_cast<std::size_t>(w * dim + d)] = from[d] * scale;
-      }
-      multiply(queries.data(), many, logits.data());
-      for (int w = 0; w < many; ++w) {
-        const auto [from, weights] = weights_of(w, logits.data() + static_cast<std::ptrdiff_t>(w) * n);
-        f(g, w, from, weights);
+    std::vector<Query> queries;
+    Weights weights;
+    for (int g = 0; g < seen_.group_size; g += heads) {
+      const int together = std::min(heads, seen_.group_size - g);
+      for (int first = 0; first < many; first += most) {
+        const int count = std::min(most, many - first);  // of each head
+        queries.clear();
+        for (int h = 0; h < together; ++h) {
+          for (int w = first; w < first + count; ++w) queries.push_back(query(w, g + h));
+        }
+        weigh(queries, weights);
+        const int wide = weights.wide;
+        for (int h = 0; h < together; ++h) {
+          if (first == 0) std::fill(mass, mass + n, 0.f);
+          for (int row = 0; row < n && over == OverQueries::largest; ++row) {
+            const float *const own = weights.of(row) + h * count, *const share = weights.shares(row) + h * count;
+            for (int q = 0; q < count; ++q) mass[row] = std::max(mass[row], own[q] * share[q]);
+          }
+          for (int row = 0; row < n && over == OverQueries::sum; row += 4) {
+            const float* const own = weights.of(row) + h * count;
+            float sum[1][4];  // rows past the last lie in its tile
+            detail::dot_rows<1>(detail::FourRows<float>{{own, own + wide, own + 2 * wide, own + 3 * wide}},
+                                weights.shares(row) + h * count, 0, count, sum);
+            for (int i = 0; i < 4 && row + i < n; ++i) mass[row + i] += sum[0][i];
+          }
+          if (first + count == many) f(mass);
+        }
       }
     }
     return success();
@@ -87,42 +93,80 @@ class WindowAttention {
   }
 
  private:
-  // logits [many, rows] of queries [many, dim]: each key is read once for four of them.
-  void multiply(const float* queries, int many, float* logits) const noexcept {
-    const int n = seen_.num_rows(), dim = seen_.head_dim;
-    const auto key = [&](int row) { return seen_.keys.data() + static_cast<std::ptrdiff_t>(std::min(row, n - 1)) * dim; };
-    const auto some = [&]<int count>(const detail::FourRows<float>& rows, int row, int first) {
-      float product[count][4];
-      detail::dot_rows<count>(rows, queries + static_cast<std::ptrdiff_t>(first) * dim, dim, dim, product);
-      for (int j = 0; j < count; ++j) {
-        float* const to = logits + static_cast<std::ptrdiff_t>(first + j) * n + row;
-        for (int i = 0; i < 4 && row + i < n; ++i) to[i] = product[j][i];
+  static constexpr int most = 128;  // queries that rows meet at a time
+  struct Query {
+    const float* from;
+    int begin, end;  // of the rows that it may see
+  };
+  // exp(logit - top) of each row and query, `top` being the query's largest logit up to the row's block, and for each block
+  // what makes weights of them: rows are gone through once, while they are in the cache.
+  struct Weights {
+    int wide = 0;  // queries, and what fills the last lanes
+    detail::LineFloats exps;
+    std::vector<std::array<float, most>> share;
+
+    const float* of(int row) const noexcept { return exps.data() + static_cast<std::ptrdiff_t>(row) * wide; }
+    const float* shares(int row) const noexcept { return share[static_cast<std::size_t>(row / detail::RowBlock::most)].data(); }
+  };
+
+  Query query(int w, int g) const noexcept {
+    const auto at = first_ + static_cast<std::size_t>(w);
+    const int position = seen_.window_positions[at], window = seen_.attend.window;
+    const auto begin = seen_.positions.begin(), end = std::upper_bound(begin, seen_.positions.end(), position);
+    const auto start = window > 0 ? std::upper_bound(begin, end, position - window) : begin;
+    return {seen_.window_queries + static_cast<std::int64_t>(at) * seen_.window_stride + g * seen_.head_dim,
+            static_cast<int>(start - begin), static_cast<int>(end - begin)};
+  }
+  void weigh(std::span<const Query> queries, Weights& out) const {
+    const int n = seen_.num_rows(), dim = seen_.head_dim, count = static_cast<int>(queries.size());
+    const float cap = seen_.attend.soft_cap;
+    const float scale = seen_.attend.scale != 0 ? seen_.attend.scale : 1.f / std::sqrt(static_cast<float>(dim));
+    detail::PackedVectors packed;
+    packed.assign(count, dim, [&](int q, int k) { return queries[static_cast<std::size_t>(q)].from[k] * scale; });
+    const int wide = out.wide = packed.wide();
+    out.exps.resize(static_cast<std::size_t>(n + detail::RowTile::rows) * static_cast<std::size_t>(wide));
+    out.share.clear();
+    std::array<float, most> top;
+    top.fill(std::numeric_limits<float>::lowest());
+    std::array<double, most> total = {};
+    detail::each_block(seen_.keys, dim, [&](int first, const detail::RowBlock& block) {
+      const int rows = block.count();
+      float* const x = out.exps.data() + static_cast<std::ptrdiff_t>(first) * wide;
+      for (int q = 0; q < count;) q += block.multiply(packed, q, dim, 0, x + q, wide);
+      if (cap > 0) {
+        for (int i = 0; i < rows * wide; ++i) x[i] = cap * std::tanh(x[i] / cap);
       }
-    };
-    for (int row = 0; row < n; row += 4) {
-      const detail::FourRows<float> rows{{key(row), key(row + 1), key(row + 2), key(row + 3)}};
-      int first = 0;
-      for (; first + 4 <= many; first += 4) some.template operator()<4>(rows, row, first);
-      for (; first < many; ++first) some.template operator()<1>(rows, row, first);
+      for (int q = 0; q < count; ++q) {
+        const auto [from, begin, end] = queries[static_cast<std::size_t>(q)];
+        for (int row = 0; row < rows && (begin > first || end < first + rows); ++row) {
+          if (first + row < begin || first + row >= end) x[row * wide + q] = -std::numeric_limits<float>::infinity();
+        }
+      }
+      std::array<float, most> sum;
+      const auto before = top;
+      exponentials(x, rows, wide, top.data(), sum.data());
+      for (std::size_t q = 0; q < most; ++q) {
+        total[q] = total[q] * static_cast<double>(exp_nonpositive(before[q] - top[q])) + static_cast<double>(sum[q]);
+      }
+      out.share.push_back(top);
+    });
+    for (auto& share : out.share) {
+      for (std::size_t q = 0; q < most; ++q) {
+        share[q] = total[q] > 0 ? exp_nonpositive(share[q] - top[q]) / static_cast<float>(total[q]) : 0.f;
+      }
     }
   }
-  // Weights of query w, in place of its logits, and the row they begin at.
-  std::pair<int, std::span<const float>> weights_of(int w, float* logits) const noexcept {
-    const AttendOptions& attend = seen_.attend;
-    const int position = seen_.window_positions[first_ + static_cast<std::size_t>(w)];
-    const auto begin = seen_.positions.begin(), end = std::upper_bound(begin, seen_.positions.end(), position);
-    const auto start = attend.window > 0 ? std::upper_bound(begin, end, position - attend.window) : begin;
-    const int from = static_cast<int>(start - begin), count = static_cast<int>(end - start);
-    if (count == 0) return {from, {}};
-    float* const x = logits + from;
-    if (attend.soft_cap > 0) {
-      for (int i = 0; i < count; ++i) x[i] = attend.soft_cap * std::tanh(x[i] / attend.soft_cap);
+  // Of logits [rows, wide]: raises the largest of each query, makes exponentials of them, and sums these up.
+  static void exponentials(float* __restrict logits, int rows, int wide, float* __restrict top, float* __restrict sum) {
+    std::fill_n(sum, most, 0.f);
+    for (int row = 0; row < rows; ++row) {
+      const float* const x = logits + static_cast<std::ptrdiff_t>(row) * wide;
+      for (int q = 0; q < wide; ++q) top[q] = x[q] > top[q] ? x[q] : top[q];
     }
-    const float top = largest_of(x, count);
-    for (int i = 0; i < count; ++i) x[i] = exp_nonpositive(x[i] - top);
-    const float share = 1.f / sum_of(x, count);
-    for (int i = 0; i < count; ++i) x[i] *= share;
-    return {from, {x, static_cast<std::size_t>(count)}};
+    for (int row = 0; row < rows; ++row) {
+      float* const x = logits + static_cast<std::ptrdiff_t>(row) * wide;
+      for (int q = 0; q < wide; ++q) sum[q] += x[q] = exp_nonpositive(x[q] - top[q]);
+    }
   }
 
   const HeadEvidence& seen_;
