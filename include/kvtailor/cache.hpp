@@ -13,7 +13,8 @@
 // Shapes:  keys, values [n, num_kv_heads, head_dim]; queries, out [n, num_q_heads, head_dim]; positions [n].
 // Failure: every call that returns a Status other than success leaves the cache as it was.
 // Threads: calls that change a cache are for one thread; any number may attend at the same time between them.
-// Memory:  everything a cache keeps comes from CacheOptions::memory. A cache may be moved, but not while a plan is in use.
+// Memory:  everything a cache keeps comes from CacheOptions::memory. A cut takes little more than is there before it: rows that
+//          are encoded by it and a block. A cache may be moved, but not while a plan is in use.
 #pragma once
 
 #include <algorithm>
@@ -321,7 +322,8 @@ class KvCache {
   }
 
   // Scores every row, shares out the budget, drops what is over it and encodes all but the newest recent_rows rows.
-  // Rows that are encoded already keep their bytes. A budget of rows or a ratio is met exactly; bytes are not exceeded.
+  // Rows that are encoded already keep their bytes. A budget of rows or a ratio is met exactly; bytes are not exceeded, but
+  // where memory to move to could not be had: what is left over is slack until the next cut.
   // Observed queries are used up: they take more memory than a tailored cache, and the next cut wants newer ones. The
   // attention that rows were given stays with those that stay.
   Status compress(Retain retain) noexcept {
