@@ -20,13 +20,13 @@ struct BlockRef {
   std::byte* data = nullptr;
   int rows = 0;
   int key_bytes = 0;
-  int value_offset = 0;  // from data
   int value_bytes = 0;
   int allocated_bytes = 0;
 
   const std::byte* keys() const { return data; }
-  const std::byte* values() const { return data + value_offset; }
-  int used_bytes() const { return value_offset + value_bytes; }
+  int value_offset() const { return padded(key_bytes); }  // from data
+  const std::byte* values() const { return data + value_offset(); }
+  int used_bytes() const { return bytes_of(key_bytes, value_bytes); }
   static int bytes_of(int key_bytes, int value_bytes) { return padded(key_bytes) + value_bytes; }
   static int padded(int bytes) {
     constexpr int unit = storage_alignment;
@@ -45,13 +45,12 @@ struct BlockRef {
     KVT_ASSERT(bytes_of(new_key_bytes, new_value_bytes) <= allocated_bytes);
     rows = new_rows;
     key_bytes = new_key_bytes;
-    value_offset = padded(key_bytes);
     value_bytes = new_value_bytes;
-    std::memset(data + key_bytes, 0, static_cast<std::size_t>(value_offset - key_bytes));
+    std::memset(data + key_bytes, 0, static_cast<std::size_t>(value_offset() - key_bytes));
   }
   void fill(const std::byte* from_keys, const std::byte* from_values) const noexcept {
     std::memcpy(data, from_keys, static_cast<std::size_t>(key_bytes));
-    std::memcpy(data + value_offset, from_values, static_cast<std::size_t>(value_bytes));
+    std::memcpy(data + value_offset(), from_values, static_cast<std::size_t>(value_bytes));
   }
   void free(std::pmr::memory_resource* memory) const noexcept {
     memory->deallocate(data, static_cast<std::size_t>(allocated_bytes), storage_alignment);

@@ -151,7 +151,7 @@ class HeadCut {
         }
         if (mark[row] == 0) continue;
         keys.copy_row(block->keys(), block->rows, row, next.data, n, k);
-        values.copy_row(block->values(), block->rows, row, next.data + next.value_offset, n, k);
+        values.copy_row(block->values(), block->rows, row, next.data + next.value_offset(), n, k);
         mark[row] = 0;
         ++k;
       }
