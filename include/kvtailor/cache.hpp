@@ -13,7 +13,8 @@
 // Shapes:  keys, values [n, num_kv_heads, head_dim]; queries, out [n, num_q_heads, head_dim]; positions [n].
 // Failure: every call that returns a Status other than success leaves the cache as it was.
 // Threads: calls that change a cache are for one thread; any number may attend at the same time between them.
-// Memory:  everything a cache keeps comes from CacheOptions::memory. A cache may be moved, but not while a plan is in use.
+// Memory:  everything a cache keeps comes from CacheOptions::memory. A cut takes little more than is there before it: rows that
+//          are encoded by it and a block. A cache may be moved, but not while a plan is in use.
 #pragma once
 
 #include <algorithm>
@@ -28,8 +29,8 @@
 #include "kvtailor/core/check.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/store/cut.hpp"
+#include "kvtailor/store/head_cut.hpp"
 #include "kvtailor/store/layer_evidence.hpp"
-#include "kvtailor/store/rebuilt_head.hpp"
 
 namespace kvt::inline v0 {
 
@@ -193,17 +194,15 @@ class KvCache {
         return begun ? 0 : std::clamp(options_.sink_rows - store.sink().rows(), 0, n);
       };
       std::vector<BlockList> fresh;
-      std::vector<int> block;
+      std::vector<int> oldest;
       for (std::size_t h = 0; h < heads; ++h) {
         Head& store = head(layer, static_cast<int>(h));
         const int over = std::max(0, store.recent().rows() - options_.recent_rows);
         const int encoded = over / options_.block_rows * options_.block_rows;
         fresh.emplace_back(options_.memory);
-        for (int at = 0; at < encoded; at += options_.block_rows) {
-          block.resize(static_cast<std::size_t>(options_.block_rows));
-          std::iota(block.begin(), block.end(), at);
-          store.encode(block, fresh.back());
-        }
+        oldest.resize(static_cast<std::size_t>(encoded));
+        std::iota(oldest.begin(), oldest.end(), 0);
+        store.encode(oldest, options_.block_rows, fresh.back());
         const int sinks = new_sinks(store);
         store.reserve(sinks, n - sinks, encoded / options_.block_rows, encoded);
       }
@@ -348,7 +347,8 @@ class KvCache {
   }
 
   // Scores every row, shares out the budget, drops what is over it and encodes all but the newest recent_rows rows.
-  // Rows that are encoded already keep their bytes. A budget of rows or a ratio is met exactly; bytes are not exceeded.
+  // Rows that are encoded already keep their bytes. A budget of rows or a ratio is met exactly; bytes are not exceeded, but
+  // where memory to move to could not be had: what is left over is slack until the next cut.
   // Observed queries are used up: they take more memory than a tailored cache, and the next cut wants newer ones. The
   // attention that rows were given stays with those that stay.
   Status compress(Retain retain) noexcept {
@@ -394,11 +394,15 @@ class KvCache {
         if (keep[h] < seen[h]) cut({scores.data() + at, n}, keep[h], marks[h]);
         at += n;
       }
-      std::vector<LayerEvidence::Attention> attention = cut_attention(marks);
-      rebuild(marks, true);
+      HeadCut<Codec> heads_cut = prepare_cut(marks, true);
+      // Nothing fails from here on.
       for (std::size_t l = 0; l < layers_.size(); ++l) {
-        layers_[l].evidence.attention.swap(attention[l]);
         layers_[l].evidence.used_up();
+        layers_[l].evidence.keep_rows(&marks[l * static_cast<std::size_t>(geometry_.num_kv_heads)]);
+      }
+      heads_cut.commit();
+      for (std::size_t l = 0; l < layers_.size(); ++l) {
+        layers_[l].evidence.shrink();
         layers_[l].cut(oldest_recent(l));
       }
       return success();
@@ -426,7 +430,7 @@ class KvCache {
         if (heads_[h].recent().rows() > options_.recent_rows)
           marks[h].assign(static_cast<std::size_t>(heads_[h].num_rows()), 1);
       }
-      rebuild(marks, true);
+      prepare_cut(marks, true).commit();
       return success();
     });
   }
@@ -444,7 +448,7 @@ class KvCache {
         marks[h].assign(have.size(), 0);
         std::fill(marks[h].begin(), marks[h].begin() + end, static_cast<unsigned char>(1));
       }
-      rebuild(marks, false);
+      prepare_cut(marks, false).commit();
       for (std::size_t l = 0; l < layers_.size(); ++l) {
         layers_[l].truncate(position);
         auto& attention = layers_[l].evidence.attention;
@@ -670,24 +674,6 @@ class KvCache {
     }
     return success();
   }
-  // What is left to rows once the marked ones are.
-  std::vector<LayerEvidence::Attention> cut_attention(const std::vector<std::vector<unsigned char>>& marks) const {
-    std::vector<LayerEvidence::Attention> left;
-    for (std::size_t l = 0; l < layers_.size(); ++l) {
-      const auto& attention = layers_[l].evidence.attention;
-      auto& own = left.emplace_back(options_.memory);
-      own.reserve(attention.size());
-      for (std::size_t h = 0; h < attention.size(); ++h) {
-        const auto& mark = marks[l * static_cast<std::size_t>(geometry_.num_kv_heads) + h];
-        own.emplace_back(options_.memory);
-        own[h].reserve(static_cast<std::size_t>(std::count(mark.begin(), mark.end(), 1)));
-        for (std::size_t row = 0; row < attention[h].size(); ++row) {
-          if (mark[row] != 0) own[h].push(&attention[h][row], 1);
-        }
-      }
-    }
-    return left;
-  }
   // Where the recent rows of a layer begin.
   int oldest_recent(std::size_t layer) const noexcept {
     int first = layers_[layer].end;
@@ -794,7 +780,7 @@ class KvCache {
     long long all = table_bytes();
     for (const Layer& layer : layers_) {
       all += layer.runs.allocated_bytes();
-      all += static_cast<long long>(layer.evidence.attention.size() * sizeof(layer.evidence.attention[0]));
+      all += static_cast<long long>(layer.evidence.attention.capacity() * sizeof(layer.evidence.attention[0]));
     }
     std::vector<unsigned char> mark;
     const float* at = scores.data();
@@ -810,14 +796,13 @@ class KvCache {
     return all;
   }
 
-  // Keeps the marked rows of every head; an empty mark leaves a head alone. Throws, and has changed nothing then.
-  void rebuild(const std::vector<std::vector<unsigned char>>& marks, bool seal) {
-    std::vector<std::pair<std::size_t, RebuiltHead<Codec>>> rebuilt;
+  // A cut that keeps the marked rows of every head; an empty mark leaves a head alone. Throws, and has changed nothing then.
+  HeadCut<Codec> prepare_cut(std::vector<std::vector<unsigned char>>& marks, bool seal) {
+    HeadCut<Codec> cut(options_.recent_rows, options_.block_rows);
     for (std::size_t h = 0; h < heads_.size(); ++h) {
-      if (marks[h].empty()) continue;
-      rebuilt.emplace_back(h, RebuiltHead<Codec>(heads_[h], marks[h], seal, options_.recent_rows, options_.block_rows));
+      if (!marks[h].empty()) cut.add(heads_[h], marks[h], seal);
     }
-    for (auto& [h, next] : rebuilt) next.commit(heads_[h]);
+    return cut;
   }
 
   static void run_task(const AttendPlan::Work& work, AttendPlan& plan, const AttendPlan::Task& task) {

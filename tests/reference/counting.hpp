@@ -1,9 +1,10 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// A memory resource that counts what is out, and fails when it is told to.
+// A memory resource that counts what is out, and the most that ever was, and fails when it is told to.
 #pragma once
 
+#include <algorithm>
 #include <memory_resource>
 #include <new>
 
@@ -11,7 +12,7 @@ namespace reference {
 
 class Counting : public std::pmr::memory_resource {
  public:
-  long long outstanding = 0;
+  long long outstanding = 0, peak = 0;
   int until_failure = -1;  // allocations that still succeed; -1: all
 
  private:
@@ -20,6 +21,7 @@ class Counting : public std::pmr::memory_resource {
     if (until_failure > 0) --until_failure;
     void* const p = std::pmr::new_delete_resource()->allocate(bytes, alignment);
     outstanding += static_cast<long long>(bytes);
+    peak = std::max(peak, outstanding);
     return p;
   }
   void do_deallocate(void* p, std::size_t bytes, std::size_t alignment) override {

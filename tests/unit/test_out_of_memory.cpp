@@ -1,8 +1,9 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Memory that runs out at any allocation, of the cache's resource or of operator new: nothing changes and nothing is lost.
-// With codecs whose rows are apart, and with one whose blocks are one piece.
+// Memory that runs out at any allocation, of the cache's resource or of operator new, once or for good: nothing is lost, and a
+// call either changes nothing or does what it does with all memory. With codecs whose rows are apart, and with some whose
+// blocks are one piece.
 #include <doctest/doctest.h>
 
 #include <cstdlib>
@@ -11,17 +12,35 @@
 #include <random>
 #include <string>
 
+#include "kvtailor/codec/low_rank.hpp"
 #include "kvtailor/kvtailor.hpp"
 #include "kvtailor/store/device_cache.hpp"
 
 namespace {
 
 int until_failure = -1;  // allocations that still succeed; -1: all
+bool once = false;       // one fails, and all after it succeed
+bool failed = false;     // one has failed
 
 bool fails() {
-  if (until_failure == 0) return true;
-  if (until_failure > 0) --until_failure;
+  if (until_failure > 0)
+    --until_failure;
+  else if (until_failure == 0) {
+    failed = true;
+    if (once) until_failure = -1;
+    return true;
+  }
   return false;
+}
+
+// Whether an allocation failed while f ran.
+template <class F>
+bool meets_failure(int allowed, F&& f) {
+  failed = false;
+  until_failure = allowed;
+  f();
+  until_failure = -1;
+  return failed;
 }
 
 }  // namespace
@@ -72,9 +91,12 @@ struct Whole : TurboQuant<bits, dim> {
 static_assert(StorageCodec<Whole<3>> && !RowWiseCodec<Whole<3>>);
 
 using Apart = KvCodec<TurboQuant<4, dim>, TurboQuant<3, dim>>;
+using Plain = KvCodec<Dense<Half, dim>>;
 using Blocks = KvCodec<Whole<4>, Whole<3>>;
-template <class Codec>
-using Cache = KvCache<Adaptive, SnapKv, Codec>;
+using LowRanks = KvCodec<LowRank<LloydMax<2, dim, NormCorrection::least_squares, LogScale>>>;
+using Either = KvCodec<OneOf<Whole<4>, Trellis<2, dim>>>;  // which says at run time whether rows are apart
+template <class Codec, class Selector = SnapKv>
+using Cache = KvCache<Adaptive, Selector, Codec>;
 
 struct Rows {
   std::vector<float> keys, values, queries;
@@ -89,20 +111,25 @@ struct Rows {
     for (auto* x : {&keys, &values, &queries}) {
       for (float& v : *x) v = normal(random);
     }
+    // Keys share a direction, so that low ranks have something to take out.
+    for (std::size_t at = 0; at < keys.size(); at += dim) {
+      const float strength = 5 * normal(random);
+      for (std::size_t d = 0; d < dim; ++d) keys[at + d] += d % 2 == 0 ? strength : -strength;
+    }
     for (int i = 0; i < n; ++i) positions.push_back(first + i);
   }
 };
 
-template <class Codec>
-void append(Cache<Codec>& cache, const Rows& rows) {
+template <class Codec, class Selector>
+void append(Cache<Codec, Selector>& cache, const Rows& rows) {
   for (int l = 0; l < shape.num_layers; ++l) {
     REQUIRE(cache.append(l, rows.keys.data(), rows.values.data(), rows.positions).ok());
     REQUIRE(cache.observe(l, rows.queries.data(), rows.positions).ok());
   }
 }
 
-template <class Codec>
-std::vector<float> state(const Cache<Codec>& cache) {
+template <class Codec, class Selector>
+std::vector<float> state(const Cache<Codec, Selector>& cache) {
   std::vector<float> all;
   for (int l = 0; l < shape.num_layers; ++l) {
     all.push_back(static_cast<float>(cache.end_position(l)));
@@ -117,12 +144,21 @@ std::vector<float> state(const Cache<Codec>& cache) {
   return all;
 }
 
-// What went wrong when `operation` could make only `allowed` allocations; empty if nothing did.
-template <class Codec, class Operation>
-std::string failure(const Operation& operation, int allowed, bool& done) {
+// What an operation leaves that has all memory.
+struct Want {
+  std::vector<float> state;
+  long long bytes = 0;
+};
+
+// What went wrong when `operation` could make only `allowed` allocations; empty if nothing did. The first time, with as many as
+// it wants, `want` is set to what it leaves.
+template <class C, class Operation>
+std::string failure(const typename C::codec_type& codec, const Operation& operation, int allowed, bool& met, Want& want) {
   Counting memory;
   {
-    Cache<Codec> cache({}, {.window = 4});
+    typename C::selector_type selector;
+    if constexpr (requires { selector.window; }) selector.window = 4;
+    C cache({}, selector, codec);
     REQUIRE(cache.init(shape, {.sink_rows = 2, .recent_rows = 5, .block_rows = 8, .memory = &memory}).ok());
     append(cache, Rows(0, 45));
     append(cache, Rows(45, 3));
@@ -130,48 +166,65 @@ std::string failure(const Operation& operation, int allowed, bool& done) {
     append(cache, Rows(48, 30));
     const auto before = state(cache);
     const Rows rows(78, 20);
-    until_failure = allowed;
-    const Status status = operation(cache, rows);
-    until_failure = -1;
-    done = status.ok();
-    if (!done && status.code != Errc::out_of_memory) return "it says: " + status.message();
-    if (!done && state(cache) != before) return "the cache has changed";
+    Status status = success();
+    met = meets_failure(allowed, [&] { status = operation(cache, rows); });
+    if (allowed < 0) want = {state(cache), cache.memory().total()};
+    if (!status.ok() && status.code != Errc::out_of_memory) return "it says: " + status.message();
+    if (state(cache) != (status.ok() ? want.state : before)) return "the cache has changed";
+    // One that fails is asked for again, but for attention, which keeps its place.
+    if (status.ok() && once && !C::selector_type::needs.has(Evidence::attention) && cache.memory().total() != want.bytes) {
+      return std::to_string(cache.memory().total() - want.bytes) + " bytes more than it takes";
+    }
     const long long lost = memory.outstanding - cache.memory().total();
     if (lost != 0) return std::to_string(lost) + " bytes are not in memory().total()";
   }
   return memory.outstanding == 0 ? "" : "bytes are lost";
 }
 
-template <class Codec, class Operation>
-void attempt(const char* name, const Operation& operation) {
-  int allowed = 0;
-  std::string wrong;
-  for (bool done = false; !done && wrong.empty() && allowed < 10000; ++allowed) {
-    wrong = failure<Codec>(operation, allowed, done);
+template <class C, class Operation>
+void attempt(const typename C::codec_type& codec, const char* name, const Operation& operation) {
+  for (const bool one : {false, true}) {
+    once = one;
+    bool met = false;
+    Want want;
+    std::string wrong = failure<C>(codec, operation, -1, met, want);
+    int allowed = 0;
+    do {
+      if (wrong.empty()) wrong = failure<C>(codec, operation, allowed++, met, want);
+    } while (met && wrong.empty() && allowed < 10000);
+    once = false;
+    INFO(std::string(name) << " with " << allowed - 1 << " allocations" << (one ? ", then one that fails" : ""));
+    CHECK(wrong == "");
+    CHECK(allowed > 1);  // something did fail
+    CHECK(allowed < 10000);
   }
-  INFO(std::string(name) << " with " << allowed - 1 << " allocations");
-  CHECK(wrong == "");
-  CHECK(allowed > 1);  // something did fail
-  CHECK(allowed < 10000);
+}
+
+// Those that drop rows.
+template <class Codec, class Selector = SnapKv>
+void attempt_cuts(const Codec& codec = {}) {
+  using C = Cache<Codec, Selector>;
+  attempt<C>(codec, "compress to a ratio", [](C& c, const Rows&) { return c.compress(Retain::ratio(0.6)); });
+  attempt<C>(codec, "compress to bytes",
+             [](C& c, const Rows&) { return c.compress(Retain::bytes(c.memory().total() * 4 / 5)); });
+  attempt<C>(codec, "flush", [](C& c, const Rows&) { return c.flush(); });
+  attempt<C>(codec, "truncate", [](C& c, const Rows&) { return c.truncate(21); });
 }
 
 template <class Codec>
 void attempt_all() {
   using C = Cache<Codec>;
-  attempt<Codec>("append", [](C& c, const Rows& r) { return c.append(0, r.keys.data(), r.values.data(), r.positions); });
-  attempt<Codec>("compress to a ratio", [](C& c, const Rows&) { return c.compress(Retain::ratio(0.6)); });
-  attempt<Codec>("compress to bytes", [](C& c, const Rows&) { return c.compress(Retain::bytes(c.memory().total() * 4 / 5)); });
-  attempt<Codec>("flush", [](C& c, const Rows&) { return c.flush(); });
-  attempt<Codec>("truncate", [](C& c, const Rows&) { return c.truncate(21); });
-  attempt<Codec>("fork", [](C& c, const Rows&) {
+  attempt_cuts<Codec>();
+  attempt<C>({}, "append", [](C& c, const Rows& r) { return c.append(0, r.keys.data(), r.values.data(), r.positions); });
+  attempt<C>({}, "fork", [](C& c, const Rows&) {
     C child;
     return c.fork(child);
   });
-  attempt<Codec>("init", [](C& c, const Rows&) {
+  attempt<C>({}, "init", [](C& c, const Rows&) {
     C other;
     return other.init(c.geometry(), c.options());
   });
-  attempt<Codec>("plan", [](C& c, const Rows& r) {
+  attempt<C>({}, "plan", [](C& c, const Rows& r) {
     static float out[20 * 4 * dim];
     AttendPlan plan(c.options().memory);
     return c.plan(0, r.queries.data(), r.positions, {}, out, plan);
@@ -180,9 +233,20 @@ void attempt_all() {
 
 }  // namespace
 
-TEST_CASE("memory that runs out anywhere loses nothing when rows are apart") { attempt_all<Apart>(); }
+TEST_CASE("memory that runs out anywhere loses nothing when rows are apart") {
+  attempt_all<Apart>();
+  attempt_cuts<Plain>();
+  attempt_cuts<Apart, HeavyHitter>();
+  Either either;
+  either.keys.index = either.values.index = 1;
+  attempt_cuts(either);
+}
 
-TEST_CASE("memory that runs out anywhere loses nothing when a block is one piece") { attempt_all<Blocks>(); }
+TEST_CASE("memory that runs out anywhere loses nothing when a block is one piece") {
+  attempt_all<Blocks>();
+  attempt_cuts<Blocks, HeavyHitter>();
+  attempt_cuts<LowRanks>();
+}
 
 namespace {
 
@@ -222,10 +286,10 @@ TEST_CASE("memory that runs out leaves the evidence as it was: the next cut is t
     return all;
   };
   // Calls in turn; the one numbered `failing` may make `allowed` allocations. Then it is made again, or left out.
-  const auto run = [&](int failing, int allowed, bool again, bool& failed) {
+  const auto run = [&](int failing, int allowed, bool again, bool& met, bool& refused) {
     Counting memory;
     std::vector<int> all;
-    failed = false;
+    met = refused = false;
     {
       Cached cache;
       REQUIRE(
@@ -234,11 +298,10 @@ TEST_CASE("memory that runs out leaves the evidence as it was: the next cut is t
       const auto call = [&](auto&& operation) {
         const bool fails_now = number++ == failing;
         if (fails_now && allowed < 0) return;  // as if it had never been made
-        until_failure = fails_now ? allowed : -1;
-        Status status = operation();
-        until_failure = -1;
+        Status status = success();
+        if (meets_failure(fails_now ? allowed : -1, [&] { status = operation(); })) met = true;
         if (fails_now && !status.ok()) {
-          failed = true;
+          refused = true;
           REQUIRE(status.code == Errc::out_of_memory);
           REQUIRE(memory.outstanding == cache.memory().total());
           if (again) status = operation();
@@ -263,21 +326,21 @@ TEST_CASE("memory that runs out leaves the evidence as it was: the next cut is t
     REQUIRE(memory.outstanding == 0);
     return all;
   };
-  bool failed = false;
-  const auto want = run(-1, -1, true, failed);
+  bool met = false, refused = false;
+  const auto want = run(-1, -1, true, met, refused);
   for (int failing = 0; failing < 13; ++failing) {
-    const auto without = run(failing, -1, false, failed);
+    const auto without = run(failing, -1, false, met, refused);
     int failures = 0;
-    failed = true;
-    for (int allowed = 0; failed; ++allowed) {
+    met = true;
+    for (int allowed = 0; met; ++allowed) {
       REQUIRE(allowed < 2000);
       INFO("call " << failing << " with " << allowed << " allocations");
-      const auto have = run(failing, allowed, true, failed);
+      const auto have = run(failing, allowed, true, met, refused);
       REQUIRE(have == want);
-      if (failed) {
+      if (refused) {
         ++failures;
-        bool dropped = false;
-        if (allowed % 3 == 0) REQUIRE(run(failing, allowed, false, dropped) == without);
+        bool dropped = false, left_out = false;
+        if (allowed % 3 == 0) REQUIRE(run(failing, allowed, false, dropped, left_out) == without);
       }
     }
     CHECK(failures > 1);

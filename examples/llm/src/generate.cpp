@@ -84,7 +84,6 @@ Run run_generate(const Options& o, Engine& engine, const Tokenizer& tokenizer, c
           engine.eval(*cache, std::span(prompt).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at,
                       Engine::Logits::last);
       run.first_logits.assign(logits.begin(), logits.end());
-      run.peak_bytes = std::max(run.peak_bytes, memory.outstanding());
       at += n;
       if (tailored && o.when == "chunk") (void)o.budget.hold(*cache);
       if (tailored && o.when == "document" && at == static_cast<int>(document.size())) cut(at);
@@ -95,6 +94,7 @@ Run run_generate(const Options& o, Engine& engine, const Tokenizer& tokenizer, c
   run.prefill_rate = total / (seconds() - start);
   run.memory = cache->memory();
   run.measured_bytes = measured_bytes(*cache, memory);
+  run.peak_bytes = memory.peak();
   run.bits = cache->bits_per_element();
   run.mean_rows = mean_rows(*cache);
   const auto& shape = cache->geometry();
@@ -139,14 +139,18 @@ Run run_generate(const Options& o, Engine& engine, const Tokenizer& tokenizer, c
 json report(FILE* out, const char* name, const Run& run) {
   const auto& m = run.memory;
   std::fprintf(out, "%s\n", name);
+  const auto share = [&](long long bytes) {
+    return 100.0 * static_cast<double>(bytes) / static_cast<double>(m.dense_fp16_bytes);
+  };
   std::fprintf(out,
                "  memory    %.2f MiB allocated (%.1f %% of dense fp16): payload %.2f, index %.2f, queries %.2f, slack %.2f\n",
-               static_cast<double>(run.measured_bytes) / mebibyte,
-               100.0 * static_cast<double>(run.measured_bytes) / static_cast<double>(m.dense_fp16_bytes),
+               static_cast<double>(run.measured_bytes) / mebibyte, share(run.measured_bytes),
                static_cast<double>(m.payload_bytes) / mebibyte, static_cast<double>(m.index_bytes) / mebibyte,
                static_cast<double>(m.evidence_bytes) / mebibyte, static_cast<double>(m.slack_bytes) / mebibyte);
-  std::fprintf(out, "  rows      %.1f a KV head (%d to %d), %.2f bits an element, peak %.2f MiB while reading\n", run.mean_rows,
-               run.min_rows, run.max_rows, run.bits, static_cast<double>(run.peak_bytes) / mebibyte);
+  std::fprintf(out, "  peak      %.2f MiB while reading (%.1f %% of dense fp16)\n",
+               static_cast<double>(run.peak_bytes) / mebibyte, share(run.peak_bytes));
+  std::fprintf(out, "  rows      %.1f a KV head (%d to %d), %.2f bits an element\n", run.mean_rows, run.min_rows, run.max_rows,
+               run.bits);
   std::fprintf(out, "  speed     prefill %.0f tokens/s, decode %.1f tokens/s\n", run.prefill_rate, run.decode_rate);
   return {{"answer", run.answer},
           {"measured_bytes", run.measured_bytes},

@@ -79,6 +79,7 @@ Progress::~Progress() {
 void* CountingResource::do_allocate(std::size_t bytes, std::size_t alignment) {
   void* const p = std::pmr::new_delete_resource()->allocate(bytes, alignment);
   outstanding_ += static_cast<long long>(bytes);
+  peak_ = std::max(peak_, outstanding_);
   return p;
 }
 

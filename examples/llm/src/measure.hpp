@@ -50,12 +50,13 @@ class Progress {
 class CountingResource : public std::pmr::memory_resource {
  public:
   long long outstanding() const { return outstanding_; }
+  long long peak() const { return peak_; }  // the most that ever was, inside a call too
 
  private:
   void* do_allocate(std::size_t bytes, std::size_t alignment) override;
   void do_deallocate(void* p, std::size_t bytes, std::size_t alignment) override;
   bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
-  long long outstanding_ = 0;
+  long long outstanding_ = 0, peak_ = 0;
 };
 
 double seconds();  // on a clock that does not go back

@@ -79,7 +79,7 @@ concept StorageCodec = requires(const C c, const float* in, float* out, std::byt
   // row `n` of a block of `n` rows, out [head_dim]
   { c.decode(block, n, n, out) }
   noexcept;
-  // keeps the rows whose mark is not zero, bit for bit; returns the bytes written
+  // keeps the rows whose mark is not zero, bit for bit; returns the bytes written, no more than the block has
   { c.erase(block, n, keep, bytes) }
   noexcept->std::same_as<int>;
   // the same by all lanes, on every one of them; block and bytes are memory that all see

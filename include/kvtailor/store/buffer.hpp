@@ -1,7 +1,8 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Buffer: a growable array of plain values from a memory resource, which knows what it allocated. Only reserve() allocates.
+// Buffer: a growable array of plain values from a memory resource, which knows what it allocated. Only reserve() and
+// shrink() allocate.
 #pragma once
 
 #include <cstddef>
@@ -54,13 +55,18 @@ class Buffer {
   void reserve(std::size_t n, bool slack = false) {
     if (n <= capacity_) return;
     const std::size_t wanted = slack && capacity_ + capacity_ / 2 > n ? capacity_ + capacity_ / 2 : n;
-    T* const fresh = static_cast<T*>(memory_->allocate(wanted * sizeof(T), storage_alignment));
-    if (size_ != 0) std::memcpy(fresh, data_, size_ * sizeof(T));
-    const std::size_t size = size_;
-    release();
-    data_ = fresh;
-    size_ = size;
-    capacity_ = wanted;
+    move_to(wanted);
+  }
+  // Gives back what is not in use, unless there is no memory to move to: then nothing changes and the answer is false.
+  bool shrink() noexcept try {
+    if (size_ == 0) {
+      release();
+    } else if (size_ < capacity_) {
+      move_to(size_);
+    }
+    return true;
+  } catch (...) {
+    return false;
   }
   // Within the capacity; new elements are not set.
   void resize(std::size_t n) noexcept {
@@ -76,6 +82,16 @@ class Buffer {
     if (n != 0 && n < size_) std::memmove(data_, data_ + n, (size_ - n) * sizeof(T));
     size_ -= n;
   }
+  // Keeps the groups of `width` elements whose mark is not zero.
+  void keep(const unsigned char* mark, std::size_t width = 1) noexcept {
+    std::size_t kept = 0;
+    for (std::size_t at = 0; at < size_; at += width) {
+      if (*mark++ == 0) continue;
+      if (kept < at) std::memcpy(data_ + kept, data_ + at, width * sizeof(T));
+      kept += width;
+    }
+    size_ = kept;
+  }
   void release() noexcept {
     if (data_ != nullptr) memory_->deallocate(data_, capacity_ * sizeof(T), storage_alignment);
     data_ = nullptr;
@@ -83,6 +99,16 @@ class Buffer {
   }
 
  private:
+  void move_to(std::size_t capacity) {
+    T* const fresh = static_cast<T*>(memory_->allocate(capacity * sizeof(T), storage_alignment));
+    if (size_ != 0) std::memcpy(fresh, data_, size_ * sizeof(T));
+    const std::size_t size = size_;
+    release();
+    data_ = fresh;
+    size_ = size;
+    capacity_ = capacity;
+  }
+
   std::pmr::memory_resource* memory_;
   T* data_ = nullptr;
   std::size_t size_ = 0, capacity_ = 0;

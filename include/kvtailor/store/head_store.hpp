@@ -41,13 +41,19 @@ struct DenseZone {
     keys.push(from_keys, bytes_of(n));
     values.push(from_values, bytes_of(n));
   }
-  void push(const DenseZone& from, int row) noexcept {
-    push(from.keys.data() + bytes_of(row), from.values.data() + bytes_of(row), 1);
-  }
   void push(const DenseZone& from) noexcept { push(from.keys.data(), from.values.data(), from.rows()); }
   void drop_front(int rows) noexcept {
     keys.drop_front(bytes_of(rows));
     values.drop_front(bytes_of(rows));
+  }
+  // Keeps the rows whose mark is not zero.
+  void keep(const unsigned char* mark) noexcept {
+    keys.keep(mark, Near::row_bytes);
+    values.keep(mark, Near::row_bytes);
+  }
+  bool shrink() noexcept {
+    const bool both = keys.shrink();
+    return values.shrink() && both;
   }
   // Either output may be null.
   void decode(int row, float* key, float* value) const noexcept {
@@ -58,7 +64,7 @@ struct DenseZone {
 };
 
 template <class Codec>
-class RebuiltHead;
+class HeadCut;
 
 template <class Codec>
 class HeadStore {
@@ -103,7 +109,7 @@ class HeadStore {
     }
     for (const BlockRef& block : blocks()) {
       sum.payload += block.key_bytes + block.value_bytes;
-      sum.allocated += static_cast<long long>(block.allocated_bytes());
+      sum.allocated += block.allocated_bytes;
     }
     sum.index = positions_.used_bytes() + blocks_.used_bytes();
     sum.allocated += positions_.allocated_bytes() + blocks_.allocated_bytes();
@@ -113,7 +119,7 @@ class HeadStore {
   // are encoded; sink and recent rows are marked.
   long long bytes_bound(std::span<const unsigned char> mark, int recent_rows, int block_rows) const noexcept {
     const auto block = [](int key_bytes, int value_bytes) {
-      return static_cast<long long>(BlockRef::allocated_bytes(key_bytes, value_bytes) + sizeof(BlockRef));
+      return BlockRef::bytes_of(key_bytes, value_bytes) + static_cast<long long>(sizeof(BlockRef));
     };
     const auto encoded = [&](int n) {
       return n == 0 ? 0ll : block(codec_.keys.max_block_bytes(n), codec_.values.max_block_bytes(n));
@@ -152,24 +158,25 @@ class HeadStore {
     for (int row = 0; row < recent_.rows(); ++row, next()) recent_.decode(row, keys, values);
   }
 
-  // Encodes rows of the recent zone, in this order, into one new block of `out`.
-  void encode(std::span<const int> rows, BlockList& out) const {
-    const int n = static_cast<int>(rows.size());
-    std::vector<float> keys(rows.size() * head_dim), values(keys.size());
-    for (std::size_t i = 0; i < rows.size(); ++i) {
-      recent_.decode(rows[i], keys.data() + i * head_dim, values.data() + i * head_dim);
+  // Encodes rows of the recent zone, in this order, `block_rows` together, into new blocks of `out`.
+  void encode(std::span<const int> rows, int block_rows, BlockList& out) const {
+    std::vector<float> keys, values;
+    AlignedBytes key_block, value_block;
+    while (!rows.empty()) {
+      const auto n = std::min(rows.size(), static_cast<std::size_t>(block_rows));
+      const int count = static_cast<int>(n);
+      keys.resize(n * head_dim);
+      values.resize(n * head_dim);
+      for (std::size_t i = 0; i < n; ++i) {
+        recent_.decode(rows[i], keys.data() + i * head_dim, values.data() + i * head_dim);
+      }
+      key_block.grow(codec_.keys.max_block_bytes(count));
+      value_block.grow(codec_.values.max_block_bytes(count));
+      const int key_bytes = codec_.keys.encode(keys.data(), count, key_block.data());
+      const int value_bytes = codec_.values.encode(values.data(), count, value_block.data());
+      out.add(count, key_bytes, value_bytes).fill(key_block.data(), value_block.data());
+      rows = rows.subspan(n);
     }
-    AlignedBytes key_block(codec_.keys.max_block_bytes(n)), value_block(codec_.values.max_block_bytes(n));
-    const int key_bytes = codec_.keys.encode(keys.data(), n, key_block.data());
-    const int value_bytes = codec_.values.encode(values.data(), n, value_block.data());
-    fill(out.add(n, key_bytes, value_bytes), key_block, value_block);
-  }
-  // Drops the rows of `block` that are not marked, without encoding the others anew, into one new block of `out`.
-  void erase(const BlockRef& block, const unsigned char* mark, int survivors, BlockList& out) const {
-    AlignedBytes key_block(codec_.keys.max_block_bytes(block.rows)), value_block(codec_.values.max_block_bytes(block.rows));
-    const int key_bytes = codec_.keys.erase(block.keys(), block.rows, mark, key_block.data());
-    const int value_bytes = codec_.values.erase(block.values(), block.rows, mark, value_block.data());
-    fill(out.add(survivors, key_bytes, value_bytes), key_block, value_block);
   }
 
   // -- append ---------------------------------------------------------------------------------------------------------
@@ -217,7 +224,7 @@ class HeadStore {
     other.blocks_.reserve(blocks_.size());
     BlockList twins(other.memory_);
     for (const BlockRef& block : blocks()) {
-      std::memcpy(twins.add(block.rows, block.key_bytes, block.value_bytes).data, block.data, block.allocated_bytes());
+      twins.add(block.rows, block.key_bytes, block.value_bytes).fill(block.keys(), block.values());
     }
     other.sink_.push(sink_);
     other.recent_.push(recent_);
@@ -227,24 +234,8 @@ class HeadStore {
   }
 
  private:
-  friend class RebuiltHead<Codec>;
+  friend class HeadCut<Codec>;
 
-  // Codecs are promised blocks that begin at a multiple of 64 bytes.
-  class AlignedBytes {
-   public:
-    explicit AlignedBytes(int bytes) : lines_(BlockRef::padded(bytes) / storage_alignment) {}
-    std::byte* data() { return reinterpret_cast<std::byte*>(lines_.data()); }
-
-   private:
-    struct alignas(storage_alignment) Line {
-      std::byte bytes[storage_alignment];
-    };
-    std::vector<Line> lines_;
-  };
-  static void fill(BlockRef& block, AlignedBytes& keys, AlignedBytes& values) noexcept {
-    std::memcpy(block.data, keys.data(), static_cast<std::size_t>(block.key_bytes));
-    std::memcpy(block.data + block.value_offset, values.data(), static_cast<std::size_t>(block.value_bytes));
-  }
   void free_blocks() noexcept {
     for (const BlockRef& block : blocks()) block.free(memory_);
     blocks_.resize(0);

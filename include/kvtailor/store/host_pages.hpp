@@ -233,7 +233,7 @@ void rows_from_stream(const SlicePages& near, int dense, const Stream& from, con
     const BlockRecord record = from.record(offset);
     const BlockRef& block = blocks.add(record.rows, record.key_bytes, record.value_bytes);
     read(offset + record.keys_at(), record.key_bytes, block.data);
-    read(offset + record.values_at(), record.value_bytes, block.data + block.value_offset);
+    read(offset + record.values_at(), record.value_bytes, block.data + block.value_offset());
     for (int r = 0; r < record.rows; ++r) position.push_back(from.position(offset, r));
     offset += record.bytes();
   }
@@ -264,7 +264,7 @@ void rows_from_slices(const SlicePages& near, int dense, const SlicePages& body,
       first = at;
     }
     keys.copy_row(coded.keys[row], 1, 0, block.data, block.rows, at - first);
-    values.copy_row(coded.values[row], 1, 0, block.data + block.value_offset, block.rows, at - first);
+    values.copy_row(coded.values[row], 1, 0, block.data + block.value_offset(), block.rows, at - first);
     rows.positions[static_cast<std::size_t>(sinks + at)] = coded.positions[row];
   }
   store.assign(rows.positions, sinks, blocks, rows.keys.data(), rows.values.data());

@@ -136,6 +136,14 @@ class LayerEvidence {
     similarity = 0;
     compared = 0;
   }
+  // Of a cut: mark [num_kv_heads][rows]. What rows were given is cut where it lies; shrink() gives back what is left over, as
+  // far as there is memory to move to.
+  void keep_rows(const std::vector<unsigned char>* mark) noexcept {
+    for (auto& head : attention) head.keep((mark++)->data());
+  }
+  void shrink() noexcept {
+    for (auto& head : attention) (void)head.shrink();
+  }
   // Forgets all.
   void release() noexcept {
     used_up();
