@@ -13,6 +13,7 @@
 
 #include "kvtailor/budget/squeeze_attention.hpp"
 #include "kvtailor/kvtailor.hpp"
+#include "kvtailor/learn/importance.hpp"
 #include "kvtailor/select/any_selector.hpp"
 #include "reference/counting.hpp"
 #include "reference/selectors.hpp"
@@ -631,6 +632,41 @@ TEST_CASE("rows that the selector inside keeps above all stay so whatever their 
       if (head.positions[r] < 2) CHECK(head.score[r] > *std::max_element(head.score.begin() + 2, head.score.end()));
     }
   }
+}
+
+TEST_CASE("OracleImportance is what a query head gives a row times the norm of its value through the output projection") {
+  std::mt19937 random(91);
+  for (int round = 0; round < 60; ++round) {
+    const int dim = round % 2 == 0 ? 64 : 40, window = 1 + round % 7 * 30;
+    Head head(random, dim, 1 + round % 4, 1 + static_cast<int>(random() % 300), window);
+    head.attend.sliding = round % 5 == 4 ? 40 : 0;
+    const OverQueries over = round % 3 == 0 ? OverQueries::sum : OverQueries::largest;
+    REQUIRE(head.by(OracleImportance{.window = window, .over = over}).ok());
+    Vector want(head.rows(), 0.0), error(head.rows(), 0.0);
+    for (Index g = 0; g < head.group; ++g) {
+      std::vector<float> own;
+      for (int w = 0; w < window; ++w) {
+        const auto from =
+            head.queries.begin() + static_cast<std::ptrdiff_t>((static_cast<Index>(w) * head.group + g) * head.dim);
+        own.insert(own.end(), from, from + dim);
+      }
+      std::vector<reference::Given> given;
+      reference::give(given, head.keys, head.positions, own, head.window_positions, 1, head.dim, head.attend);
+      const auto projected =
+          reference::projected(head.values, head.dim, head.weights() + g * head.dim, Head::width, head.stride(), 1);
+      for (Index r = 0; r < head.rows(); ++r) {
+        const double weight = over == OverQueries::sum ? given[r].sum : given[r].largest;
+        want[r] = std::max(want[r], weight * projected.root[r]);
+        // As of a weight, with a rounding for each query that is added, and as of ValueNorm's norms.
+        error[r] = std::max(error[r], weight * projected.root[r] * (head.error_of_weights() + (window + 4) * eps) +
+                                          weight * ((20 + 2 * double(dim) + 4) * eps * projected.square_terms[r] +
+                                                    8 * eps * projected.root[r]));
+      }
+    }
+    compare(head.score, want, [&](std::size_t r) { return error[r] + 1e-30; });
+  }
+  Head none(random, 64, 2, 5, 0);
+  CHECK(none.by(OracleImportance{}).code == Errc::no_evidence);
 }
 
 TEST_CASE("CriticalKv keeps a first part by scores alone, and the others by the projected sum of magnitudes") {
