@@ -215,6 +215,7 @@ class DeviceCache {
     bound_.assign(heads, 0);
     room_.assign(heads, 0);
     appended_.assign(static_cast<std::size_t>(geometry.num_layers), 0);
+    newest_ = appended_;
     short_ends_.assign(heads, {});
     encoded_.assign(heads, 0);
     stream_bytes_.assign(heads, 0);
@@ -319,6 +320,7 @@ class DeviceCache {
     child.encoded_ = encoded_;
     child.stream_bytes_ = stream_bytes_;
     child.appended_ = appended_;
+    child.newest_ = newest_;
     child.short_ends_ = short_ends_;
     for (std::size_t h = 0; h < pages_.size(); ++h) KVT_TRY(child.take_pages(h, pages_[h].size()));
     child.bound_ = child.room_ = bound_;
@@ -446,6 +448,7 @@ class DeviceCache {
         bound_[h] = room_[h] = rows[h] + rows[heads + h];
       }
       for (std::size_t l = 0; l < appended_.size(); ++l) appended_[l] = static_cast<int>(host.appended(static_cast<int>(l)));
+      std::fill(newest_.begin(), newest_.end(), 0);
       pages_.swap(body_pages);
       if constexpr (in_blocks) {
         uneven_ = 0;
@@ -520,6 +523,8 @@ class DeviceCache {
       return heads(0);
     }
   }
+  // Whether the rows of a layer come one by one.
+  bool decodes(int layer) const { return newest_[static_cast<std::size_t>(layer)] == 1; }
   int most_rows(int head) const { return bound_[static_cast<std::size_t>(head)]; }
   static std::size_t pages_of(int rows) {
     return static_cast<std::size_t>((rows + SlicePages::page_rows - 1) / SlicePages::page_rows);
@@ -644,6 +649,7 @@ class DeviceCache {
   int* stream_bytes() const { return counts_.data() + 2 * geometry_.num_heads(); }
   void count(int layer, int n) {
     appended_[static_cast<std::size_t>(layer)] += n;
+    newest_[static_cast<std::size_t>(layer)] = n;
     for (std::size_t h = 0; h < kv_heads(); ++h) bound_[static_cast<std::size_t>(layer) * kv_heads() + h] += n;
   }
   // Pages of a head with so many rows. While only whole blocks have been encoded, there is no page that is not full; a cut
@@ -742,7 +748,7 @@ class DeviceCache {
   Codec codec_ = {};
   std::vector<std::vector<int>> pages_;       // [heads]
   std::vector<int> bound_, room_;             // rows of a head [heads] at most, and those there are pages for
-  std::vector<int> appended_;                 // rows of a layer [layers], ever
+  std::vector<int> appended_, newest_;        // rows of a layer [layers], ever and in the last append
   int uneven_ = 0;                            // the last page of a head may not be full; of streams, cuts since refresh()
   std::vector<int> encoded_, stream_bytes_;   // of streams [heads] at the last refresh()
   std::vector<std::vector<int>> short_ends_;  // [heads] rows after which short blocks of the host ended, until rows are dropped

@@ -54,10 +54,15 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     Window window;
     KVT_TRY(geometry.validate());
     if constexpr (needs_queries) KVT_TRY(window.init(device, geometry, window_of(selector)));
+    DeviceArray<int, Device> chosen;
+    const auto layers = static_cast<std::size_t>(geometry.num_layers);
+    if constexpr (slides) KVT_TRY(chosen.allocate(device, layers));
     KVT_TRY(Rows::init(device, pool, geometry, options, codec, head_codecs));
     budget_ = budget;
     selector_ = selector;
     window_ = std::move(window);
+    chosen_ = std::move(chosen);
+    chosen_before_.assign(chosen_.size(), 0);
     return success();
   }
 
@@ -143,7 +148,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
           } else {
             for (std::size_t h = 0; h < heads; ++h) pages += Rows::pages_of(counts[h] - dense[h]);
           }
-          return this->memory_with_pages(pages).total() + window_.bytes();
+          return this->memory_with_pages(pages).total() + evidence_bytes();
         });
         KVT_TRY(measured);
         KVT_TRY(fitted);
@@ -154,34 +159,50 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     KVT_TRY(device.launch(MarkWork{this->all_heads(), kept.data(), scores.data(), marks.data(), stride}, geometry.num_heads()));
     KVT_TRY(this->cut(marks.data(), stride));
     KVT_TRY(window_.forget());
+    if constexpr (slides) KVT_TRY(set_chosen(want));
     return this->refresh();
   }
   // As DeviceCache::truncate(), queries too.
   Status truncate(int position) {
     KVT_TRY(Rows::truncate(position));
+    for (int& chosen : chosen_before_) chosen = std::min(chosen, position);
     return window_.truncate(position);
+  }
+  // As DeviceCache::upload(); what was observed is forgotten.
+  template <class Host>
+  Status upload(const Host& host) noexcept {
+    KVT_TRY(Rows::upload(host));
+    std::fill(chosen_before_.begin(), chosen_before_.end(), 0);
+    return window_.forget();
   }
   // As DeviceCache::fork(), policies and queries too.
   Status fork(DeviceKvCache& child) const {
     KVT_TRY(this->check_layer(0));
     Window window;
     KVT_TRY(window_.copy_to(window));
+    DeviceArray<int, Device> chosen;
+    KVT_TRY(chosen.allocate(*this->device(), chosen_.size()));
     KVT_TRY(Rows::fork(child));
     child.budget_ = budget_;
     child.selector_ = selector_;
     child.window_ = std::move(window);
+    child.chosen_ = std::move(chosen);
+    child.chosen_before_ = chosen_before_;
     return success();
   }
   // As DeviceCache::memory(); evidence is the room for queries.
   Memory memory() const {
     Memory m = Rows::memory();
-    m.evidence_bytes = window_.bytes();
+    m.evidence_bytes = evidence_bytes();
     return m;
   }
 
  private:
   static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
+  static constexpr bool slides = slides_after_cut<Selector>();
   using Window = DeviceQueryWindow<Device>;
+
+  long long evidence_bytes() const { return window_.bytes() + chosen_.bytes(); }
 
   // The budget allocator, which asks the device where the highest scores of a layer are.
   class Sharing {
@@ -227,21 +248,39 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     DeviceArray<std::int64_t, Device> left_;
   };
 
+  // After a cut: where rows that it chose end. See Layer::cut() of the host's cache.
+  Status set_chosen(const BudgetRequest& want) {
+    KVT_TRY(
+        this->device()->launch(OldestRecentWork<Codec>{this->all_heads(), want.num_kv_heads, chosen_.data()}, want.num_layers));
+    std::vector<int> oldest(chosen_.size());
+    KVT_TRY(this->device()->copy_from(oldest.data(), chosen_.data(), oldest.size() * sizeof(int)));
+    for (std::size_t l = 0; l < oldest.size(); ++l) {
+      if (!this->decodes(static_cast<int>(l)) || chosen_before_[l] == 0) chosen_before_[l] = oldest[l];
+    }
+    return success();
+  }
   // Scores [heads, stride] of all rows, and those of the rows that are there, for an allocator that needs them.
   Status score(const BudgetRequest& want, float* scores, long long stride, std::vector<float>& seen_scores) const {
     Device& device = *this->device();
     const auto places = want.seen.size() * static_cast<std::size_t>(stride);
     DeviceArray<float, Device> mass, apart;
+    DeviceEvidence evidence;
+    std::vector<int> chosen(chosen_before_.size());
+    for (std::size_t l = 0; l < chosen.size(); ++l) chosen[l] = this->decodes(static_cast<int>(l)) ? chosen_before_[l] : 0;
+    if constexpr (slides) {
+      KVT_TRY(device.copy_to(chosen_.data(), chosen.data(), chosen.size() * sizeof(int)));
+      evidence.chosen_before = chosen_.data();
+    }
     if constexpr (needs_queries) {
-      KVT_TRY(window_.check_seen(want.num_kv_heads));
+      KVT_TRY(window_.check_seen(want.num_kv_heads, chosen));
       KVT_TRY(mass.allocate(device, places));
     }
     if constexpr (joins_on_device<Selector>) KVT_TRY(apart.allocate(device, places));
     const auto heads = static_cast<int>(want.seen.size());
     float* const to = joins_on_device<Selector> ? apart.data() : scores;
-    KVT_TRY(device.launch(
-        ScoreWork<Codec, Selector>{this->all_heads(), selector_, want.num_kv_heads, to, stride, window_.queries(), mass.data()},
-        heads));
+    KVT_TRY(device.launch(ScoreWork<Codec, Selector>{this->all_heads(), selector_, evidence, want.num_kv_heads, to, stride,
+                                                     window_.queries(), mass.data()},
+                          heads));
     if constexpr (joins_on_device<Selector>) {
       KVT_TRY(device.launch(
           JoinWork<Codec, Selector>{this->all_heads(), selector_, want.num_kv_heads, apart.data(), scores, stride}, heads));
@@ -259,7 +298,9 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
 
   Budget budget_ = {};
   Selector selector_ = {};
-  Window window_;  // empty if the selector needs no queries
+  Window window_;                    // empty if the selector needs no queries
+  DeviceArray<int, Device> chosen_;  // [layers] room for what the selector is told of earlier cuts, or none
+  std::vector<int> chosen_before_;   // the same as the host remembers it
 };
 
 }  // namespace kvt::inline v0

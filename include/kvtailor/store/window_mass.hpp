@@ -12,7 +12,7 @@
 #pragma once
 
 #include "kvtailor/store/device_queries.hpp"
-#include "kvtailor/store/stream_work.hpp"
+#include "kvtailor/store/scored_rows.hpp"
 
 namespace kvt::inline v0 {
 
@@ -35,7 +35,7 @@ struct WindowMass {
     QueryFragments<dim> query[eights], rest[eights];
     float prepared[8 * dim];
   };
-  static constexpr int of_body = Body::fragments ? 0 : Rows::basis, of_near = Near::fragments ? 0 : dim;
+  static constexpr int of_body = Body::fragments ? 0 : max_basis_dim<Key>, of_near = Near::fragments ? 0 : dim;
 
  public:
   struct Shared {
