@@ -58,6 +58,16 @@ constexpr bool slides_after_cut() {
   }
 }
 
+// The selector that others are around.
+template <class S>
+constexpr const auto& innermost(const S& selector) {
+  if constexpr (requires { selector.base; }) {
+    return innermost(selector.base);
+  } else {
+    return selector;
+  }
+}
+
 // What a policy needs as its fields are.
 template <class Policy>
 constexpr EvidenceSet needs_of(const Policy& policy) {

@@ -58,7 +58,7 @@ struct LastQuery {
     const int chosen_before = rows.evidence.chosen_before[rows.layer];
     if (chosen_before <= 0) return detail::score_by_attention(*this, block, rows, shared, score);
     const int chosen = rows.rows_before(chosen_before);
-    detail::each_row(block, rows, 0, [&](int r) { score[r] = static_cast<float>(r < chosen ? rows.count : r); });
+    detail::each_index(block, 0, rows.count, [&](int r) { score[r] = static_cast<float>(r < chosen ? rows.count : r); });
   }
 };
 

@@ -14,6 +14,7 @@
 #include <vector>
 
 #include "kvtailor/core/evidence.hpp"
+#include "kvtailor/select/device_products.hpp"
 
 namespace kvt::inline v0 {
 
@@ -82,8 +83,6 @@ inline void inner_products(std::span<const float> rows, int dim, const float* by
     Eigen::Map<Eigen::VectorXf>(out.data() + first, tile.rows()).noalias() = tile * Eigen::Map<const Eigen::VectorXf>(by, dim);
   });
 }
-
-enum class Norm { sum, root };  // of magnitudes; of squares
 
 // out[r] = |value r|.
 inline void value_norms(const HeadEvidence& seen, std::span<float> out) {

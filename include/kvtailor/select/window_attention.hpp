@@ -12,6 +12,7 @@
 #include "kvtailor/attend/softmax_state.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/simd.hpp"
+#include "kvtailor/select/device_products.hpp"
 
 namespace kvt::inline v0 {
 
@@ -138,30 +139,20 @@ struct Pooling {
 
 namespace detail {
 
-// On a device. f(r) of each row from `first` on, by all threads of a block.
-template <class Block, class Rows, class F>
-KVT_HD void each_row(const Block& block, const Rows& rows, int first, F&& f) {
-  using Lanes = typename Block::Lanes;
-  block.each_warp([&](const Lanes& lanes, int warp) {
-    lanes.each([&](int lane) {
-      for (int r = first + warp * Lanes::size + lane; r < rows.count; r += Block::warps * Lanes::size) f(r);
-    });
-  });
-}
-// What the queries of a window gave each row, joined over the query heads of the group: join(what it has so far, mass, r), mass
-// [rows] as in WindowAttention::each_head().
+// On a device: what the queries of a window gave each row, joined over the query heads of the group: join(what it has so far,
+// mass, r), mass [rows] as in WindowAttention::each_head().
 template <class Block, class Rows, class Join>
 KVT_HD void window_attention(const Block& block, const Rows& rows, float* out, Join&& join) {
   for (int g = 0; g < rows.window.group(); ++g) {
     const float* const mass = rows.window.of_query_head(block, g);
-    each_row(block, rows, 0, [&](int r) { out[r] = join(g == 0 ? 0.f : out[r], mass, r); });
+    each_index(block, 0, rows.count, [&](int r) { out[r] = join(g == 0 ? 0.f : out[r], mass, r); });
   }
 }
 // The scores of a selector by attention whose other rows stay.
 template <class Selector, class Block, class Rows, class Memory>
 KVT_HD void score_by_attention(const Selector& selector, const Block& block, const Rows& rows, Memory& shared, float* score) {
   selector.attention_on_device(block, rows, shared, score);
-  each_row(block, rows, selector.first_kept_on_device(rows), [&](int r) { score[r] = above_attention; });
+  each_index(block, selector.first_kept_on_device(rows), rows.count, [&](int r) { score[r] = above_attention; });
 }
 
 }  // namespace detail

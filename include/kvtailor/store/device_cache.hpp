@@ -110,6 +110,10 @@ struct DeviceCacheOptions {
   int recent_rows = 32;   // newest rows: dense. The dense zone grows by a block of 128 rows before its oldest is encoded
   int max_append = 512;   // rows of one append at most
   int max_rows = 131072;  // rows of the sequence at most: room in the page tables, four bytes for a page of a head
+  // What only some policies need to know of the model, as in CacheOptions; the arrays outlive the cache. Those of weights are
+  // of the device, the others of the host.
+  std::span<const Rope> ropes = {};                           // one for all layers, or one a layer
+  std::span<const OutputProjection> output_projections = {};  // one a layer
 };
 
 template <class Codec, class Device>

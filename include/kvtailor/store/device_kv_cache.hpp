@@ -14,8 +14,10 @@
 #pragma once
 
 #include "kvtailor/budget/request.hpp"
+#include "kvtailor/core/check.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/store/device_cache.hpp"
+#include "kvtailor/store/device_model.hpp"
 #include "kvtailor/store/device_queries.hpp"
 #include "kvtailor/store/head_score.hpp"
 #include "kvtailor/store/head_share.hpp"
@@ -52,7 +54,10 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     if constexpr (requires { selector.check(); }) KVT_TRY(selector.check());
     if constexpr (requires { budget.check(geometry); }) KVT_TRY(budget.check(geometry));
     Window window;
+    Model model;
     KVT_TRY(geometry.validate());
+    KVT_TRY(detail::check_model(geometry, options, needs_of(selector)));
+    KVT_TRY(model.init(device, geometry, options.ropes, options.output_projections, needs_of(selector)));
     if constexpr (needs_queries) KVT_TRY(window.init(device, geometry, window_of(selector)));
     DeviceArray<int, Device> chosen;
     const auto layers = static_cast<std::size_t>(geometry.num_layers);
@@ -61,6 +66,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     budget_ = budget;
     selector_ = selector;
     window_ = std::move(window);
+    model_ = std::move(model);
     chosen_ = std::move(chosen);
     chosen_before_.assign(chosen_.size(), 0);
     return success();
@@ -124,7 +130,9 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
       KVT_TRY(device.clear(scores.data(), places * sizeof(float)));
     } else {
       std::vector<float> seen_scores;
-      KVT_TRY(score(want, scores.data(), stride, seen_scores));
+      const double share = bytes ? retain.amount / static_cast<double>(memory().total())
+                                 : static_cast<double>(want.total) / static_cast<double>(rows);
+      KVT_TRY(score(want, share, scores.data(), stride, seen_scores));
       want.scores = seen_scores;
       Sharing sharing(budget_);
       KVT_TRY(sharing.init(device, this->all_heads(), scores.data(), stride, kept.data(), want));
@@ -180,12 +188,16 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     KVT_TRY(this->check_layer(0));
     Window window;
     KVT_TRY(window_.copy_to(window));
+    Model model;
     DeviceArray<int, Device> chosen;
+    KVT_TRY(model.init(*this->device(), this->geometry(), this->options().ropes, this->options().output_projections,
+                       needs_of(selector_)));
     KVT_TRY(chosen.allocate(*this->device(), chosen_.size()));
     KVT_TRY(Rows::fork(child));
     child.budget_ = budget_;
     child.selector_ = selector_;
     child.window_ = std::move(window);
+    child.model_ = std::move(model);
     child.chosen_ = std::move(chosen);
     child.chosen_before_ = chosen_before_;
     return success();
@@ -200,9 +212,14 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
  private:
   static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
   static constexpr bool slides = slides_after_cut<Selector>();
+  using Leaf = std::remove_cvref_t<decltype(innermost(std::declval<const Selector&>()))>;
+  static constexpr bool takes_space = requires(const Leaf& leaf) { leaf.device_space(64, 1LL); };
+  static constexpr bool refuses = requires { Leaf::refusal(); };
+  static constexpr bool takes_table = requires(const Leaf& leaf) { leaf.device_table(64); };
   using Window = DeviceQueryWindow<Device>;
+  using Model = DeviceModel<Device>;
 
-  long long evidence_bytes() const { return window_.bytes() + chosen_.bytes(); }
+  long long evidence_bytes() const { return window_.bytes() + model_.bytes() + chosen_.bytes(); }
 
   // The budget allocator, which asks the device where the highest scores of a layer are.
   class Sharing {
@@ -244,7 +261,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     const float* scores_ = nullptr;
     long long stride_ = 0;
     int* kept_ = nullptr;
-    DeviceArray<SafeRows, Device> safe_;
+    DeviceArray<HighestRows, Device> safe_;
     DeviceArray<std::int64_t, Device> left_;
   };
 
@@ -260,11 +277,35 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     return success();
   }
   // Scores [heads, stride] of all rows, and those of the rows that are there, for an allocator that needs them.
-  Status score(const BudgetRequest& want, float* scores, long long stride, std::vector<float>& seen_scores) const {
+  Status score(const BudgetRequest& want, double share, float* scores, long long stride,
+               std::vector<float>& seen_scores) const {
     Device& device = *this->device();
     const auto places = want.seen.size() * static_cast<std::size_t>(stride);
     DeviceArray<float, Device> mass, apart;
+    DeviceArray<std::byte, Device> space;
     DeviceEvidence evidence;
+    evidence.group = this->geometry().group_size();
+    evidence.share = share;
+    evidence.ropes = model_.ropes();
+    evidence.projections = model_.projections();
+    DeviceArray<int, Device> refused;
+    if constexpr (refuses) {
+      KVT_TRY(refused.allocate(device, want.seen.size()));
+      KVT_TRY(device.clear(refused.data(), want.seen.size() * sizeof(int)));
+      evidence.refused = refused.data();
+    }
+    DeviceArray<float, Device> table;
+    if constexpr (takes_table) {
+      const std::vector<float> from = innermost(selector_).device_table(Rows::head_dim);
+      KVT_TRY(table.allocate(device, from.size()));
+      KVT_TRY(device.copy_to(table.data(), from.data(), from.size() * sizeof(float)));
+      evidence.table = table.data();
+    }
+    if constexpr (takes_space) {
+      evidence.space_bytes = (innermost(selector_).device_space(Rows::head_dim, stride) + 15) / 16 * 16;
+      KVT_TRY(space.allocate(device, want.seen.size() * static_cast<std::size_t>(evidence.space_bytes)));
+      evidence.space = space.data();
+    }
     std::vector<int> chosen(chosen_before_.size());
     for (std::size_t l = 0; l < chosen.size(); ++l) chosen[l] = this->decodes(static_cast<int>(l)) ? chosen_before_[l] : 0;
     if constexpr (slides) {
@@ -285,6 +326,13 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
       KVT_TRY(device.launch(
           JoinWork<Codec, Selector>{this->all_heads(), selector_, want.num_kv_heads, apart.data(), scores, stride}, heads));
     }
+    if constexpr (refuses) {
+      std::vector<int> all(want.seen.size());
+      KVT_TRY(device.copy_from(all.data(), refused.data(), all.size() * sizeof(int)));
+      for (const int one : all) {
+        if (one != 0) return Leaf::refusal();
+      }
+    }
     if constexpr (EvidenceSet(Budget::needs).has(Evidence::scores) && !LayerSharing<Budget>) {
       std::vector<float> padded(places);
       KVT_TRY(device.copy_from(padded.data(), scores, places * sizeof(float)));
@@ -298,7 +346,8 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
 
   Budget budget_ = {};
   Selector selector_ = {};
-  Window window_;                    // empty if the selector needs no queries
+  Window window_;  // empty if the selector needs no queries
+  Model model_;
   DeviceArray<int, Device> chosen_;  // [layers] room for what the selector is told of earlier cuts, or none
   std::vector<int> chosen_before_;   // the same as the host remembers it
 };

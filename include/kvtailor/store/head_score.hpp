@@ -15,6 +15,12 @@
 //   joined(layer, head, position, score)    a row's score once all heads of the layer have theirs: see ScoredLayer
 // and, if it goes by attention (AttentionSelector),
 //   attention_on_device(block, rows, shared, out), first_kept_on_device(rows)
+// and, if it may find that it cannot score a head's rows, and sets rows.evidence.refused of it then,
+//   refusal()    the Status of that
+// and, if it needs numbers from the host,
+//   device_table(head_dim)    a vector of floats: rows.evidence.table
+// and, if it needs memory of the device while it works,
+//   device_space(head_dim, rows)    bytes for a head of so many rows: ScoredRows::space()
 // and, if not all it may be told makes sense, check(), which returns a Status. One that scores by HeadEvidence::chosen_before
 // where that is not 0, without queries, says so by `slides`.
 #pragma once

@@ -7,7 +7,19 @@
 #include "kvtailor/core/half.hpp"
 #include "kvtailor/core/lanes.hpp"
 
-namespace kvt::inline v0::detail {
+namespace kvt::inline v0 {
+
+// Rows of a head whose score (its place in the order, see ScoreRanks) is above `rank`, and those before `row` of equal ones.
+struct HighestRows {
+  std::uint32_t rank;
+  int row;
+
+  KVT_HD KVT_INLINE bool has(std::uint32_t own_rank, int own_row) const {
+    return own_rank > rank || (own_rank == rank && own_row < row);
+  }
+};
+
+namespace detail {
 
 // Counts by all threads of a block, of scores in the order of their ranks.
 template <int warps>
@@ -58,10 +70,33 @@ class ScoreRanks {
     }
     return row;
   }
+  // The `wanted` highest of n scores; of equal ones the first.
+  template <class Block>
+  KVT_HD HighestRows highest(const Block& block, const float* score, int n, int wanted) {
+    HighestRows last{0xffffffffu, 0};
+    if (wanted <= 0) return last;
+    const auto reaching = [&](std::uint32_t least, int thread, int step) {
+      int own = 0;
+      for (int r = thread; r < n; r += step) own += rank(score[r]) >= least ? 1 : 0;
+      return own;
+    };
+    last.rank = threshold(block, wanted, reaching);
+    const int above = last.rank == 0xffffffffu
+                          ? 0
+                          : count(block, [&](int thread, int step) { return reaching(last.rank + 1, thread, step); });
+    last.row = 1 + last_with_fewer(block, n, wanted - above, [&](int before, int thread, int step) {
+                 int own = 0;
+                 for (int r = thread; r < before; r += step) own += rank(score[r]) == last.rank ? 1 : 0;
+                 return own;
+               });
+    return last;
+  }
 
  private:
   Shared& shared_;
   int turn_ = 0;
 };
 
-}  // namespace kvt::inline v0::detail
+}  // namespace detail
+
+}  // namespace kvt::inline v0

@@ -5,6 +5,7 @@
 // stored. DeviceEvidence: what else it may ask for.
 #pragma once
 
+#include "kvtailor/core/device_rope.hpp"
 #include "kvtailor/core/geometry.hpp"
 #include "kvtailor/core/half.hpp"
 #include "kvtailor/store/stream_work.hpp"
@@ -13,7 +14,15 @@ namespace kvt::inline v0 {
 
 // Of all heads; what no policy needs is null. Pointers are of the device.
 struct DeviceEvidence {
-  const int* chosen_before = nullptr;  // [layers], see HeadEvidence
+  int group = 0;                                  // query heads of a KV head
+  const DeviceRope* ropes = nullptr;              // [layers]
+  const OutputProjection* projections = nullptr;  // [layers]
+  const int* chosen_before = nullptr;             // [layers], see HeadEvidence
+  double share = 1;                               // likewise
+  const float* table = nullptr;                   // what device_table() of the selector gave
+  int* refused = nullptr;                         // [heads] not 0 where rows cannot be scored
+  std::byte* space = nullptr;                     // [heads, space_bytes], aligned to 16
+  long long space_bytes = 0;
 };
 
 // Rows are visited by warps: f(r) of a warp's share, with the row at a place that the warp alone has. What is written for a row
@@ -30,16 +39,17 @@ struct ScoredRows {
   static constexpr int dim = Key::head_dim, warps = 8;
   static constexpr int basis = max_basis_dim<Key> > max_basis_dim<Value> ? max_basis_dim<Key> : max_basis_dim<Value>;
 
-  int layer, kv_head;
+  int num_kv_heads, layer, kv_head;
   const SlicePages& near;
   const typename Body::Pages& body;
   std::byte* memory;  // where rows lie in blocks: WarpBlock [WarpBlock::warps]
   const DeviceEvidence& evidence;
   int sinks, encoded, count;
 
-  KVT_HD ScoredRows(const HeadsOf<Codec>& heads, int num_kv_heads, int h, std::byte* dynamic, const DeviceEvidence& known)
-      : layer(h / num_kv_heads),
-        kv_head(h % num_kv_heads),
+  KVT_HD ScoredRows(const HeadsOf<Codec>& heads, int kv_heads, int h, std::byte* dynamic, const DeviceEvidence& known)
+      : num_kv_heads(kv_heads),
+        layer(h / kv_heads),
+        kv_head(h % kv_heads),
         near(heads.near[h]),
         body([&]() -> const auto& {
           if constexpr (in_blocks) {
@@ -54,6 +64,12 @@ struct ScoredRows {
         encoded(heads.body_rows[h]),
         count(heads.near_rows[h] + heads.body_rows[h]) {}
 
+  KVT_HD int head() const { return layer * num_kv_heads + kv_head; }
+  // The head's part of the memory that the selector asked for by device_space().
+  template <class T>
+  KVT_HD T* space() const {
+    return reinterpret_cast<T*>(evidence.space + head() * evidence.space_bytes);
+  }
   KVT_HD bool is_encoded(int r) const { return r >= sinks && r < sinks + encoded; }
   KVT_HD int place(int r) const { return is_encoded(r) ? r - sinks : r < sinks ? r : r - encoded; }
   KVT_HD int position(int r) const {
