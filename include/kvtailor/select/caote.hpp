@@ -15,7 +15,7 @@
 #include <new>
 #include <vector>
 
-#include "kvtailor/select/device_products.hpp"
+#include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/select/window_attention.hpp"
 
 namespace kvt::inline v0 {

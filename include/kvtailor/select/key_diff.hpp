@@ -11,9 +11,9 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/simd.hpp"
-#include "kvtailor/select/device_products.hpp"
 
 namespace kvt::inline v0 {
 

@@ -10,9 +10,9 @@
 
 #include <cmath>
 
+#include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/simd.hpp"
-#include "kvtailor/select/device_products.hpp"
 
 namespace kvt::inline v0 {
 

@@ -19,8 +19,8 @@
 #include <vector>
 
 #include "kvtailor/codec/row_wise.hpp"
+#include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
-#include "kvtailor/select/device_products.hpp"
 
 namespace kvt::inline v0 {
 

@@ -10,9 +10,9 @@
 #include <vector>
 
 #include "kvtailor/attend/softmax_state.hpp"
+#include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/simd.hpp"
-#include "kvtailor/select/device_products.hpp"
 
 namespace kvt::inline v0 {
 
@@ -147,6 +147,21 @@ KVT_HD void window_attention(const Block& block, const Rows& rows, float* out, J
     const float* const mass = rows.window.of_query_head(block, g);
     each_index(block, 0, rows.count, [&](int r) { out[r] = join(g == 0 ? 0.f : out[r], mass, r); });
   }
+}
+// What rows were given by all observed queries: score(weight, queries) of each. Nobody can be scored where there were none. any
+// [warps] is shared.
+template <class Block, class Rows, class Score>
+KVT_HD void given_to_rows(const Block& block, const Rows& rows, int* any, float* out, Score&& score) {
+  const auto& attention = rows.evidence.attention;
+  const float* const weight = attention.weight_of(rows.head());
+  const int *const queries = attention.queries_of(rows.head()), given = attention.given[rows.head()];
+  each_index(block, 0, rows.count, [&](int r) { out[r] = r < given ? score(weight[r], queries[r]) : 0.f; });
+  const int seen = over_block<true>(block, any, [&](int thread, int threads) {
+    int own = 0;
+    for (int r = thread; r < given; r += threads) own = queries[r] > own ? queries[r] : own;
+    return own;
+  });
+  if (seen == 0 && rows.count > 0) each_index(block, 0, 1, [&](int) { rows.evidence.refused[rows.head()] = 1; });
 }
 // The scores of a selector by attention whose other rows stay.
 template <class Selector, class Block, class Rows, class Memory>

@@ -140,20 +140,7 @@ class DeviceCache {
   // [num_layers, num_kv_heads], or empty for the one codec of the cache.
   Status init(Device& device, Pool& pool, const Geometry& geometry, const DeviceCacheOptions& options = {},
               const Codec& codec = {}, std::span<const Codec> head_codecs = {}) {
-    KVT_TRY(geometry.validate());
-    if (geometry.head_dim != head_dim) {
-      return error(Errc::bad_shape, "head_dim is {}; this cache was composed for {}", geometry.head_dim, head_dim);
-    }
-    if (options.sink_rows < 0 || options.sink_rows > 1 << 16 || options.recent_rows < 0 || options.recent_rows > 1 << 16) {
-      return error(Errc::bad_shape, "sink_rows and recent_rows are {} and {}; they must be from 0 to 65536", options.sink_rows,
-                   options.recent_rows);
-    }
-    if (options.max_append < 1 || options.max_append > 1 << 16) {
-      return error(Errc::bad_shape, "max_append is {}; it must be from 1 to {}", options.max_append, 1 << 16);
-    }
-    if (options.max_rows < 1 || options.max_rows > 1 << 24) {
-      return error(Errc::bad_shape, "max_rows is {}; it must be from 1 to {}", options.max_rows, 1 << 24);
-    }
+    KVT_TRY(check_shape(geometry, options));
     const auto heads = static_cast<std::size_t>(geometry.num_heads());
     if (!head_codecs.empty() && (!in_blocks || head_codecs.size() != heads)) {
       return error(Errc::bad_shape, "there are codecs for {} heads; the cache has {}, and only blocks are of one's own codec",
@@ -283,19 +270,8 @@ class DeviceCache {
   // stride], on the device: row r of a head, in the order of positions, stays if its mark is not zero. Sink rows and the newest
   // recent_rows stay in any case. Codes of rows that stay do not change.
   Status cut(const unsigned char* keep, long long stride) {
-    KVT_TRY(check_layer(0));
-    if (keep == nullptr) return error(Errc::bad_shape, "the pointer to the marks is null");
-    const int most = *std::max_element(bound_.begin(), bound_.end());
-    if (stride < most)
-      return error(Errc::bad_shape, "there are marks for {} rows; a head may have {}", static_cast<double>(stride), most);
-    KVT_TRY(make_uneven());
-    return each_layer([&](int layer, int count) {
-      if constexpr (in_blocks) {
-        return device_->launch(CutBlocksWork<Codec>{stream_heads(layer), keep + layer * count * stride, stride}, count);
-      } else {
-        return device_->launch(CutWork<Codec>{heads(layer), keep, stride}, count);
-      }
-    });
+    KVT_TRY(prepare_cut(keep, stride));
+    return cut_rows(keep, stride);
   }
   // Drops the rows at `position` and after it. What a head may have stays as it was until refresh().
   Status truncate(int position) {
@@ -515,16 +491,54 @@ class DeviceCache {
   }
 
  protected:
+  static Status check_shape(const Geometry& geometry, const DeviceCacheOptions& options) {
+    KVT_TRY(geometry.validate());
+    if (geometry.head_dim != head_dim) {
+      return error(Errc::bad_shape, "head_dim is {}; this cache was composed for {}", geometry.head_dim, head_dim);
+    }
+    if (options.sink_rows < 0 || options.sink_rows > 1 << 16 || options.recent_rows < 0 || options.recent_rows > 1 << 16) {
+      return error(Errc::bad_shape, "sink_rows and recent_rows are {} and {}; they must be from 0 to 65536", options.sink_rows,
+                   options.recent_rows);
+    }
+    if (options.max_append < 1 || options.max_append > 1 << 16) {
+      return error(Errc::bad_shape, "max_append is {}; it must be from 1 to {}", options.max_append, 1 << 16);
+    }
+    if (options.max_rows < 1 || options.max_rows > 1 << 24) {
+      return error(Errc::bad_shape, "max_rows is {}; it must be from 1 to {}", options.max_rows, 1 << 24);
+    }
+    return success();
+  }
   Status check_layer(int layer) const {
     if (layer >= 0 && layer < geometry_.num_layers) return success();
     return error(Errc::bad_shape, "layer is {}; the cache has {}", layer, geometry_.num_layers);
   }
   Device* device() const { return device_; }
-  HeadsOf<Codec> all_heads() const {
+  HeadsOf<Codec> all_heads() const { return layer_heads(0); }
+  // A cut in two steps: only the first can fail, unless a kernel does.
+  Status prepare_cut(const unsigned char* keep, long long stride) {
+    KVT_TRY(check_layer(0));
+    if (keep == nullptr) return error(Errc::bad_shape, "the pointer to the marks is null");
+    const int most = *std::max_element(bound_.begin(), bound_.end());
+    if (stride < most)
+      return error(Errc::bad_shape, "there are marks for {} rows; a head may have {}", static_cast<double>(stride), most);
+    KVT_TRY(make_uneven());
+    return success();
+  }
+  Status cut_rows(const unsigned char* keep, long long stride) {
+    return each_layer([&](int layer, int count) {
+      if constexpr (in_blocks) {
+        return device_->launch(CutBlocksWork<Codec>{stream_heads(layer), keep + layer * count * stride, stride}, count);
+      } else {
+        return device_->launch(CutWork<Codec>{heads(layer), keep, stride}, count);
+      }
+    });
+  }
+  // Those of a layer, and all after them.
+  HeadsOf<Codec> layer_heads(int layer) const {
     if constexpr (in_blocks) {
-      return stream_heads(0);
+      return stream_heads(layer);
     } else {
-      return heads(0);
+      return heads(layer);
     }
   }
   // Whether the rows of a layer come one by one.

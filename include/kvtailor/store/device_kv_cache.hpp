@@ -17,9 +17,7 @@
 #include "kvtailor/core/check.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/store/device_cache.hpp"
-#include "kvtailor/store/device_model.hpp"
-#include "kvtailor/store/device_queries.hpp"
-#include "kvtailor/store/head_score.hpp"
+#include "kvtailor/store/device_evidence.hpp"
 #include "kvtailor/store/head_share.hpp"
 
 namespace kvt::inline v0 {
@@ -53,22 +51,15 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
               std::span<const Codec> head_codecs = {}) {
     if constexpr (requires { selector.check(); }) KVT_TRY(selector.check());
     if constexpr (requires { budget.check(geometry); }) KVT_TRY(budget.check(geometry));
-    Window window;
-    Model model;
-    KVT_TRY(geometry.validate());
+    KVT_TRY(Rows::check_shape(geometry, options));
     KVT_TRY(detail::check_model(geometry, options, needs_of(selector)));
-    KVT_TRY(model.init(device, geometry, options.ropes, options.output_projections, needs_of(selector)));
-    if constexpr (needs_queries) KVT_TRY(window.init(device, geometry, window_of(selector)));
-    DeviceArray<int, Device> chosen;
-    const auto layers = static_cast<std::size_t>(geometry.num_layers);
-    if constexpr (slides) KVT_TRY(chosen.allocate(device, layers));
+    Known known;
+    KVT_TRY(
+        known.init(device, geometry, options.ropes, options.output_projections, options.sink_rows, options.max_rows, selector));
     KVT_TRY(Rows::init(device, pool, geometry, options, codec, head_codecs));
     budget_ = budget;
     selector_ = selector;
-    window_ = std::move(window);
-    model_ = std::move(model);
-    chosen_ = std::move(chosen);
-    chosen_before_.assign(chosen_.size(), 0);
+    known_ = std::move(known);
     return success();
   }
 
@@ -81,16 +72,13 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     KVT_TRY(detail::check_options(this->geometry(), attend));
     if (n < 0) return error(Errc::bad_shape, "there are {} queries; it must be zero or more", n);
     if (n > 0 && (queries == nullptr || positions == nullptr)) return error(Errc::bad_shape, "a pointer to queries is null");
-    if (!needs_queries || n == 0) return success();
-    const int heads = this->geometry().num_kv_heads;
-    const float scale = attend.scale != 0 ? attend.scale : 1.f / std::sqrt(static_cast<float>(Rows::head_dim));
-    return this->device()->launch(ObserveWork<T>{window_.queries().from_head(layer * heads),
-                                                 queries,
-                                                 positions,
-                                                 n,
-                                                 heads,
-                                                 {0, 0, attend.window, scale, attend.soft_cap}},
-                                  heads);
+    if (!Known::needs_queries || n == 0) return success();
+    return known_.observe(this->layer_heads(layer), layer, queries, positions, n, attend);
+  }
+  // Forgets all that was observed, so that what comes next counts alone: see KvCache::forget().
+  Status forget() {
+    KVT_TRY(this->check_layer(0));
+    return known_.forget();
   }
 
   // Keeps so many rows: the budget allocator says how many of each head, the token selector which. Sink rows and the newest
@@ -156,7 +144,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
           } else {
             for (std::size_t h = 0; h < heads; ++h) pages += Rows::pages_of(counts[h] - dense[h]);
           }
-          return this->memory_with_pages(pages).total() + evidence_bytes();
+          return this->memory_with_pages(pages).total() + known_.bytes();
         });
         KVT_TRY(measured);
         KVT_TRY(fitted);
@@ -165,61 +153,47 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     }
     KVT_TRY(device.copy_to(kept.data(), keep.data(), heads * sizeof(int)));
     KVT_TRY(device.launch(MarkWork{this->all_heads(), kept.data(), scores.data(), marks.data(), stride}, geometry.num_heads()));
-    KVT_TRY(this->cut(marks.data(), stride));
-    KVT_TRY(window_.forget());
-    if constexpr (slides) KVT_TRY(set_chosen(want));
+    KVT_TRY(cut(marks.data(), stride));
+    KVT_TRY(known_.used_up(this->all_heads(), [&](int layer) { return this->decodes(layer); }));
     return this->refresh();
   }
-  // As DeviceCache::truncate(), queries too.
+  // As DeviceCache::cut(): what rows were given goes with them.
+  Status cut(const unsigned char* keep, long long stride) {
+    KVT_TRY(this->prepare_cut(keep, stride));
+    KVT_TRY(known_.cut(this->all_heads(), keep, stride));
+    return this->cut_rows(keep, stride);
+  }
+  // As DeviceCache::truncate(), queries too; what these gave to rows that stay remains.
   Status truncate(int position) {
     KVT_TRY(Rows::truncate(position));
-    for (int& chosen : chosen_before_) chosen = std::min(chosen, position);
-    return window_.truncate(position);
+    return known_.truncated(this->all_heads(), position);
   }
   // As DeviceCache::upload(); what was observed is forgotten.
   template <class Host>
   Status upload(const Host& host) noexcept {
     KVT_TRY(Rows::upload(host));
-    std::fill(chosen_before_.begin(), chosen_before_.end(), 0);
-    return window_.forget();
+    return known_.replaced();
   }
-  // As DeviceCache::fork(), policies and queries too.
+  // As DeviceCache::fork(), policies and what was observed too.
   Status fork(DeviceKvCache& child) const {
     KVT_TRY(this->check_layer(0));
-    Window window;
-    KVT_TRY(window_.copy_to(window));
-    Model model;
-    DeviceArray<int, Device> chosen;
-    KVT_TRY(model.init(*this->device(), this->geometry(), this->options().ropes, this->options().output_projections,
-                       needs_of(selector_)));
-    KVT_TRY(chosen.allocate(*this->device(), chosen_.size()));
+    Known known;
+    KVT_TRY(known_.copy_to(known, this->options().ropes, this->options().output_projections, selector_));
     KVT_TRY(Rows::fork(child));
     child.budget_ = budget_;
     child.selector_ = selector_;
-    child.window_ = std::move(window);
-    child.model_ = std::move(model);
-    child.chosen_ = std::move(chosen);
-    child.chosen_before_ = chosen_before_;
+    child.known_ = std::move(known);
     return success();
   }
-  // As DeviceCache::memory(); evidence is the room for queries.
+  // As DeviceCache::memory(); evidence is the room for all that is observed, and for what is known of the model.
   Memory memory() const {
     Memory m = Rows::memory();
-    m.evidence_bytes = evidence_bytes();
+    m.evidence_bytes = known_.bytes();
     return m;
   }
 
  private:
-  static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
-  static constexpr bool slides = slides_after_cut<Selector>();
-  using Leaf = std::remove_cvref_t<decltype(innermost(std::declval<const Selector&>()))>;
-  static constexpr bool takes_space = requires(const Leaf& leaf) { leaf.device_space(64, 1LL); };
-  static constexpr bool refuses = requires { Leaf::refusal(); };
-  static constexpr bool takes_table = requires(const Leaf& leaf) { leaf.device_table(64); };
-  using Window = DeviceQueryWindow<Device>;
-  using Model = DeviceModel<Device>;
-
-  long long evidence_bytes() const { return window_.bytes() + model_.bytes() + chosen_.bytes(); }
+  using Known = DeviceLayersEvidence<Codec, Selector, Device>;
 
   // The budget allocator, which asks the device where the highest scores of a layer are.
   class Sharing {
@@ -265,74 +239,30 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     DeviceArray<std::int64_t, Device> left_;
   };
 
-  // After a cut: where rows that it chose end. See Layer::cut() of the host's cache.
-  Status set_chosen(const BudgetRequest& want) {
-    KVT_TRY(
-        this->device()->launch(OldestRecentWork<Codec>{this->all_heads(), want.num_kv_heads, chosen_.data()}, want.num_layers));
-    std::vector<int> oldest(chosen_.size());
-    KVT_TRY(this->device()->copy_from(oldest.data(), chosen_.data(), oldest.size() * sizeof(int)));
-    for (std::size_t l = 0; l < oldest.size(); ++l) {
-      if (!this->decodes(static_cast<int>(l)) || chosen_before_[l] == 0) chosen_before_[l] = oldest[l];
-    }
-    return success();
-  }
   // Scores [heads, stride] of all rows, and those of the rows that are there, for an allocator that needs them.
   Status score(const BudgetRequest& want, double share, float* scores, long long stride,
                std::vector<float>& seen_scores) const {
     Device& device = *this->device();
     const auto places = want.seen.size() * static_cast<std::size_t>(stride);
     DeviceArray<float, Device> mass, apart;
-    DeviceArray<std::byte, Device> space;
     DeviceEvidence evidence;
-    evidence.group = this->geometry().group_size();
     evidence.share = share;
-    evidence.ropes = model_.ropes();
-    evidence.projections = model_.projections();
-    DeviceArray<int, Device> refused;
-    if constexpr (refuses) {
-      KVT_TRY(refused.allocate(device, want.seen.size()));
-      KVT_TRY(device.clear(refused.data(), want.seen.size() * sizeof(int)));
-      evidence.refused = refused.data();
-    }
-    DeviceArray<float, Device> table;
-    if constexpr (takes_table) {
-      const std::vector<float> from = innermost(selector_).device_table(Rows::head_dim);
-      KVT_TRY(table.allocate(device, from.size()));
-      KVT_TRY(device.copy_to(table.data(), from.data(), from.size() * sizeof(float)));
-      evidence.table = table.data();
-    }
-    if constexpr (takes_space) {
-      evidence.space_bytes = (innermost(selector_).device_space(Rows::head_dim, stride) + 15) / 16 * 16;
-      KVT_TRY(space.allocate(device, want.seen.size() * static_cast<std::size_t>(evidence.space_bytes)));
-      evidence.space = space.data();
-    }
-    std::vector<int> chosen(chosen_before_.size());
-    for (std::size_t l = 0; l < chosen.size(); ++l) chosen[l] = this->decodes(static_cast<int>(l)) ? chosen_before_[l] : 0;
-    if constexpr (slides) {
-      KVT_TRY(device.copy_to(chosen_.data(), chosen.data(), chosen.size() * sizeof(int)));
-      evidence.chosen_before = chosen_.data();
-    }
-    if constexpr (needs_queries) {
-      KVT_TRY(window_.check_seen(want.num_kv_heads, chosen));
-      KVT_TRY(mass.allocate(device, places));
-    }
+    KVT_TRY(known_.prepare(
+        this->all_heads(), [&](int layer) { return this->decodes(layer); }, evidence));
+    ScoringMemory<Selector, Device> memory;
+    KVT_TRY(memory.init(device, selector_, Rows::head_dim, want.seen.size(), stride, evidence));
+    if constexpr (Known::needs_window) KVT_TRY(mass.allocate(device, places));
     if constexpr (joins_on_device<Selector>) KVT_TRY(apart.allocate(device, places));
     const auto heads = static_cast<int>(want.seen.size());
     float* const to = joins_on_device<Selector> ? apart.data() : scores;
     KVT_TRY(device.launch(ScoreWork<Codec, Selector>{this->all_heads(), selector_, evidence, want.num_kv_heads, to, stride,
-                                                     window_.queries(), mass.data()},
+                                                     known_.window(), mass.data()},
                           heads));
     if constexpr (joins_on_device<Selector>) {
       KVT_TRY(device.launch(
           JoinWork<Codec, Selector>{this->all_heads(), selector_, want.num_kv_heads, apart.data(), scores, stride}, heads));
     }
-    if constexpr (refuses) {
-      std::vector<int> all(want.seen.size());
-      KVT_TRY(device.copy_from(all.data(), refused.data(), all.size() * sizeof(int)));
-      for (const int one : all) {
-        if (one != 0) return Leaf::refusal();
-      }
-    }
+    KVT_TRY(memory.check());
     if constexpr (EvidenceSet(Budget::needs).has(Evidence::scores) && !LayerSharing<Budget>) {
       std::vector<float> padded(places);
       KVT_TRY(device.copy_from(padded.data(), scores, places * sizeof(float)));
@@ -346,10 +276,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
 
   Budget budget_ = {};
   Selector selector_ = {};
-  Window window_;  // empty if the selector needs no queries
-  Model model_;
-  DeviceArray<int, Device> chosen_;  // [layers] room for what the selector is told of earlier cuts, or none
-  std::vector<int> chosen_before_;   // the same as the host remembers it
+  Known known_;
 };
 
 }  // namespace kvt::inline v0

@@ -4,7 +4,7 @@
 // Which rows of heads stay, on a device, by one block of threads a head:
 //   ScoreWork   scores of a token selector; rows that are never dropped get infinity
 //   JoinWork    the same of a selector whose heads decide together, out of the scores of all heads of the layer
-//   OldestRecentWork   where the rows begin that a cut lets stay whatever their scores
+//   LayerEndsWork      where the rows end, and those begin that a cut lets stay whatever their scores
 //   MarkWork    the rows with the highest scores, the first of equal ones: see cut() in store/cut.hpp
 //
 // A selector that works on a device has, beside score() for the host:
@@ -132,15 +132,10 @@ struct ScoreWork {
 
   template <class Block>
   KVT_HD void operator()(const Block& block, int h, Shared& shared, [[maybe_unused]] std::byte* table) const {
-    using Lanes = typename Block::Lanes;
     const Rows rows(heads, num_kv_heads, h, table, evidence);
     float* const own = scores + h * stride;
     if constexpr (needs_queries) {
-      if constexpr (Rows::Body::fragments && dynamic_bytes > 0) {
-        block.each_warp([&](const Lanes& lanes, int warp) {
-          lanes.each([&](int lane) { Rows::Body::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
-        });
-      }
+      Window::fill_table(block, table);
       const Window window{rows, queries, h, shared.window, table, mass + h * stride};
       selector.score_on_device(block, QueriedRows<Codec>{rows, window}, shared.own, own);
     } else {
@@ -150,36 +145,32 @@ struct ScoreWork {
   }
 };
 
-// One block for each layer: the position where its newest recent_rows rows begin, the least of its heads, or one past the last.
+// One block for each layer.
 template <class Codec>
-struct OldestRecentWork {
+struct LayerEndsWork {
   static constexpr int warps = 1, blocks = 1, dynamic_bytes = 0;
   struct Shared {};
 
   HeadsOf<Codec> heads;
   int num_kv_heads;
-  int* position;  // [layers]
+  LayerEnds* ends;  // [layers]
 
   template <class Block>
   KVT_HD void operator()(const Block& block, int layer, Shared&, std::byte*) const {
     block.each_warp([&](const typename Block::Lanes& lanes, int) {
       lanes.once([&] {
         const DeviceEvidence evidence{};
-        int first = 0;
-        bool any = false;
+        int end = 0, first = std::numeric_limits<int>::max();
         for (int h = layer * num_kv_heads; h < (layer + 1) * num_kv_heads; ++h) {
           const ScoredRows<Codec> rows(heads, num_kv_heads, h, nullptr, evidence);
           const int dense = rows.count - rows.encoded - rows.sinks,
                     recent = dense < heads.recent_rows ? dense : heads.recent_rows;
-          if (recent > 0) {
-            const int own = rows.position(rows.count - recent);
-            first = any && first < own ? first : own;
-            any = true;
-          } else if (!any && rows.count > 0 && rows.position(rows.count - 1) >= first) {
-            first = rows.position(rows.count - 1) + 1;
-          }
+          const int last = rows.count > 0 ? rows.position(rows.count - 1) + 1 : 0;
+          const int own = recent > 0 ? rows.position(rows.count - recent) : first;
+          end = last > end ? last : end;
+          first = own < first ? own : first;
         }
-        position[layer] = first;
+        ends[layer] = {first < end ? first : end, end};
       });
     });
   }

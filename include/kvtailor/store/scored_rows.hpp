@@ -8,20 +8,41 @@
 #include "kvtailor/core/device_rope.hpp"
 #include "kvtailor/core/geometry.hpp"
 #include "kvtailor/core/half.hpp"
+#include "kvtailor/store/device_moments.hpp"
 #include "kvtailor/store/stream_work.hpp"
 
 namespace kvt::inline v0 {
+
+// Of a layer: where the newest recent_rows rows of its heads begin, and one past the last position of any.
+struct LayerEnds {
+  int recent, end;
+};
+
+// What queries gave each row of a head: see store/device_attention.hpp.
+struct DeviceAttention {
+  float* weight;  // [heads, max_rows]: sums over queries and query heads, or the largest weights
+  int* queries;   // [heads, max_rows] that could see the row
+  int* given;     // [heads]: rows after the first so many have nothing
+  long long max_rows;
+
+  KVT_HD float* weight_of(int h) const { return weight + h * max_rows; }
+  KVT_HD int* queries_of(int h) const { return queries + h * max_rows; }
+  DeviceAttention from_head(int h) const { return {weight_of(h), queries_of(h), given + h, max_rows}; }
+};
 
 // Of all heads; what no policy needs is null. Pointers are of the device.
 struct DeviceEvidence {
   int group = 0;                                  // query heads of a KV head
   const DeviceRope* ropes = nullptr;              // [layers]
   const OutputProjection* projections = nullptr;  // [layers]
-  const int* chosen_before = nullptr;             // [layers], see HeadEvidence
-  double share = 1;                               // likewise
-  const float* table = nullptr;                   // what device_table() of the selector gave
-  int* refused = nullptr;                         // [heads] not 0 where rows cannot be scored
-  std::byte* space = nullptr;                     // [heads, space_bytes], aligned to 16
+  DeviceMoments moments = {};                     // of all query heads
+  DeviceAttention attention = {};
+  const int* chosen_before = nullptr;  // [layers], see HeadEvidence
+  const LayerEnds* ends = nullptr;     // [layers]
+  double share = 1;                    // likewise
+  const float* table = nullptr;        // what device_table() of the selector gave
+  int* refused = nullptr;              // [heads] not 0 where rows cannot be scored
+  std::byte* space = nullptr;          // [heads, space_bytes], aligned to 16
   long long space_bytes = 0;
 };
 
