@@ -27,7 +27,7 @@ struct DeviceMoments {
   KVT_HD static int row_at(int i) { return i * (i + 1) / 2; }  // of a triangle
   KVT_HD float* mean_of(long long h) const { return mean + h * dim; }
   KVT_HD float* squares_of(long long h) const { return squares + h * row_at(dim); }
-  DeviceMoments from_head(int h) const { return {state + h, mean_of(h), squares_of(h), dim}; }
+  KVT_HD DeviceMoments from_head(int h) const { return {state + h, mean_of(h), squares_of(h), dim}; }
 };
 
 template <class T, int dim>

@@ -27,7 +27,7 @@ struct DeviceAttention {
 
   KVT_HD float* weight_of(int h) const { return weight + h * max_rows; }
   KVT_HD int* queries_of(int h) const { return queries + h * max_rows; }
-  DeviceAttention from_head(int h) const { return {weight_of(h), queries_of(h), given + h, max_rows}; }
+  KVT_HD DeviceAttention from_head(int h) const { return {weight_of(h), queries_of(h), given + h, max_rows}; }
 };
 
 // Of all heads; what no policy needs is null. Pointers are of the device.
