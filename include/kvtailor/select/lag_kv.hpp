@@ -18,7 +18,6 @@
 #include <numeric>
 #include <vector>
 
-#include "kvtailor/codec/row_wise.hpp"
 #include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
 

@@ -17,7 +17,6 @@
 #include <new>
 #include <vector>
 
-#include "kvtailor/codec/row_wise.hpp"
 #include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/device_rope.hpp"

@@ -9,8 +9,10 @@
 //   KVT_TRY(cache.reserve(1));                              // what was reserved before is gone
 //
 // compress() waits for the device, and takes memory while it runs: five bytes for each row of each head, four more if the
-// selector needs queries, and four if its heads decide together. observe() and truncate() are as append(): they allocate
-// nothing, wait for nothing, and can be captured.
+// selector needs window_queries, four if its heads decide together, and what it asks for by device_space(). observe(), forget()
+// and truncate() are as append(): they allocate nothing, wait for nothing, and can be captured. What init() takes for
+// observe(): windows of queries in fp32, moments of head_dim + head_dim * (head_dim + 1) / 2 numbers a query head, or, if the
+// selector needs the attention of rows, 8 bytes for each of max_rows rows of a head and 128 queries of a layer.
 #pragma once
 
 #include "kvtailor/budget/request.hpp"
@@ -65,7 +67,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
 
   // Shows the cache the queries (post-RoPE) that come with the rows just appended: [n, num_q_heads, head_dim] at positions [n],
   // which increase, after all it was shown; both of the device. Costs nothing if the selector needs none. T is Half, BFloat16
-  // or float. Sink logits are not looked at.
+  // or float. Sink logits, of the device, take their share of what rows are given (Evidence::attention) alone, as on the host.
   template <class T>
   Status observe(int layer, const T* queries, const int* positions, int n, const AttendOptions& attend = {}) {
     KVT_TRY(this->check_layer(layer));
