@@ -278,3 +278,85 @@ TEST_CASE("rows have what queries gave them on a device as on the host") {
   CHECK(difference_of_given<Blocks>({1, 1, 2, 64}, Caote<HeavyHitter>{}) <= 2e-4);
   CHECK(difference_of_given<Blocks>({1, 1, 2, 64}, Reconstruction{}, limited) <= 2e-4);
 }
+
+namespace {
+
+// Whatever allocation fails of fork() and compress(), all is as it was.
+template <class Selector>
+void check_memory(const Selector& selector) {
+  const Geometry geometry{1, 1, 2, 64};
+  std::vector<float> weights;
+  std::vector<OutputProjection> projections;
+  std::vector<Rope> ropes;
+  CacheOptions options;
+  DeviceCacheOptions device_options;
+  set_model(geometry, weights, projections, ropes, options);
+  set_model(geometry, weights, projections, ropes, device_options);
+  Both<Fp16, Selector> both(geometry, selector, 9, device_options, options);
+  both.append(190);
+  if (both.queries) both.observe(9);
+  DeviceKvCache<Spy, Selector, Fp16, SimulatedDevice> child;
+  const long long bytes = both.device.allocated_bytes;
+  const auto check = [&](auto&& call) {
+    int failed = 0;
+    for (Status status = error(Errc::device, ""); !status.ok(); ++failed) {
+      both.device.fail_at = both.device.allocations + failed + 1;
+      status = call();
+      if (status.ok()) break;
+      CHECK(status.code == Errc::out_of_memory);
+      CHECK(both.device.allocated_bytes == bytes);
+    }
+    both.device.fail_at = 0;
+    CHECK(failed >= 3);
+  };
+  check([&] { return both.on_device.fork(child); });
+  CHECK(child.memory().total() == both.on_device.memory().total());
+  const long long forked = both.device.allocated_bytes;
+  for (int fail = 1; fail <= 3; ++fail) {
+    both.device.fail_at = both.device.allocations + fail;
+    CHECK(both.on_device.compress(Retain::ratio(.5)).code == Errc::out_of_memory);
+    CHECK(both.device.allocated_bytes == forked);
+  }
+  both.device.fail_at = 0;
+  CHECK(both.compress(Retain::ratio(.5)) <= 2e-5);
+}
+
+}  // namespace
+
+TEST_CASE("memory that runs out changes nothing, whatever a selector wants to know") {
+  check_memory(ExpectedAttention{});
+  check_memory(HeavyHitter{});
+  check_memory(Leverage{});
+  check_memory(CriticalKv<LastQuery>{});
+}
+TEST_CASE("a device asks for what selectors need of the model") {
+  const Geometry geometry{2, 1, 2, 64};
+  SimulatedDevice device;
+  PagePool<Fp16, SimulatedDevice> pool;
+  REQUIRE(pool.init(device, 4).ok());
+  const auto init = [&]<class Selector>(const Selector& selector, const DeviceCacheOptions& options) {
+    DeviceKvCache<Uniform, Selector, Fp16, SimulatedDevice> cache;
+    return cache.init(device, pool, geometry, options, {}, selector).code;
+  };
+  const Rope rope{64}, odd{7};
+  const float weight = 1;
+  const OutputProjection output[] = {{&weight, 1}, {&weight, 1}}, none[] = {{}, {}};
+  DeviceCacheOptions options;
+  CHECK(init(Leverage{}, options) == Errc::no_evidence);
+  CHECK(init(ExpectedAttention{}, options) == Errc::no_evidence);
+  CHECK(init(CriticalKv<KeyNorm>{}, options) == Errc::no_evidence);
+  CHECK(init(ValueNorm<KeyNorm, Through::output>{}, options) == Errc::no_evidence);
+  CHECK(init(ValueNorm<KeyNorm>{}, options) == Errc::ok);
+  CHECK(init(Leverage{.sketch = 257}, options) == Errc::bad_value);
+  options.ropes = {&odd, 1};
+  CHECK(init(Leverage{}, options) == Errc::bad_shape);
+  options.ropes = {&rope, 1};
+  CHECK(init(Leverage{}, options) == Errc::ok);
+  CHECK(init(ExpectedAttention{}, options) == Errc::ok);
+  options.output_projections = {output, 1};
+  CHECK(init(CriticalKv<KeyNorm>{}, options) == Errc::bad_shape);
+  options.output_projections = none;
+  CHECK(init(CriticalKv<KeyNorm>{}, options) == Errc::bad_shape);
+  options.output_projections = output;
+  CHECK(init(CriticalKv<KeyNorm>{}, options) == Errc::ok);
+}
