@@ -22,6 +22,15 @@ namespace {
 
 constexpr int sink_rows = 5, recent_rows = 20;
 
+// What is around a selector without a side for devices has none either.
+struct HostOnly {
+  static constexpr EvidenceSet needs = Evidence::positions;
+  Status score(const HeadEvidence&, std::span<float>) const noexcept { return success(); }
+};
+static_assert(!DeviceTokenSelector<HostOnly> && !DeviceTokenSelector<ValueNorm<HostOnly>> &&
+              !DeviceTokenSelector<ChunkKv<CriticalKv<HostOnly>>>);
+static_assert(DeviceTokenSelector<ValueNorm<KeyNorm>> && DeviceTokenSelector<Caote<HeavyHitter>>);
+
 // Shares rows out evenly, and shows the scores.
 struct Spy {
   static constexpr EvidenceSet needs = Evidence::scores;

@@ -63,11 +63,13 @@ struct Caote {
     float value[warps][size], sum[warps][size], all[size];
     double part[warps];
   };
-  template <int size, int warps, class Own = typename Base::template Shared<size, warps>>
-  union Shared {
+  template <class Own, int size, int warps>
+  union Around {
     Own base;
     Sums<size, warps> own;
   };
+  template <int size, int warps, class Own = Base>
+  using Shared = Around<typename Own::template Shared<size, warps>, size, warps>;
   template <class Block, class Rows, class Memory>
   KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
     using Lanes = typename Block::Lanes;

@@ -67,11 +67,13 @@ struct CriticalKv {
     typename detail::ScoreRanks<warps>::Shared ranks;
     detail::FewRows<size, warps> few;
   };
-  template <int size, int warps, class Own = typename Base::template Shared<size, warps>>
-  union Shared {
+  template <class Own, int size, int warps>
+  union Around {
     Own base;
     Stages<size, warps> own;
   };
+  template <int size, int warps, class Own = Base>
+  using Shared = Around<typename Own::template Shared<size, warps>, size, warps>;
   template <class Block, class Rows, class Memory>
   KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
     using Ranks = detail::ScoreRanks<Block::warps>;

@@ -62,11 +62,13 @@ struct ValueNorm {
   }
 
   // The same on a device: see store/head_score.hpp.
-  template <int size, int warps, class Own = typename Base::template Shared<size, warps>>
-  union Shared {
+  template <class Own, int size, int warps>
+  union Around {
     Own base;
     std::conditional_t<through == Through::output, detail::FewRows<size, warps>, float[warps][size]> value;
   };
+  template <int size, int warps, class Own = Base>
+  using Shared = Around<typename Own::template Shared<size, warps>, size, warps>;
   template <class Block, class Rows, class Memory>
   KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
     int kept = rows.count;
