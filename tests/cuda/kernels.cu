@@ -16,10 +16,21 @@
 #include "kvtailor/store/decode_plan.hpp"
 #include "kvtailor/store/device_kv_cache.hpp"
 #endif
+#include "kvtailor/select/caote.hpp"
 #include "kvtailor/select/chunk_kv.hpp"
+#include "kvtailor/select/critical_kv.hpp"
+#include "kvtailor/select/expected_attention.hpp"
+#include "kvtailor/select/heavy_hitter.hpp"
 #include "kvtailor/select/key_diff.hpp"
+#include "kvtailor/select/key_norm.hpp"
+#include "kvtailor/select/lag_kv.hpp"
+#include "kvtailor/select/last_query.hpp"
+#include "kvtailor/select/lava_score.hpp"
+#include "kvtailor/select/leverage.hpp"
+#include "kvtailor/select/reconstruction.hpp"
 #include "kvtailor/select/sink_recent.hpp"
 #include "kvtailor/select/snap_kv.hpp"
+#include "kvtailor/select/value_norm.hpp"
 
 namespace {
 
@@ -58,6 +69,32 @@ template <class Codec>
 void use_scores(const void** kernels) {
   use<ScoreWork<Codec, KeyDiff>>(kernels);
   use<ScoreWork<Codec, SnapKv>>(kernels);
+}
+// f.operator()<Selector>() of those that do more than KeyDiff and SnapKv: with values, RoPE, projections, moments.
+template <class F>
+void each_selector(F&& f) {
+  f.template operator()<LastQuery>();
+  f.template operator()<ValueNorm<KeyNorm>>();
+  f.template operator()<CriticalKv<SnapKv>>();
+  f.template operator()<Caote<SnapKv>>();
+  f.template operator()<LavaScore>();
+  f.template operator()<LagKv>();
+  f.template operator()<Leverage>();
+  f.template operator()<ExpectedAttention>();
+  f.template operator()<HeavyHitter>();
+  f.template operator()<Reconstruction>();
+}
+// Where rows lie as fragments, one by one with the longest there are, and in blocks.
+using SelectedFragments = KvCodec<TurboQuant<3, 128>>;
+using SelectedRows = KvCodec<TurboQuantUnbiased<3, 256>>;
+using SelectedBlocks = KvCodec<KiviKeys<2, 64>, KiviValues<2, 64>>;
+template <class Codec>
+void use_selectors(const void** kernels) {
+  each_selector([&]<class Selector>() { use<ScoreWork<Codec, Selector>>(kernels); });
+  use<GiveWork<Codec, false>>(kernels);
+  use<GiveWork<Codec, true>>(kernels);
+  use<LayerEndsWork<Codec>>(kernels);
+  use<MomentsWork<Half, Codec::head_dim>>(kernels);
 }
 template <int key_bits, int value_bits, int dim>
 void use_pair(const void** kernels) {
@@ -140,6 +177,12 @@ void use_kernels(const void** kernels) {
   use<ObserveWork<Half>>(kernels);
   use<TruncateQueriesWork>(kernels);
   use<CopyQueriesWork>(kernels);
+  use<CutGivenWork>(kernels);
+  use<TruncateGivenWork>(kernels);
+  use<CopyWordsWork>(kernels);
+  use_selectors<SelectedFragments>(kernels);
+  use_selectors<SelectedRows>(kernels);
+  use_selectors<SelectedBlocks>(kernels);
   use_low_rank<LloydMax<2, 64>>(kernels);
   use_low_rank<Trellis<2, 128>>(kernels);
   use_low_rank<Trellis<4, 256>>(kernels);

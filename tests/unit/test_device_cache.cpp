@@ -511,6 +511,42 @@ TEST_CASE("Tova's heads decide together on a device as on the host, and keep oth
   }
 }
 
+TEST_CASE("after a prompt's cut the window of LastQuery slides on a device as on the host") {
+  using Codec = KvCodec<TurboQuant<2, 64>, TurboQuant<1, 64>>;
+  SimulatedDevice device;
+  Pool<Codec> pool;
+  REQUIRE(pool.init(device, 60).ok());
+  using Both = Twin<Codec, Adaptive, LastQuery>;
+  Both twin(device, pool, {2, 2, 6, 64}), child(device, pool, {2, 2, 6, 64});
+  std::mt19937 random(29);
+  const auto compress = [](Both& both, int rows) {
+    both.compress_alone(Retain::rows(rows));
+    both.compare_all();
+  };
+  twin.append(290, random);
+  twin.observe<Half>(3, random);
+  compress(twin, 170);
+  for (int i = 0; i < 30; ++i) {
+    twin.append(1, random);
+    compress(twin, 100);  // without queries
+  }
+  twin.append(1, random);
+  REQUIRE(twin.host_cache.fork(child.host_cache).ok());
+  REQUIRE(twin.device_cache.fork(child.device_cache).ok());
+  child.next = twin.next;
+  child.whole_blocks = false;
+  child.truncate(40);  // into what the first cut chose
+  child.append(1, random);
+  compress(child, 80);
+  twin.append(30, random);
+  CHECK(twin.device_cache.compress(Retain::rows(80)).code == Errc::no_evidence);  // a chunk of a prompt
+  twin.observe<Half>(3, random);
+  compress(twin, 80);
+  REQUIRE(twin.device_cache.download(child.host_cache).ok());
+  REQUIRE(twin.device_cache.upload(child.host_cache).ok());
+  CHECK(twin.device_cache.compress(Retain::rows(70)).code == Errc::no_evidence);  // it came without earlier cuts
+}
+
 TEST_CASE("SnapKv's scores on a device are those of the plain loops") {
   using Fp16 = KvCodec<Dense<Half, 64>>;
   const SnapKv narrow{.window = 9, .kernel = 3, .pool = SnapKv::Pool::maximum};

@@ -23,7 +23,7 @@ std::vector<int> share_on_device(const Adaptive& budget, const BudgetRequest& wa
   std::vector<int> keep(want.seen.size()), near = dense, body = encoded;
   std::vector<std::int64_t> left(static_cast<std::size_t>(want.num_layers));
   REQUIRE(budget.share_out(want, keep, left).ok());
-  std::vector<SafeRows> safe(keep.size());
+  std::vector<HighestRows> safe(keep.size());
   const DeviceHeads heads{nullptr, nullptr, near.data(), body.data(), 0, 0};
   REQUIRE(device.launch(SafeRowsWork{heads, keep.data(), scores.data(), stride, safe.data()}, int(keep.size())).ok());
   REQUIRE(device

@@ -50,9 +50,10 @@ struct Instance {
   explicit Instance(const std::string& name) {
     std::smatch found;
     if (std::regex_search(name, found, std::regex("(\\w+)Work"))) kind = found[1];
-    if (std::regex_search(
-            name, found,
-            std::regex(", (true, \\d+|ChunkKv|KeyDiff|SinkRecent|SnapKv)|, [\\w:]*::(ChunkKv|KeyDiff|SinkRecent|SnapKv)"))) {
+    const std::string selectors =
+        "Caote|ChunkKv|CriticalKv|ExpectedAttention|HeavyHitter|KeyDiff|LagKv|LastQuery|LavaScore|Leverage|Reconstruction|"
+        "SinkRecent|SnapKv|ValueNorm";
+    if (std::regex_search(name, found, std::regex(", (true, \\d+)|, (?:[\\w:]*::)?(" + selectors + ")\\b"))) {
       kind += ", " + found[1].str() + found[2].str();
     }
     const std::regex codec("(LloydMax|Trellis|GroupInt|PerChannelInt|TurboQuantUnbiased|Dense)<(?:[\\w:]*::)?(\\w+), (\\d+)");
@@ -166,6 +167,43 @@ void run() {
     REQUIRE(cache.compress(Retain::bytes(cache.memory().total())).ok());
   }
 }
+// What a selector does beside that: rows and queries come, are cut, forked and truncated.
+template <class Codec>
+void run_selectors() {
+  constexpr int dim = Codec::head_dim, n = 170, queries = 10, width = 2 * dim;
+  std::mt19937 random(dim);
+  std::normal_distribution<float> normal;
+  const auto draw = [&](int rows) {
+    std::vector<Half> x(static_cast<std::size_t>(rows * width));
+    for (Half& v : x) v = from_float<Half>(normal(random));
+    return x;
+  };
+  const std::vector<float> weights(static_cast<std::size_t>(5 * width), 1.f);
+  const OutputProjection projection{weights.data(), 5};
+  const Rope rope{dim};
+  DeviceCacheOptions options{5, 20, 300, 4096};
+  options.ropes = {&rope, 1};
+  options.output_projections = {&projection, 1};
+  each_selector([&]<class Selector>() {
+    SimulatedDevice device;
+    PagePool<Codec, SimulatedDevice> pool;
+    DeviceKvCache<Uniform, Selector, Codec, SimulatedDevice> cache, child;
+    REQUIRE(pool.init(device, 40).ok());
+    REQUIRE(cache.init(device, pool, {1, 1, 2, dim}, options).ok());
+    const std::vector<Half> keys = draw(n), values = draw(n), seen = draw(queries);
+    std::vector<int> positions(n);
+    for (int i = 0; i < n; ++i) positions[static_cast<std::size_t>(i)] = i;
+    REQUIRE(cache.reserve(n).ok());
+    REQUIRE(cache.append(0, keys.data(), values.data(), positions.data(), n).ok());
+    REQUIRE(cache.observe(0, seen.data(), positions.data() + n - queries, queries).ok());
+    REQUIRE(cache.fork(child).ok());
+    REQUIRE(cache.compress(Retain::ratio(.8)).ok());
+    REQUIRE(child.truncate(n).ok());  // the last query has to stay
+    REQUIRE(child.compress(Retain::rows(90)).ok());
+    CHECK(child.most_rows(0, 0) == 90);
+    CHECK(cache.most_rows(0, 0) == 136);
+  });
+}
 template <int key_bits, int value_bits, int dim, class Selector = KeyDiff>
 void run() {
   run<KvCodec<typename CodecOf<key_bits, dim>::type, typename CodecOf<value_bits, dim>::type>, Selector>();
@@ -263,6 +301,12 @@ TEST_CASE("caches of every codec and every head dim") {
   run_from_host<KvCodec<Q4_1<128>, Rotated<Trellis<3, 128>>>>();
   run_from_host<KvCodec<TurboQuant<6, 128>, KiviValues<2, 128>>>();
   run_from_host<KvCodec<Q8_0<256>, Q4_1<256>>>();
+}
+
+TEST_CASE("every selector where rows lie as fragments, one by one and in blocks") {
+  run_selectors<SelectedFragments>();
+  run_selectors<SelectedRows>();
+  run_selectors<SelectedBlocks>();
 }
 
 TEST_CASE("blocks of low rank") {

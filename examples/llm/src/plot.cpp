@@ -130,7 +130,7 @@ std::string script(const std::string& title, const kvt::Table& dropped, const st
   std::sort(order.begin(), order.end(), [&](auto a, auto b) { return losses[a].front().loss > losses[b].front().loss; });
   out << "set title 'importance lost (points) and its lower hull (lines)'\nset xlabel 'rows kept, %'\nset ylabel ''\n"
       << "set xrange [0:100]\nset autoscale y\nset xtics 20\nset logscale y\nset format y '%.0e'\n"
-      << "set grid xtics ytics linetype 1 linecolor rgb '#dddddd'\nset key top right\n";
+      << "set grid xtics ytics linetype 1 linecolor rgb '#dddddd'\nset key bottom left\n";
   for (std::size_t k = 0; k < 5; ++k) {
     const std::size_t h = order[k * (order.size() - 1) / 4];
     const auto& own = losses[h];

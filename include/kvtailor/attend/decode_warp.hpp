@@ -115,7 +115,7 @@ struct DecodeQueries {
 // multiple of eight.
 template <class Layout, class Lanes, bool limited = false, int width = 8>
 class DecodeWarp {
-  template <class>
+  template <class, bool>
   friend struct WindowMass;  // reads slices too
 
  public:

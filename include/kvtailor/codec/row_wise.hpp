@@ -20,13 +20,6 @@
 
 namespace kvt::inline v0 {
 
-// What a lane holds of a row of `head_dim` elements: element i of lane l is row element i * lanes + l.
-template <int head_dim, int lanes>
-struct LaneRow {
-  static constexpr int length = (head_dim + lanes - 1) / lanes;
-  float x[length];
-};
-
 template <int head_dim, int lanes>
 KVT_HD KVT_INLINE float lane_dot(const LaneRow<head_dim, lanes>& row, const float* q, int lane) {
   if constexpr (lanes == 1) {

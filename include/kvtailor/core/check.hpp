@@ -92,7 +92,8 @@ inline Status check_attend(const Geometry& shape, const float* queries, std::spa
 }
 
 // What the options tell of the model, and that it is what policies need.
-inline Status check_model(const Geometry& shape, const CacheOptions& options, EvidenceSet needs) {
+template <class Options>
+Status check_model(const Geometry& shape, const Options& options, EvidenceSet needs) {
   const auto layers = static_cast<std::size_t>(shape.num_layers);
   if (options.ropes.size() > 1 && options.ropes.size() != layers) {
     return error(Errc::bad_shape, "there are {} ropes; it must be one, or one for each of {} layers",
@@ -109,10 +110,11 @@ inline Status check_model(const Geometry& shape, const CacheOptions& options, Ev
     }
   }
   if ((needs.has(Evidence::rope) || needs.has(Evidence::query_moments)) && options.ropes.empty()) {
-    return error(Errc::no_evidence, "a policy turns queries or keys back: give the model's RoPE, CacheOptions::ropes");
+    return error(Errc::no_evidence, "a policy turns queries or keys back: give the model's RoPE, ropes of the cache's options");
   }
   if (needs.has(Evidence::output_projection) && options.output_projections.empty()) {
-    return error(Errc::no_evidence, "a policy looks through the output projection: give CacheOptions::output_projections");
+    return error(Errc::no_evidence,
+                 "a policy looks through the output projection: give output_projections of the cache's options");
   }
   return success();
 }

@@ -45,6 +45,29 @@ constexpr int window_of(const S& selector) {
   }
 }
 
+// Whether a selector, or the one it is around, scores rows that come one by one after a cut without queries, see
+// HeadEvidence::chosen_before: it says so by a static member `slides`.
+template <class S>
+constexpr bool slides_after_cut() {
+  if constexpr (requires { S::slides; }) {
+    return S::slides;
+  } else if constexpr (requires(const S& s) { s.base; }) {
+    return slides_after_cut<decltype(S::base)>();
+  } else {
+    return false;
+  }
+}
+
+// The selector that others are around.
+template <class S>
+constexpr const auto& innermost(const S& selector) {
+  if constexpr (requires { selector.base; }) {
+    return innermost(selector.base);
+  } else {
+    return selector;
+  }
+}
+
 // What a policy needs as its fields are.
 template <class Policy>
 constexpr EvidenceSet needs_of(const Policy& policy) {

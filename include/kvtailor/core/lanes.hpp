@@ -245,6 +245,13 @@ struct SimulatedBlock {
   }
 };
 
+// What a lane holds of a row of `head_dim` elements: element i of lane l is row element i * lanes + l.
+template <int head_dim, int lanes>
+struct LaneRow {
+  static constexpr int length = (head_dim + lanes - 1) / lanes;
+  float x[length];
+};
+
 #if defined(__CUDACC__)
 struct Warp {
   static constexpr int size = 32;

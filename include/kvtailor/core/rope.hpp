@@ -9,6 +9,7 @@
 #include <span>
 #include <vector>
 
+#include "kvtailor/core/config.hpp"
 #include "kvtailor/core/status.hpp"
 
 namespace kvt::inline v0 {
@@ -55,8 +56,8 @@ struct Rope {
     return factors.empty() ? angle : angle / static_cast<double>(factors[static_cast<std::size_t>(i)]);
   }
   // Elements of a row that make pair i.
-  int first(int i) const noexcept { return pairs == Pairs::adjacent ? 2 * i : i; }
-  int second(int i) const noexcept { return pairs == Pairs::adjacent ? 2 * i + 1 : i + rotary_dim / 2; }
+  KVT_HD int first(int i) const noexcept { return pairs == Pairs::adjacent ? 2 * i : i; }
+  KVT_HD int second(int i) const noexcept { return pairs == Pairs::adjacent ? 2 * i + 1 : i + rotary_dim / 2; }
 
   // Turns one row [head_dim] in place to `position`; a negative position turns back.
   void apply(float* row, int position) const noexcept {

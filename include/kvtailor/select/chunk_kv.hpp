@@ -57,9 +57,9 @@ struct ChunkKv {
   // The same on a device: see store/head_score.hpp.
   template <int dim, int warps, class Own = Base>
   using Shared = typename Own::template Shared<dim, warps>;
-  template <class Block, class... Args>
-  KVT_HD void score_on_device(const Block& block, Args&&... args) const {
-    base.score_on_device(block, static_cast<Args&&>(args)...);
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    base.score_on_device(block, rows, shared, score);
   }
   template <class Layer>
   KVT_HD float joined(const Layer& layer, int, int position, float) const {

@@ -14,7 +14,9 @@
 #include <vector>
 
 #include "kvtailor/core/concepts.hpp"
+#include "kvtailor/select/device_products.hpp"
 #include "kvtailor/select/row_products.hpp"
+#include "kvtailor/store/score_ranks.hpp"
 
 namespace kvt::inline v0 {
 
@@ -43,9 +45,7 @@ struct CriticalKv {
     KVT_TRY(base.score(seen, score));
     std::vector<int> order(score.size());
     for (std::size_t row = 0; row < order.size(); ++row) order[row] = static_cast<int>(row);
-    // A share of 29 of 100 rows is a little less than that in binary.
-    const auto even = static_cast<std::ptrdiff_t>(seen.share * static_cast<double>(score.size()) * first_stage + 1e-6);
-    const auto last = order.begin() + std::min(even, static_cast<std::ptrdiff_t>(order.size()));
+    const auto last = order.begin() + first_rows(seen.share, seen.num_rows());
     const auto above = [&](int a, int b) {
       const float x = score[static_cast<std::size_t>(a)], y = score[static_cast<std::size_t>(b)];
       return x != y ? x > y : a < b;
@@ -54,13 +54,44 @@ struct CriticalKv {
     std::vector<float> norms(score.size());
     projected_norms(seen, Norm::sum, norms);
     constexpr float most = std::numeric_limits<float>::max();
-    for (std::size_t row = 0; row < score.size(); ++row) {
-      score[row] = std::clamp((score[row] + epsilon) * std::min(norms[row], 1e25f), -0.5f * most, 0.5f * most);
-    }
+    for (std::size_t row = 0; row < score.size(); ++row) score[row] = detail::weighted(score[row] + epsilon, norms[row]);
     std::for_each(order.begin(), last, [&](int row) { score[static_cast<std::size_t>(row)] = most; });
     return success();
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while scoring rows");
+  }
+
+  // The same on a device: see store/head_score.hpp.
+  template <int size, int warps>
+  struct Stages {
+    typename detail::ScoreRanks<warps>::Shared ranks;
+    detail::FewRows<size, warps> few;
+  };
+  template <class Own, int size, int warps>
+  union Around {
+    Own base;
+    Stages<size, warps> own;
+  };
+  template <int size, int warps, class Own = Base>
+  using Shared = Around<typename Own::template Shared<size, warps>, size, warps>;
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    using Ranks = detail::ScoreRanks<Block::warps>;
+    base.score_on_device(block, rows, shared.base, score);
+    Ranks ranks(shared.own.ranks);
+    const HighestRows first = ranks.highest(block, score, rows.count, first_rows(rows.evidence.share, rows.count));
+    detail::each_projected_norm(block, rows, Norm::sum, shared.own.few, [&](const auto& lanes, int r, float norm) {
+      const bool in = first.has(Ranks::rank(score[r]), r);
+      const float own = in ? std::numeric_limits<float>::max() : detail::weighted(score[r] + epsilon, norm);
+      lanes.once([&] { score[r] = own; });
+    });
+  }
+
+ private:
+  // Rows of the first stage. A share of 29 of 100 rows is a little less than that in binary.
+  KVT_HD int first_rows(double share, int rows) const {
+    const double even = share * rows * first_stage + 1e-6;
+    return even < rows ? static_cast<int>(even) : rows;
   }
 };
 

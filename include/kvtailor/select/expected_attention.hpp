@@ -19,9 +19,12 @@
 #include <vector>
 
 #include "kvtailor/attend/softmax_state.hpp"
+#include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/simd.hpp"
+#include "kvtailor/select/device_products.hpp"
 #include "kvtailor/select/row_products.hpp"
+#include "kvtailor/store/device_moments.hpp"
 
 namespace kvt::inline v0 {
 
@@ -44,9 +47,7 @@ struct ExpectedAttention {
   }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept try {
     KVT_TRY(check());
-    if (seen.moments.count == 0) {
-      return error(Errc::no_evidence, "ExpectedAttention has seen {} queries; call observe() before compress()", 0);
-    }
+    if (seen.moments.count == 0) return refusal();
     const auto dim = static_cast<std::size_t>(seen.head_dim);
     const float scale = seen.attend.scale != 0 ? seen.attend.scale : 1.f / std::sqrt(static_cast<float>(dim));
     std::size_t first = 0;
@@ -93,7 +94,113 @@ struct ExpectedAttention {
     return error(Errc::out_of_memory, "out of memory while scoring rows");
   }
 
+  // The same on a device: see store/head_score.hpp. Keys are turned back by the mean of RoPE's matrices instead of the moments,
+  // and logits take four bytes for each row.
+  static Status refusal() noexcept {
+    return error(Errc::no_evidence, "ExpectedAttention has seen {} queries; call observe() before compress()", 0);
+  }
+  long long device_space(int, long long rows) const { return 4 * rows; }
+  template <int size, int warps>
+  struct Shared {
+    detail::FewRows<size, warps> few;
+    float mean[size], cosine[size / 2], sine[size / 2], top[warps];
+    double sum[warps];
+  };
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    const int group = rows.evidence.group, n = rows.count, first = rows.rows_before(num_sinks);
+    const DeviceMoments moments = rows.evidence.moments.from_head(rows.head() * group);
+    const DeviceRope rope = rows.evidence.ropes[rows.layer];
+    constexpr float most = std::numeric_limits<float>::max();
+    detail::each_index(block, 0, n, [&](int r) { score[r] = r < first ? most : 0.f; });
+    if (moments.state->count == 0) {
+      detail::each_index(block, 0, 1, [&](int) { rows.evidence.refused[rows.head()] = 1; });
+      return;
+    }
+    const int begin = rows.evidence.ends[rows.layer].end;
+    detail::each_index(block, 0, rope.pairs(), [&](int i) {
+      const double turns = rope.turns[i], half = Direction(turns / 2).sine;
+      const Direction middle(turns * (begin + 0.5 * (future - 1)));
+      const double length = std::fabs(half) < 1e-12 ? 1 : Direction(turns / 2 * future).sine / (half * future);
+      shared.cosine[i] = static_cast<float>(length * middle.cosine);
+      shared.sine[i] = static_cast<float>(length * middle.sine);
+    });
+    float* const logit = rows.template space<float>();
+    for (int g = 0; g < group && first < n; ++g) {
+      detail::each_index(block, 0, Rows::dim, [&](int d) { shared.mean[d] = moments.mean_of(g)[d]; });
+      find_logits(block, rows, shared, rope, moments.squares_of(g), *moments.state, first, logit);
+      const float top = detail::over_block<true>(block, shared.top, [&](int thread, int threads) {
+        float own = -most;
+        for (int r = first + thread; r < n; r += threads) own = std::fmax(own, logit[r]);
+        return own;
+      });
+      const double sum = detail::sum_of_block(block, shared.sum, [&](int thread, int threads) {
+        double own = 0;
+        for (int r = first + thread; r < n; r += threads) own += static_cast<double>(logit[r] = std::exp(logit[r] - top));
+        return own;
+      });
+      const auto share = static_cast<float>(1 / (sum * group));
+      detail::each_index(block, first, n, [&](int r) { score[r] += logit[r] * share; });
+    }
+    if (!value_norm) return;
+    detail::each_value_norm(block, rows, shared.few.scratch, [&](const auto& lanes, int r, float norm) {
+      lanes.once([&] { score[r] = r < first ? most : (score[r] + epsilon) * norm; });
+    });
+  }
+
  private:
+  // Of rows from `first` on, for one query head: squares of differences of its queries from their mean, which is shared.
+  template <class Block, class Rows, class Memory, class State>
+  KVT_HD void find_logits(const Block& block, const Rows& rows, Memory& shared, const DeviceRope& rope, const float* squares,
+                          const State& state, int first, float* logit) const {
+    using Lanes = typename Block::Lanes;
+    using Few = decltype(shared.few);
+    constexpr int most = Few::most, dim = Rows::dim;
+    const double scale = static_cast<double>(state.scale), by = 0.5 * scale * scale / static_cast<double>(state.count);
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      auto& row = shared.few.row[warp];
+      rows.template each_few<true>(
+          lanes, warp, first, rows.count, shared.few.scratch[warp], row, shared.few.index[warp], [&](const int* index, int n) {
+            turn(lanes, shared, rope, row, n);
+            typename Lanes::template Reg<float> part[most];
+            KVT_UNROLL_ON_DEVICE
+            for (int k = 0; k < most; ++k) lanes.each([&](int lane) { part[k][lane] = 0; });
+            for (int i = 0; i < dim && covariance; ++i) {
+              lanes.each([&](int lane) {
+                for (int j = lane; j <= i; j += Lanes::size) {
+                  const float own = squares[i * (i + 1) / 2 + j] * (i == j ? 1.f : 2.f);
+                  KVT_UNROLL_ON_DEVICE
+                  for (int k = 0; k < most; ++k) part[k][lane] += own * (row[k][i] * row[k][j]);
+                }
+              });
+            }
+            KVT_UNROLL_ON_DEVICE
+            for (int k = 0; k < most; ++k) {
+              if (k >= n) continue;
+              const float form = lanes.sum(part[k]);
+              const double x = scale * static_cast<double>(detail::product<dim>(lanes, row[k], shared.mean)) +
+                               by * static_cast<double>(form);
+              lanes.once([&] { logit[index[k]] = static_cast<float>(x > -1e30 ? x < 1e30 ? x : 1e30 : -1e30); });
+            }
+          });
+    });
+  }
+  // Rows by the transposed mean of RoPE's matrices.
+  template <class Lanes, class Memory, class Row>
+  KVT_HD static void turn(const Lanes& lanes, const Memory& shared, const DeviceRope& rope, Row& row, int n) {
+    lanes.each([&](int lane) {
+      for (int i = lane; i < rope.pairs(); i += Lanes::size) {
+        const float c = shared.cosine[i], s = shared.sine[i];
+        for (int k = 0; k < n; ++k) {
+          float &a = row[k][rope.rope.first(i)], &b = row[k][rope.rope.second(i)];
+          const float turned = a * c + b * s;
+          b = b * c - a * s;
+          a = turned;
+        }
+      }
+    });
+  }
+
   struct Turn {
     float cosine, sine;
   };

@@ -27,10 +27,35 @@ struct HeavyHitter {
       score[row] = over == Over::all ? own.sum : own.queries > 0 ? own.sum / static_cast<float>(own.queries) : 0.f;
     }
     if (any || score.empty()) return success();
-    return error(Errc::no_evidence, "the token selector has seen {} queries; call observe() before compress()", 0);
+    return refusal();
   }
   Status attention(const HeadEvidence& seen, std::span<float> out) const noexcept { return score(seen, out); }
   int first_kept(const HeadEvidence& seen) const noexcept { return seen.num_rows(); }
+
+  // The same on a device: see store/head_score.hpp.
+  static Status refusal() noexcept {
+    return error(Errc::no_evidence, "the token selector has seen {} queries; call observe() before compress()", 0);
+  }
+  template <int size, int warps>
+  struct Shared {
+    int any[warps];
+  };
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    const float average = 1.f / static_cast<float>(rows.evidence.group);
+    const Over own = over;
+    detail::given_to_rows(block, rows, shared.any, score, [=](float weight, int queries) {
+      return own == Over::all ? weight * average : queries > 0 ? weight * average / static_cast<float>(queries) : 0.f;
+    });
+  }
+  template <class Block, class Rows, class Memory>
+  KVT_HD void attention_on_device(const Block& block, const Rows& rows, Memory& shared, float* out) const {
+    score_on_device(block, rows, shared, out);
+  }
+  template <class Rows>
+  KVT_HD int first_kept_on_device(const Rows& rows) const {
+    return rows.count;
+  }
 };
 
 static_assert(AttentionSelector<HeavyHitter>);

@@ -11,6 +11,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/simd.hpp"
 
@@ -74,7 +75,7 @@ struct KeyDiff {
       float* const key = shared.key[warp];
       const float mean_inverse = inverse_norm<dim>(lanes, shared.mean);
       rows.each_key(lanes, warp, key, [&](int r) {
-        const float cosine = product<dim>(lanes, key, shared.mean) * inverse_norm<dim>(lanes, key) * mean_inverse;
+        const float cosine = detail::product<dim>(lanes, key, shared.mean) * inverse_norm<dim>(lanes, key) * mean_inverse;
         lanes.once([&] { score[r] = -cosine; });
       });
     });
@@ -82,17 +83,8 @@ struct KeyDiff {
 
  private:
   template <int dim, class Lanes>
-  KVT_HD static float product(const Lanes& lanes, const float* a, const float* b) {
-    typename Lanes::template Reg<float> part;
-    lanes.each([&](int lane) {
-      part[lane] = 0;
-      for (int d = lane; d < dim; d += Lanes::size) part[lane] += a[d] * b[d];
-    });
-    return lanes.sum(part);
-  }
-  template <int dim, class Lanes>
   KVT_HD static float inverse_norm(const Lanes& lanes, const float* x) {
-    const float square = product<dim>(lanes, x, x);
+    const float square = detail::product<dim>(lanes, x, x);
     return square > 0 ? 1.f / std::sqrt(square) : 0.f;
   }
   // A zero row has no direction: its cosine counts as zero.

@@ -10,6 +10,7 @@
 
 #include <cmath>
 
+#include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/simd.hpp"
 
@@ -38,12 +39,7 @@ struct KeyNorm {
     block.each_warp([&](const Lanes& lanes, int warp) {
       float* const key = shared.key[warp];
       rows.each_key(lanes, warp, key, [&](int r) {
-        typename Lanes::template Reg<float> part;
-        lanes.each([&](int lane) {
-          part[lane] = 0;
-          for (int d = lane; d < Rows::dim; d += Lanes::size) part[lane] += key[d] * key[d];
-        });
-        const float square = lanes.sum(part);
+        const float square = detail::product<Rows::dim>(lanes, key, key);
         lanes.once([&] { score[r] = -std::sqrt(square); });
       });
     });

@@ -18,6 +18,7 @@
 #include <numeric>
 #include <vector>
 
+#include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
 
 namespace kvt::inline v0 {
@@ -69,7 +70,110 @@ struct LagKv {
     return error(Errc::out_of_memory, "out of memory while scoring rows");
   }
 
+  // The same on a device: see store/head_score.hpp. O(rows * (head_dim + lag)).
+  long long device_space(int, long long rows) const {
+    return 2 * static_cast<long long>(sizeof(double)) * std::min<long long>(lag, rows);
+  }
+  template <int size, int warps>
+  struct Shared {
+    float scratch[warps][size], row[warps][size];
+    float least[size];
+    double factor[size], part[warps];
+  };
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    const int n = rows.count, parts = n > num_sinks ? (n - num_sinks) / lag : 0;
+    detail::each_index(block, 0, n, [&](int r) {
+      score[r] = parts >= 2 || r < num_sinks ? 1.f : static_cast<float>(r - num_sinks) / static_cast<float>(n - num_sinks);
+    });
+    double *const own = rows.template space<double>(), *const of_values = own + lag;
+    for (int part = 0; part + 1 < parts; ++part) {
+      const int first = num_sinks + part * lag;
+      spread_on_device<true>(block, rows, first, shared, own);
+      spread_on_device<false>(block, rows, first, shared, of_values);
+      detail::each_index(block, 0, lag, [&](int i) { own[i] = (own[i] + of_values[i]) / 2; });
+      detail::each_index(block, 0, lag, [&](int i) {
+        int below = 0;  // of equal rows the first ranks highest
+        for (int j = 0; j < lag && !cross; ++j) below += own[j] < own[i] || (own[j] == own[i] && j > i) ? 1 : 0;
+        score[first + i] = cross ? static_cast<float>(own[i]) : static_cast<float>(below) / static_cast<float>(lag);
+      });
+    }
+  }
+
  private:
+  template <bool keys, class Block, class Rows, class Memory>
+  KVT_HD void spread_on_device(const Block& block, const Rows& rows, int first, Memory& shared, double* out) const {
+    using Lanes = typename Block::Lanes;
+    using Channels = LaneRow<Rows::dim, Lanes::size>;
+    constexpr int dim = Rows::dim;
+    constexpr float infinite = std::numeric_limits<float>::infinity();
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      typename Lanes::template Reg<Channels> low, high;
+      lanes.each([&](int lane) {
+        KVT_UNROLL_ON_DEVICE
+        for (int k = 0; k < Channels::length; ++k) low[lane].x[k] = infinite, high[lane].x[k] = -infinite;
+      });
+      float* const row = shared.row[warp];
+      rows.template each_decoded<keys>(lanes, warp, first + lag, first + 2 * lag, shared.scratch[warp], row, [&](int) {
+        lanes.each([&](int lane) {
+          KVT_UNROLL_ON_DEVICE
+          for (int k = 0; k < Channels::length; ++k) {
+            const int d = k * Lanes::size + lane;
+            if (dim % Lanes::size != 0 && d >= dim) continue;
+            low[lane].x[k] = std::fmin(low[lane].x[k], row[d]);
+            high[lane].x[k] = std::fmax(high[lane].x[k], row[d]);
+          }
+        });
+      });
+      lanes.each([&](int lane) {
+        KVT_UNROLL_ON_DEVICE
+        for (int k = 0; k < Channels::length; ++k) {
+          const int d = k * Lanes::size + lane;
+          if (dim % Lanes::size != 0 && d >= dim) continue;
+          shared.scratch[warp][d] = low[lane].x[k];
+          row[d] = high[lane].x[k];
+        }
+      });
+    });
+    detail::each_index(block, 0, dim, [&](int d) {
+      float low = infinite, high = -infinite;
+      for (int w = 0; w < Block::warps; ++w) {
+        low = std::fmin(low, shared.scratch[w][d]);
+        high = std::fmax(high, shared.row[w][d]);
+      }
+      shared.least[d] = low;
+      shared.factor[d] = high > low ? 1 / (static_cast<double>(high) - static_cast<double>(low)) : 0;
+    });
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      const float* const row = shared.row[warp];
+      rows.template each_decoded<keys>(lanes, warp, first, first + lag, shared.scratch[warp], shared.row[warp], [&](int r) {
+        const auto sum = [&](auto&& term) {
+          typename Lanes::template Reg<double> part;
+          lanes.each([&](int lane) {
+            part[lane] = 0;
+            for (int d = lane; d < dim; d += Lanes::size) {
+              part[lane] += term((static_cast<double>(row[d]) - static_cast<double>(shared.least[d])) * shared.factor[d]);
+            }
+          });
+          return lanes.sum(part);
+        };
+        const double mean = sum([](double x) { return x; }) / dim;
+        const double square = sum([=](double x) { return (x - mean) * (x - mean); });
+        lanes.once([&] { out[r - first] = std::sqrt(square / (dim - 1)); });
+      });
+    });
+    const double largest = detail::over_block<true>(block, shared.part, [&](int thread, int threads) {
+      double own = 0;
+      for (int i = thread; i < lag; i += threads) own = out[i] > own ? out[i] : own;
+      return own;
+    });
+    const double sum = detail::sum_of_block(block, shared.part, [&](int thread, int threads) {
+      double own = 0;
+      for (int i = thread; i < lag; i += threads) own += out[i] = std::exp(out[i] - largest);
+      return own;
+    });
+    detail::each_index(block, 0, lag, [&](int i) { out[i] /= sum; });
+  }
   // Of rows [lag, dim], which `lag` others follow: softmax over the rows of their standard deviation over channels.
   void spread(const float* rows, int dim, std::vector<double>& out) const {
     const float* const next = rows + static_cast<std::ptrdiff_t>(lag) * dim;

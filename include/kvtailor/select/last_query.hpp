@@ -18,6 +18,7 @@ namespace kvt::inline v0 {
 struct LastQuery {
   static constexpr EvidenceSet needs = Evidence::keys | Evidence::positions | Evidence::window_queries;
   static constexpr int window = 1;
+  static constexpr bool slides = true;
 
   Status attention(const HeadEvidence& seen, std::span<float> out) const noexcept {
     const WindowAttention last(seen, window);
@@ -39,6 +40,25 @@ struct LastQuery {
     KVT_TRY(attention(seen, score));
     std::fill(score.begin() + first_kept(seen), score.end(), above_attention);
     return success();
+  }
+
+  // The same on a device: see store/head_score.hpp.
+  template <int dim, int warps>
+  struct Shared {};
+  template <class Block, class Rows, class Memory>
+  KVT_HD void attention_on_device(const Block& block, const Rows& rows, Memory&, float* out) const {
+    detail::window_attention(block, rows, out, [](float most, const float* mass, int r) { return std::fmax(most, mass[r]); });
+  }
+  template <class Rows>
+  KVT_HD int first_kept_on_device(const Rows& rows) const {
+    return rows.rows_before(rows.window.first_position());
+  }
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    const int chosen_before = rows.evidence.chosen_before[rows.layer];
+    if (chosen_before <= 0) return detail::score_by_attention(*this, block, rows, shared, score);
+    const int chosen = rows.rows_before(chosen_before);
+    detail::each_index(block, 0, rows.count, [&](int r) { score[r] = static_cast<float>(r < chosen ? rows.count : r); });
   }
 };
 

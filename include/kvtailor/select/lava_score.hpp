@@ -50,6 +50,38 @@ struct LavaScore {
     std::fill(score.begin() + before, score.end(), std::numeric_limits<float>::max());
     return success();
   }
+
+  // The same on a device: see store/head_score.hpp.
+  template <int size, int warps>
+  struct Shared {
+    float scratch[warps][size], value[warps][size], longest[warps];
+  };
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    using Lanes = typename Block::Lanes;
+    const int before = rows.rows_before(rows.window.first_position());
+    block.each_warp([&](const Lanes& lanes, int warp) {
+      const float* const value = shared.value[warp];
+      float longest = 0;
+      rows.template each_decoded<false>(lanes, warp, 0, before, shared.scratch[warp], shared.value[warp], [&](int) {
+        typename Lanes::template Reg<float> part;
+        lanes.each([&](int lane) {
+          part[lane] = 0;
+          for (int d = lane; d < Rows::dim; d += Lanes::size) part[lane] += std::fabs(value[d]);
+        });
+        longest = std::fmax(longest, lanes.sum(part));
+      });
+      lanes.once([&] { shared.longest[warp] = longest; });
+    });
+    float length = 0;
+    for (int w = 0; w < Block::warps; ++w) length = std::fmax(length, shared.longest[w]);
+    block.each_warp([](const Lanes&, int) {});  // all have read them
+    const float factor = std::fmin(length / static_cast<float>(rows.window.size()), 1e30f);
+    const Pooling pooled{kernel, Pooling::Kind::maximum};
+    detail::window_attention(block, rows, score, [=](float most, const float* mass, int r) {
+      return r < before ? std::fmax(most, pooled(mass, r, before) * factor) : std::numeric_limits<float>::max();
+    });
+  }
 };
 
 static_assert(TokenSelector<LavaScore>);

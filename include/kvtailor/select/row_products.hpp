@@ -15,6 +15,7 @@
 
 #include "kvtailor/core/evidence.hpp"
 #include "kvtailor/core/row_tiles.hpp"
+#include "kvtailor/select/device_products.hpp"
 
 namespace kvt::inline v0 {
 
@@ -105,8 +106,6 @@ inline void quadratic_forms(std::span<const float> rows, int dim, std::span<cons
     }
   });
 }
-
-enum class Norm { sum, root };  // of magnitudes; of squares
 
 // out[r] = |value r|.
 inline void value_norms(const HeadEvidence& seen, std::span<float> out) {

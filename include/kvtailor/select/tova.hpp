@@ -61,21 +61,18 @@ struct Tova {
   // The same on a device: see store/head_score.hpp.
   template <int dim, int warps>
   struct Shared {};
-  template <class Block, class Rows, class Window, class Memory>
-  KVT_HD void score_on_device(const Block& block, const Rows& rows, const Window& seen, Memory&, float* score) const {
-    using Lanes = typename Block::Lanes;
-    const int before = rows.rows_before(seen.first_position());
-    const float average = 1.f / static_cast<float>(seen.group());
-    for (int g = 0; g < seen.group(); ++g) {
-      const float* const mass = seen.of_query_head(block, g);
-      block.each_warp([&](const Lanes& lanes, int warp) {
-        lanes.each([&](int lane) {
-          for (int r = warp * Lanes::size + lane; r < rows.count; r += Block::warps * Lanes::size) {
-            score[r] = r >= before ? above_attention : (g == 0 ? 0.f : score[r]) + mass[r] * average;
-          }
-        });
-      });
-    }
+  template <class Block, class Rows, class Memory>
+  KVT_HD void attention_on_device(const Block& block, const Rows& rows, Memory&, float* out) const {
+    const float average = 1.f / static_cast<float>(rows.window.group());
+    detail::window_attention(block, rows, out, [=](float sum, const float* mass, int r) { return sum + mass[r] * average; });
+  }
+  template <class Rows>
+  KVT_HD int first_kept_on_device(const Rows& rows) const {
+    return rows.rows_before(rows.window.first_position());
+  }
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    detail::score_by_attention(*this, block, rows, shared, score);
   }
   // Of one row: a mean of those that other heads have at its position.
   template <class Layer>

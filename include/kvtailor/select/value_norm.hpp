@@ -14,6 +14,7 @@
 #include <new>
 #include <vector>
 
+#include "kvtailor/select/device_products.hpp"
 #include "kvtailor/select/row_products.hpp"
 #include "kvtailor/select/window_attention.hpp"
 
@@ -27,6 +28,7 @@ struct ValueNorm {
   static constexpr EvidenceSet own_needs =
       through == Through::output ? Evidence::values | Evidence::output_projection : EvidenceSet(Evidence::values);
   static constexpr EvidenceSet needs = Base::needs | own_needs;
+  static constexpr bool slides = false;  // rows are weighted by attention
   Base base = {};
   float epsilon = 0;
 
@@ -53,15 +55,43 @@ struct ValueNorm {
     } else {
       value_norms(seen, norms);
     }
-    constexpr float most = std::numeric_limits<float>::max();
-    for (std::size_t row = 0; row < score.size(); ++row) {
-      const bool stays = row >= kept || score[row] >= most;
-      const float own = (score[row] + epsilon) * std::min(norms[row], 1e25f);
-      score[row] = stays ? most : std::clamp(own, -0.5f * most, 0.5f * most);
-    }
+    for (std::size_t row = 0; row < score.size(); ++row) score[row] = weighted(score[row], row >= kept, norms[row]);
     return success();
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while scoring rows");
+  }
+
+  // The same on a device: see store/head_score.hpp.
+  template <class Own, int size, int warps>
+  union Around {
+    Own base;
+    std::conditional_t<through == Through::output, detail::FewRows<size, warps>, float[warps][size]> value;
+  };
+  template <int size, int warps, class Own = Base>
+  using Shared = Around<typename Own::template Shared<size, warps>, size, warps>;
+  template <class Block, class Rows, class Memory>
+  KVT_HD void score_on_device(const Block& block, const Rows& rows, Memory& shared, float* score) const {
+    int kept = rows.count;
+    if constexpr (AttentionSelector<Base>) {
+      base.attention_on_device(block, rows, shared.base, score);
+      kept = base.first_kept_on_device(rows);
+    } else {
+      base.score_on_device(block, rows, shared.base, score);
+    }
+    const auto weigh = [&](const auto& lanes, int r, float norm) {
+      lanes.once([&] { score[r] = weighted(score[r], r >= kept, norm); });
+    };
+    if constexpr (through == Through::output) {
+      detail::each_projected_norm(block, rows, Norm::root, shared.value, weigh);
+    } else {
+      detail::each_value_norm(block, rows, shared.value, weigh);
+    }
+  }
+
+ private:
+  KVT_HD float weighted(float score, bool kept, float norm) const {
+    constexpr float most = std::numeric_limits<float>::max();
+    return kept || score >= most ? most : detail::weighted(score + epsilon, norm);
   }
 };
 

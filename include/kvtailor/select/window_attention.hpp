@@ -12,6 +12,7 @@
 #include <vector>
 
 #include "kvtailor/attend/softmax_state.hpp"
+#include "kvtailor/core/block_loops.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/core/row_tiles.hpp"
 
@@ -192,5 +193,40 @@ struct Pooling {
     return kind == Kind::average ? sum / static_cast<float>(kernel) : sum;
   }
 };
+
+namespace detail {
+
+// On a device: what the queries of a window gave each row, joined over the query heads of the group: join(what it has so far,
+// mass, r), mass [rows] as in WindowAttention::each_head().
+template <class Block, class Rows, class Join>
+KVT_HD void window_attention(const Block& block, const Rows& rows, float* out, Join&& join) {
+  for (int g = 0; g < rows.window.group(); ++g) {
+    const float* const mass = rows.window.of_query_head(block, g);
+    each_index(block, 0, rows.count, [&](int r) { out[r] = join(g == 0 ? 0.f : out[r], mass, r); });
+  }
+}
+// What rows were given by all observed queries: score(weight, queries) of each. Nobody can be scored where there were none. any
+// [warps] is shared.
+template <class Block, class Rows, class Score>
+KVT_HD void given_to_rows(const Block& block, const Rows& rows, int* any, float* out, Score&& score) {
+  const auto& attention = rows.evidence.attention;
+  const float* const weight = attention.weight_of(rows.head());
+  const int *const queries = attention.queries_of(rows.head()), given = attention.given[rows.head()];
+  each_index(block, 0, rows.count, [&](int r) { out[r] = r < given ? score(weight[r], queries[r]) : 0.f; });
+  const int seen = over_block<true>(block, any, [&](int thread, int threads) {
+    int own = 0;
+    for (int r = thread; r < given; r += threads) own = queries[r] > own ? queries[r] : own;
+    return own;
+  });
+  if (seen == 0 && rows.count > 0) each_index(block, 0, 1, [&](int) { rows.evidence.refused[rows.head()] = 1; });
+}
+// The scores of a selector by attention whose other rows stay.
+template <class Selector, class Block, class Rows, class Memory>
+KVT_HD void score_by_attention(const Selector& selector, const Block& block, const Rows& rows, Memory& shared, float* score) {
+  selector.attention_on_device(block, rows, shared, score);
+  each_index(block, selector.first_kept_on_device(rows), rows.count, [&](int r) { score[r] = above_attention; });
+}
+
+}  // namespace detail
 
 }  // namespace kvt::inline v0

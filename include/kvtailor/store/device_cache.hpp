@@ -110,6 +110,10 @@ struct DeviceCacheOptions {
   int recent_rows = 32;   // newest rows: dense. The dense zone grows by a block of 128 rows before its oldest is encoded
   int max_append = 512;   // rows of one append at most
   int max_rows = 131072;  // rows of the sequence at most: room in the page tables, four bytes for a page of a head
+  // What only some policies need to know of the model, as in CacheOptions; the arrays outlive the cache. Those of weights are
+  // of the device, the others of the host.
+  std::span<const Rope> ropes = {};                           // one for all layers, or one a layer
+  std::span<const OutputProjection> output_projections = {};  // one a layer
 };
 
 template <class Codec, class Device>
@@ -136,20 +140,7 @@ class DeviceCache {
   // [num_layers, num_kv_heads], or empty for the one codec of the cache.
   Status init(Device& device, Pool& pool, const Geometry& geometry, const DeviceCacheOptions& options = {},
               const Codec& codec = {}, std::span<const Codec> head_codecs = {}) {
-    KVT_TRY(geometry.validate());
-    if (geometry.head_dim != head_dim) {
-      return error(Errc::bad_shape, "head_dim is {}; this cache was composed for {}", geometry.head_dim, head_dim);
-    }
-    if (options.sink_rows < 0 || options.sink_rows > 1 << 16 || options.recent_rows < 0 || options.recent_rows > 1 << 16) {
-      return error(Errc::bad_shape, "sink_rows and recent_rows are {} and {}; they must be from 0 to 65536", options.sink_rows,
-                   options.recent_rows);
-    }
-    if (options.max_append < 1 || options.max_append > 1 << 16) {
-      return error(Errc::bad_shape, "max_append is {}; it must be from 1 to {}", options.max_append, 1 << 16);
-    }
-    if (options.max_rows < 1 || options.max_rows > 1 << 24) {
-      return error(Errc::bad_shape, "max_rows is {}; it must be from 1 to {}", options.max_rows, 1 << 24);
-    }
+    KVT_TRY(check_shape(geometry, options));
     const auto heads = static_cast<std::size_t>(geometry.num_heads());
     if (!head_codecs.empty() && (!in_blocks || head_codecs.size() != heads)) {
       return error(Errc::bad_shape, "there are codecs for {} heads; the cache has {}, and only blocks are of one's own codec",
@@ -215,6 +206,7 @@ class DeviceCache {
     bound_.assign(heads, 0);
     room_.assign(heads, 0);
     appended_.assign(static_cast<std::size_t>(geometry.num_layers), 0);
+    newest_ = appended_;
     short_ends_.assign(heads, {});
     encoded_.assign(heads, 0);
     stream_bytes_.assign(heads, 0);
@@ -278,19 +270,8 @@ class DeviceCache {
   // stride], on the device: row r of a head, in the order of positions, stays if its mark is not zero. Sink rows and the newest
   // recent_rows stay in any case. Codes of rows that stay do not change.
   Status cut(const unsigned char* keep, long long stride) {
-    KVT_TRY(check_layer(0));
-    if (keep == nullptr) return error(Errc::bad_shape, "the pointer to the marks is null");
-    const int most = *std::max_element(bound_.begin(), bound_.end());
-    if (stride < most)
-      return error(Errc::bad_shape, "there are marks for {} rows; a head may have {}", static_cast<double>(stride), most);
-    KVT_TRY(make_uneven());
-    return each_layer([&](int layer, int count) {
-      if constexpr (in_blocks) {
-        return device_->launch(CutBlocksWork<Codec>{stream_heads(layer), keep + layer * count * stride, stride}, count);
-      } else {
-        return device_->launch(CutWork<Codec>{heads(layer), keep, stride}, count);
-      }
-    });
+    KVT_TRY(prepare_cut(keep, stride));
+    return cut_rows(keep, stride);
   }
   // Drops the rows at `position` and after it. What a head may have stays as it was until refresh().
   Status truncate(int position) {
@@ -319,6 +300,7 @@ class DeviceCache {
     child.encoded_ = encoded_;
     child.stream_bytes_ = stream_bytes_;
     child.appended_ = appended_;
+    child.newest_ = newest_;
     child.short_ends_ = short_ends_;
     for (std::size_t h = 0; h < pages_.size(); ++h) KVT_TRY(child.take_pages(h, pages_[h].size()));
     child.bound_ = child.room_ = bound_;
@@ -446,6 +428,7 @@ class DeviceCache {
         bound_[h] = room_[h] = rows[h] + rows[heads + h];
       }
       for (std::size_t l = 0; l < appended_.size(); ++l) appended_[l] = static_cast<int>(host.appended(static_cast<int>(l)));
+      std::fill(newest_.begin(), newest_.end(), 0);
       pages_.swap(body_pages);
       if constexpr (in_blocks) {
         uneven_ = 0;
@@ -508,18 +491,58 @@ class DeviceCache {
   }
 
  protected:
+  static Status check_shape(const Geometry& geometry, const DeviceCacheOptions& options) {
+    KVT_TRY(geometry.validate());
+    if (geometry.head_dim != head_dim) {
+      return error(Errc::bad_shape, "head_dim is {}; this cache was composed for {}", geometry.head_dim, head_dim);
+    }
+    if (options.sink_rows < 0 || options.sink_rows > 1 << 16 || options.recent_rows < 0 || options.recent_rows > 1 << 16) {
+      return error(Errc::bad_shape, "sink_rows and recent_rows are {} and {}; they must be from 0 to 65536", options.sink_rows,
+                   options.recent_rows);
+    }
+    if (options.max_append < 1 || options.max_append > 1 << 16) {
+      return error(Errc::bad_shape, "max_append is {}; it must be from 1 to {}", options.max_append, 1 << 16);
+    }
+    if (options.max_rows < 1 || options.max_rows > 1 << 24) {
+      return error(Errc::bad_shape, "max_rows is {}; it must be from 1 to {}", options.max_rows, 1 << 24);
+    }
+    return success();
+  }
   Status check_layer(int layer) const {
     if (layer >= 0 && layer < geometry_.num_layers) return success();
     return error(Errc::bad_shape, "layer is {}; the cache has {}", layer, geometry_.num_layers);
   }
   Device* device() const { return device_; }
-  HeadsOf<Codec> all_heads() const {
+  HeadsOf<Codec> all_heads() const { return layer_heads(0); }
+  // A cut in two steps: only the first can fail, unless a kernel does.
+  Status prepare_cut(const unsigned char* keep, long long stride) {
+    KVT_TRY(check_layer(0));
+    if (keep == nullptr) return error(Errc::bad_shape, "the pointer to the marks is null");
+    const int most = *std::max_element(bound_.begin(), bound_.end());
+    if (stride < most)
+      return error(Errc::bad_shape, "there are marks for {} rows; a head may have {}", static_cast<double>(stride), most);
+    KVT_TRY(make_uneven());
+    return success();
+  }
+  Status cut_rows(const unsigned char* keep, long long stride) {
+    return each_layer([&](int layer, int count) {
+      if constexpr (in_blocks) {
+        return device_->launch(CutBlocksWork<Codec>{stream_heads(layer), keep + layer * count * stride, stride}, count);
+      } else {
+        return device_->launch(CutWork<Codec>{heads(layer), keep, stride}, count);
+      }
+    });
+  }
+  // Those of a layer, and all after them.
+  HeadsOf<Codec> layer_heads(int layer) const {
     if constexpr (in_blocks) {
-      return stream_heads(0);
+      return stream_heads(layer);
     } else {
-      return heads(0);
+      return heads(layer);
     }
   }
+  // Whether the rows of a layer come one by one.
+  bool decodes(int layer) const { return newest_[static_cast<std::size_t>(layer)] == 1; }
   int most_rows(int head) const { return bound_[static_cast<std::size_t>(head)]; }
   static std::size_t pages_of(int rows) {
     return static_cast<std::size_t>((rows + SlicePages::page_rows - 1) / SlicePages::page_rows);
@@ -644,6 +667,7 @@ class DeviceCache {
   int* stream_bytes() const { return counts_.data() + 2 * geometry_.num_heads(); }
   void count(int layer, int n) {
     appended_[static_cast<std::size_t>(layer)] += n;
+    newest_[static_cast<std::size_t>(layer)] = n;
     for (std::size_t h = 0; h < kv_heads(); ++h) bound_[static_cast<std::size_t>(layer) * kv_heads() + h] += n;
   }
   // Pages of a head with so many rows. While only whole blocks have been encoded, there is no page that is not full; a cut
@@ -742,7 +766,7 @@ class DeviceCache {
   Codec codec_ = {};
   std::vector<std::vector<int>> pages_;       // [heads]
   std::vector<int> bound_, room_;             // rows of a head [heads] at most, and those there are pages for
-  std::vector<int> appended_;                 // rows of a layer [layers], ever
+  std::vector<int> appended_, newest_;        // rows of a layer [layers], ever and in the last append
   int uneven_ = 0;                            // the last page of a head may not be full; of streams, cuts since refresh()
   std::vector<int> encoded_, stream_bytes_;   // of streams [heads] at the last refresh()
   std::vector<std::vector<int>> short_ends_;  // [heads] rows after which short blocks of the host ended, until rows are dropped

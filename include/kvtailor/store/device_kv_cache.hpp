@@ -9,15 +9,17 @@
 //   KVT_TRY(cache.reserve(1));                              // what was reserved before is gone
 //
 // compress() waits for the device, and takes memory while it runs: five bytes for each row of each head, four more if the
-// selector needs queries, and four if its heads decide together. observe() and truncate() are as append(): they allocate
-// nothing, wait for nothing, and can be captured.
+// selector needs window_queries, four if its heads decide together, and what it asks for by device_space(). observe(), forget()
+// and truncate() are as append(): they allocate nothing, wait for nothing, and can be captured. What init() takes for
+// observe(): windows of queries in fp32, moments of head_dim + head_dim * (head_dim + 1) / 2 numbers a query head, or, if the
+// selector needs the attention of rows, 8 bytes for each of max_rows rows of a head and 128 queries of a layer.
 #pragma once
 
 #include "kvtailor/budget/request.hpp"
+#include "kvtailor/core/check.hpp"
 #include "kvtailor/core/concepts.hpp"
 #include "kvtailor/store/device_cache.hpp"
-#include "kvtailor/store/device_queries.hpp"
-#include "kvtailor/store/head_score.hpp"
+#include "kvtailor/store/device_evidence.hpp"
 #include "kvtailor/store/head_share.hpp"
 
 namespace kvt::inline v0 {
@@ -51,35 +53,34 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
               std::span<const Codec> head_codecs = {}) {
     if constexpr (requires { selector.check(); }) KVT_TRY(selector.check());
     if constexpr (requires { budget.check(geometry); }) KVT_TRY(budget.check(geometry));
-    Window window;
-    KVT_TRY(geometry.validate());
-    if constexpr (needs_queries) KVT_TRY(window.init(device, geometry, window_of(selector)));
+    KVT_TRY(Rows::check_shape(geometry, options));
+    KVT_TRY(detail::check_model(geometry, options, needs_of(selector)));
+    Known known;
+    KVT_TRY(
+        known.init(device, geometry, options.ropes, options.output_projections, options.sink_rows, options.max_rows, selector));
     KVT_TRY(Rows::init(device, pool, geometry, options, codec, head_codecs));
     budget_ = budget;
     selector_ = selector;
-    window_ = std::move(window);
+    known_ = std::move(known);
     return success();
   }
 
   // Shows the cache the queries (post-RoPE) that come with the rows just appended: [n, num_q_heads, head_dim] at positions [n],
   // which increase, after all it was shown; both of the device. Costs nothing if the selector needs none. T is Half, BFloat16
-  // or float. Sink logits are not looked at.
+  // or float. Sink logits, of the device, take their share of what rows are given (Evidence::attention) alone, as on the host.
   template <class T>
   Status observe(int layer, const T* queries, const int* positions, int n, const AttendOptions& attend = {}) {
     KVT_TRY(this->check_layer(layer));
     KVT_TRY(detail::check_options(this->geometry(), attend));
     if (n < 0) return error(Errc::bad_shape, "there are {} queries; it must be zero or more", n);
     if (n > 0 && (queries == nullptr || positions == nullptr)) return error(Errc::bad_shape, "a pointer to queries is null");
-    if (!needs_queries || n == 0) return success();
-    const int heads = this->geometry().num_kv_heads;
-    const float scale = attend.scale != 0 ? attend.scale : 1.f / std::sqrt(static_cast<float>(Rows::head_dim));
-    return this->device()->launch(ObserveWork<T>{window_.queries().from_head(layer * heads),
-                                                 queries,
-                                                 positions,
-                                                 n,
-                                                 heads,
-                                                 {0, 0, attend.window, scale, attend.soft_cap}},
-                                  heads);
+    if (!Known::needs_queries || n == 0) return success();
+    return known_.observe(this->layer_heads(layer), layer, queries, positions, n, attend);
+  }
+  // Forgets all that was observed, so that what comes next counts alone: see KvCache::forget().
+  Status forget() {
+    KVT_TRY(this->check_layer(0));
+    return known_.forget();
   }
 
   // Keeps so many rows: the budget allocator says how many of each head, the token selector which. Sink rows and the newest
@@ -119,7 +120,9 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
       KVT_TRY(device.clear(scores.data(), places * sizeof(float)));
     } else {
       std::vector<float> seen_scores;
-      KVT_TRY(score(want, scores.data(), stride, seen_scores));
+      const double share = bytes ? retain.amount / static_cast<double>(memory().total())
+                                 : static_cast<double>(want.total) / static_cast<double>(rows);
+      KVT_TRY(score(want, share, scores.data(), stride, seen_scores));
       want.scores = seen_scores;
       Sharing sharing(budget_);
       KVT_TRY(sharing.init(device, this->all_heads(), scores.data(), stride, kept.data(), want));
@@ -143,7 +146,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
           } else {
             for (std::size_t h = 0; h < heads; ++h) pages += Rows::pages_of(counts[h] - dense[h]);
           }
-          return this->memory_with_pages(pages).total() + window_.bytes();
+          return this->memory_with_pages(pages).total() + known_.bytes();
         });
         KVT_TRY(measured);
         KVT_TRY(fitted);
@@ -152,36 +155,47 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     }
     KVT_TRY(device.copy_to(kept.data(), keep.data(), heads * sizeof(int)));
     KVT_TRY(device.launch(MarkWork{this->all_heads(), kept.data(), scores.data(), marks.data(), stride}, geometry.num_heads()));
-    KVT_TRY(this->cut(marks.data(), stride));
-    KVT_TRY(window_.forget());
+    KVT_TRY(cut(marks.data(), stride));
+    KVT_TRY(known_.used_up(this->all_heads(), [&](int layer) { return this->decodes(layer); }));
     return this->refresh();
   }
-  // As DeviceCache::truncate(), queries too.
+  // As DeviceCache::cut(): what rows were given goes with them.
+  Status cut(const unsigned char* keep, long long stride) {
+    KVT_TRY(this->prepare_cut(keep, stride));
+    KVT_TRY(known_.cut(this->all_heads(), keep, stride));
+    return this->cut_rows(keep, stride);
+  }
+  // As DeviceCache::truncate(), queries too; what these gave to rows that stay remains.
   Status truncate(int position) {
     KVT_TRY(Rows::truncate(position));
-    return window_.truncate(position);
+    return known_.truncated(this->all_heads(), position);
   }
-  // As DeviceCache::fork(), policies and queries too.
+  // As DeviceCache::upload(); what was observed is forgotten.
+  template <class Host>
+  Status upload(const Host& host) noexcept {
+    KVT_TRY(Rows::upload(host));
+    return known_.replaced();
+  }
+  // As DeviceCache::fork(), policies and what was observed too.
   Status fork(DeviceKvCache& child) const {
     KVT_TRY(this->check_layer(0));
-    Window window;
-    KVT_TRY(window_.copy_to(window));
+    Known known;
+    KVT_TRY(known_.copy_to(known, this->options().ropes, this->options().output_projections, selector_));
     KVT_TRY(Rows::fork(child));
     child.budget_ = budget_;
     child.selector_ = selector_;
-    child.window_ = std::move(window);
+    child.known_ = std::move(known);
     return success();
   }
-  // As DeviceCache::memory(); evidence is the room for queries.
+  // As DeviceCache::memory(); evidence is the room for all that is observed, and for what is known of the model.
   Memory memory() const {
     Memory m = Rows::memory();
-    m.evidence_bytes = window_.bytes();
+    m.evidence_bytes = known_.bytes();
     return m;
   }
 
  private:
-  static constexpr bool needs_queries = EvidenceSet(Selector::needs).has(Evidence::window_queries);
-  using Window = DeviceQueryWindow<Device>;
+  using Known = DeviceLayersEvidence<Codec, Selector, Device>;
 
   // The budget allocator, which asks the device where the highest scores of a layer are.
   class Sharing {
@@ -223,29 +237,34 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
     const float* scores_ = nullptr;
     long long stride_ = 0;
     int* kept_ = nullptr;
-    DeviceArray<SafeRows, Device> safe_;
+    DeviceArray<HighestRows, Device> safe_;
     DeviceArray<std::int64_t, Device> left_;
   };
 
   // Scores [heads, stride] of all rows, and those of the rows that are there, for an allocator that needs them.
-  Status score(const BudgetRequest& want, float* scores, long long stride, std::vector<float>& seen_scores) const {
+  Status score(const BudgetRequest& want, double share, float* scores, long long stride,
+               std::vector<float>& seen_scores) const {
     Device& device = *this->device();
     const auto places = want.seen.size() * static_cast<std::size_t>(stride);
     DeviceArray<float, Device> mass, apart;
-    if constexpr (needs_queries) {
-      KVT_TRY(window_.check_seen(want.num_kv_heads));
-      KVT_TRY(mass.allocate(device, places));
-    }
+    DeviceEvidence evidence;
+    evidence.share = share;
+    KVT_TRY(known_.prepare(
+        this->all_heads(), [&](int layer) { return this->decodes(layer); }, evidence));
+    ScoringMemory<Selector, Device> memory;
+    KVT_TRY(memory.init(device, selector_, Rows::head_dim, want.seen.size(), stride, evidence));
+    if constexpr (Known::needs_window) KVT_TRY(mass.allocate(device, places));
     if constexpr (joins_on_device<Selector>) KVT_TRY(apart.allocate(device, places));
     const auto heads = static_cast<int>(want.seen.size());
     float* const to = joins_on_device<Selector> ? apart.data() : scores;
-    KVT_TRY(device.launch(
-        ScoreWork<Codec, Selector>{this->all_heads(), selector_, want.num_kv_heads, to, stride, window_.queries(), mass.data()},
-        heads));
+    KVT_TRY(device.launch(ScoreWork<Codec, Selector>{this->all_heads(), selector_, evidence, want.num_kv_heads, to, stride,
+                                                     known_.window(), mass.data()},
+                          heads));
     if constexpr (joins_on_device<Selector>) {
       KVT_TRY(device.launch(
           JoinWork<Codec, Selector>{this->all_heads(), selector_, want.num_kv_heads, apart.data(), scores, stride}, heads));
     }
+    KVT_TRY(memory.check());
     if constexpr (EvidenceSet(Budget::needs).has(Evidence::scores) && !LayerSharing<Budget>) {
       std::vector<float> padded(places);
       KVT_TRY(device.copy_from(padded.data(), scores, places * sizeof(float)));
@@ -259,7 +278,7 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
 
   Budget budget_ = {};
   Selector selector_ = {};
-  Window window_;  // empty if the selector needs no queries
+  Known known_;
 };
 
 }  // namespace kvt::inline v0

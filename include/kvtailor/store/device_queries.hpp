@@ -11,6 +11,7 @@
 // captured in a graph. A head has its own copy of the positions and of the options: no block waits for another.
 #pragma once
 
+#include <span>
 #include <vector>
 
 #include "kvtailor/core/device.hpp"
@@ -136,14 +137,16 @@ class DeviceQueryWindow {
   DeviceQueries queries() const { return {queries_.data(), positions_.data(), state_.data(), window_, group_, dim_}; }
   long long bytes() const { return queries_.bytes() + positions_.bytes() + state_.bytes(); }
 
+  // Whether there are queries of every layer, but of those that need none: chosen_before [layers] is not 0 there, or empty.
   // Waits for the device.
-  Status check_seen(int kv_heads) const {
+  Status check_seen(int kv_heads, std::span<const int> chosen_before) const {
     std::vector<DeviceQueries::State> state(state_.size());
     KVT_TRY(device_->copy_from(state.data(), state_.data(), state.size() * sizeof(DeviceQueries::State)));
     for (std::size_t h = 0; h < state.size(); ++h) {
-      if (state[h].size > 0) continue;
+      const std::size_t layer = h / static_cast<std::size_t>(kv_heads);
+      if (state[h].size > 0 || (!chosen_before.empty() && chosen_before[layer] > 0)) continue;
       return error(Errc::no_evidence, "the token selector has seen {} queries of layer {}; call observe() before compress()", 0,
-                   static_cast<double>(h / static_cast<std::size_t>(kv_heads)));
+                   static_cast<double>(layer));
     }
     return success();
   }

@@ -4,153 +4,53 @@
 // Which rows of heads stay, on a device, by one block of threads a head:
 //   ScoreWork   scores of a token selector; rows that are never dropped get infinity
 //   JoinWork    the same of a selector whose heads decide together, out of the scores of all heads of the layer
+//   LayerEndsWork      where the rows end, and those begin that a cut lets stay whatever their scores
 //   MarkWork    the rows with the highest scores, the first of equal ones: see cut() in store/cut.hpp
 //
 // A selector that works on a device has, beside score() for the host:
-//   Shared<size, warps>                             memory that the warps share; a key takes up to `size` elements while it is
-//   read score_on_device(block, rows, shared, scores)    rows: see ScoredRows
-// or, if it needs queries,
-//   score_on_device(block, rows, window, shared, scores)    window: see WindowMass; it has one query or more
+//   Shared<size, warps>                          memory that the warps share; a row takes up to `size` elements while it is
+//   read score_on_device(block, rows, shared, scores)    rows: see ScoredRows; with its queries if it needs them, see
+//   QueriedRows
 // and, if its heads decide together,
 //   joined(layer, head, position, score)    a row's score once all heads of the layer have theirs: see ScoredLayer
-// and, if not all it may be told makes sense, check(), which returns a Status.
+// and, if it goes by attention (AttentionSelector),
+//   attention_on_device(block, rows, shared, out), first_kept_on_device(rows)
+// and, if it may find that it cannot score a head's rows, and sets rows.evidence.refused of it then,
+//   refusal()    the Status of that
+// and, if it needs numbers from the host,
+//   device_table(head_dim)    a vector of floats: rows.evidence.table
+// and, if it needs memory of the device while it works,
+//   device_space(head_dim, rows)    bytes for a head of so many rows: ScoredRows::space()
+// and, if not all it may be told makes sense, check(), which returns a Status. One that scores by HeadEvidence::chosen_before
+// where that is not 0, without queries, says so by `slides`.
 #pragma once
 
 #include <limits>
 
 #include "kvtailor/core/concepts.hpp"
-#include "kvtailor/core/half.hpp"
-#include "kvtailor/store/stream_work.hpp"
+#include "kvtailor/store/score_ranks.hpp"
+#include "kvtailor/store/scored_rows.hpp"
 #include "kvtailor/store/window_mass.hpp"
 
 namespace kvt::inline v0 {
 
-// The rows of a head in the order of their positions, wherever they are stored.
-template <class KvCodec>
-struct ScoredRows {
-  using Codec = KvCodec;
-  using Key = typename Codec::key_type;
-  using Plain = typename Codec::near_type;
-  using Body = LayoutOf<Key, typename Codec::value_type>;
-  using Near = DenseLayoutOf<Plain>;
-  static constexpr bool in_blocks = lies_in_blocks<Codec>;
-  static constexpr int dim = Key::head_dim, basis = max_basis_dim<Key>, warps = 8;
-
-  int layer, kv_head;
-  const SlicePages& near;
-  const typename Body::Pages& body;
-  std::byte* memory;  // where rows lie in blocks: WarpBlock [WarpBlock::warps]
-  int sinks, encoded, count;
-
-  KVT_HD ScoredRows(const HeadsOf<Codec>& heads, int num_kv_heads, int h, std::byte* dynamic)
-      : layer(h / num_kv_heads),
-        kv_head(h % num_kv_heads),
-        near(heads.near[h]),
-        body([&]() -> const auto& {
-          if constexpr (in_blocks) {
-            return heads.stream[h];
-          } else {
-            return heads.body[h];
-          }
-        }()),
-        memory(dynamic),
-        sinks(heads.near_rows[h] < heads.sink_rows ? heads.near_rows[h] : heads.sink_rows),
-        encoded(heads.body_rows[h]),
-        count(heads.near_rows[h] + heads.body_rows[h]) {}
-
-  KVT_HD bool is_encoded(int r) const { return r >= sinks && r < sinks + encoded; }
-  KVT_HD int place(int r) const { return is_encoded(r) ? r - sinks : r < sinks ? r : r - encoded; }
-  KVT_HD int position(int r) const {
-    const int at = place(r), slice = at / slice_rows;
-    if (!is_encoded(r)) return near.positions(slice, Near::bytes)[at % slice_rows];
-    if constexpr (in_blocks) {
-      const int offset = body.find(at);
-      return body.position(offset, at - body.record(offset).first_row);
-    } else {
-      return body.positions(slice, Body::bytes)[at % slice_rows];
-    }
-  }
-  // How many rows come before a position.
-  KVT_HD int rows_before(int at) const {
-    int first = 0, last = count;
-    while (first < last) {
-      const int middle = first + (last - first) / 2;
-      if (position(middle) < at) {
-        first = middle + 1;
-      } else {
-        last = middle;
-      }
-    }
-    return first;
-  }
-  // f(r) of a warp's share of the rows, with key r at `to` [dim], and more that has no meaning up to [basis], as the key codec
-  // turns rows: angles and lengths are those of keys as they came.
-  template <class Lanes, class F>
-  KVT_HD void each_key(const Lanes& lanes, int warp, float* to, F&& f) const {
-    for (int r = warp; r < count; r += warps) {
-      const int slice = place(r) / slice_rows, row = place(r) % slice_rows;
-      if (!is_encoded(r)) {
-        dense_key(lanes, near.at(slice, Near::bytes), row, to);
-      } else if constexpr (in_blocks) {
-        continue;
-      } else {
-        encoded_key(lanes, body.at(slice, Body::bytes), row, to);
-      }
-      f(r);
-    }
-    if constexpr (in_blocks) {
-      if (warp >= WarpBlock<Codec>::warps) return;
-      std::byte* const block = WarpBlock<Codec>::of(memory, warp).block;
-      const int pages = body.pages_of(*body.bytes);
-      for (int p = warp; p < pages; p += WarpBlock<Codec>::warps) {
-        body.each_record(p, [&](int offset, const BlockRecord& record) {
-          body.read(lanes, offset + record.keys_at(), record.key_bytes, block);
-          for (int i = 0; i < record.rows; ++i) {
-            body.keys.row_of(lanes, block, record.rows, i, to);
-            f(sinks + record.first_row + i);
-          }
-        });
-      }
-    }
-  }
-
- private:
-  template <class Lanes>
-  KVT_HD void dense_key(const Lanes& lanes, const std::byte* slice, int row, float* to) const {
-    lanes.each([&](int lane) {
-      for (int d = lane; d < dim; d += Lanes::size) {
-        typename Plain::Element x;
-        std::memcpy(&x, slice + Near::template dense_at<true>(row, d), sizeof x);
-        to[d] = to_float(x);
-      }
-    });
-    detail::key_codec<Key>(body).prepare(lanes, to, 1.f, to);
-  }
-  template <class Lanes>
-  KVT_HD static void encoded_key(const Lanes& lanes, const std::byte* slice, int row, float* to) {
-    if constexpr (Body::fragments) {
-      const auto byte = [&](int k) { return std::to_integer<unsigned char>(slice[Body::template scale_at<true>(row, k)]); };
-      const float scale = FragmentsOf<Key>::scale(byte);
-      lanes.each([&](int lane) {
-        for (int d = lane; d < dim; d += Lanes::size) {
-          to[d] = scale * FragmentsOf<Key>::value([&](int e) { return Body::template element<true>(slice, row, e); }, byte, d);
-        }
-      });
-    } else {
-      Key{}.row_of(lanes, slice + row * Key::row_bytes, 1, 0, to);
-    }
-  }
+// Rows with the queries of their head, one or more: see WindowMass. What these do uses up what a selector has in its shared
+// memory.
+template <class Codec>
+struct QueriedRows : ScoredRows<Codec> {
+  const WindowMass<ScoredRows<Codec>>& window;
 };
 
 // All heads of a layer, after each was scored.
 template <class Codec>
 struct ScoredLayer {
   const HeadsOf<Codec>& heads;
+  const DeviceEvidence& evidence;
   int first, num_heads;  // heads of the model
   const float* scores;   // of the layer's first head
   long long stride;
 
-  KVT_HD ScoredRows<Codec> rows(int h) const { return {heads, num_heads, first + h, nullptr}; }
+  KVT_HD ScoredRows<Codec> rows(int h) const { return {heads, num_heads, first + h, nullptr, evidence}; }
   KVT_HD float score(int h, int r) const { return scores[h * stride + r]; }
 };
 
@@ -192,7 +92,8 @@ struct JoinWork {
   KVT_HD void operator()(const Block& block, int h, Shared&, std::byte*) const {
     using Lanes = typename Block::Lanes;
     const int first = h / num_kv_heads * num_kv_heads;
-    const ScoredLayer<Codec> layer{heads, first, num_kv_heads, scores + first * stride, stride};
+    const DeviceEvidence evidence{};
+    const ScoredLayer<Codec> layer{heads, evidence, first, num_kv_heads, scores + first * stride, stride};
     const ScoredRows<Codec> rows = layer.rows(h - first);
     float* const own = joined + h * stride;
     block.each_warp([&](const Lanes& lanes, int warp) {
@@ -215,13 +116,14 @@ struct ScoreWork {
                        dynamic_bytes = Rows::in_blocks ? WarpBlock<Codec>::warps * WarpBlock<Codec>::bytes
                                        : needs_queries ? Window::table_bytes
                                                        : 0;
-  struct Shared {
+  union Shared {
     typename Selector::template Shared<Rows::basis, warps> own;
     std::conditional_t<needs_queries, typename Window::Shared, std::byte> window;
   };
 
   HeadsOf<Codec> heads;
   Selector selector;
+  DeviceEvidence evidence;
   int num_kv_heads;
   float* scores;  // [heads, stride]
   long long stride;
@@ -230,17 +132,12 @@ struct ScoreWork {
 
   template <class Block>
   KVT_HD void operator()(const Block& block, int h, Shared& shared, [[maybe_unused]] std::byte* table) const {
-    using Lanes = typename Block::Lanes;
-    const Rows rows(heads, num_kv_heads, h, table);
+    const Rows rows(heads, num_kv_heads, h, table, evidence);
     float* const own = scores + h * stride;
     if constexpr (needs_queries) {
-      if constexpr (Rows::Body::fragments && dynamic_bytes > 0) {
-        block.each_warp([&](const Lanes& lanes, int warp) {
-          lanes.each([&](int lane) { Rows::Body::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
-        });
-      }
+      Window::fill_table(block, table);
       const Window window{rows, queries, h, shared.window, table, mass + h * stride};
-      selector.score_on_device(block, rows, window, shared.own, own);
+      selector.score_on_device(block, QueriedRows<Codec>{rows, window}, shared.own, own);
     } else {
       selector.score_on_device(block, rows, shared.own, own);
     }
@@ -248,64 +145,36 @@ struct ScoreWork {
   }
 };
 
-namespace detail {
+// One block for each layer.
+template <class Codec>
+struct LayerEndsWork {
+  static constexpr int warps = 1, blocks = 1, dynamic_bytes = 0;
+  struct Shared {};
 
-// Counts by all threads of a block, of scores in the order of their ranks.
-template <int warps>
-class ScoreRanks {
- public:
-  // What warps counted is read while the next count is made: there are two.
-  struct Shared {
-    int count[2][warps];
-  };
-  KVT_HD explicit ScoreRanks(Shared& shared) : shared_(shared) {}
+  HeadsOf<Codec> heads;
+  int num_kv_heads;
+  LayerEnds* ends;  // [layers]
 
-  // Unsigned numbers in the order of floats; zeros are equal.
-  KVT_HD KVT_INLINE static std::uint32_t rank(float x) {
-    const std::uint32_t bits = bits_from_float(x + 0.f);
-    return (bits >> 31) != 0 ? ~bits : bits | 0x80000000u;
-  }
-  // The sum of own(thread, threads).
-  template <class Block, class Own>
-  KVT_HD int count(const Block& block, Own own) {
-    turn_ = 1 - turn_;
-    block.each_warp([&](const typename Block::Lanes& lanes, int warp) {
-      constexpr int size = Block::Lanes::size;
-      typename Block::Lanes::template Reg<int> part;
-      lanes.each([&](int lane) { part[lane] = own(warp * size + lane, warps * size); });
-      const int all = lanes.sum(part);
-      lanes.once([&] { shared_.count[turn_][warp] = all; });
+  template <class Block>
+  KVT_HD void operator()(const Block& block, int layer, Shared&, std::byte*) const {
+    block.each_warp([&](const typename Block::Lanes& lanes, int) {
+      lanes.once([&] {
+        const DeviceEvidence evidence{};
+        int end = 0, first = std::numeric_limits<int>::max();
+        for (int h = layer * num_kv_heads; h < (layer + 1) * num_kv_heads; ++h) {
+          const ScoredRows<Codec> rows(heads, num_kv_heads, h, nullptr, evidence);
+          const int dense = rows.count - rows.encoded - rows.sinks,
+                    recent = dense < heads.recent_rows ? dense : heads.recent_rows;
+          const int last = rows.count > 0 ? rows.position(rows.count - 1) + 1 : 0;
+          const int own = recent > 0 ? rows.position(rows.count - recent) : first;
+          end = last > end ? last : end;
+          first = own < first ? own : first;
+        }
+        ends[layer] = {first < end ? first : end, end};
+      });
     });
-    int all = 0;
-    for (int w = 0; w < warps; ++w) all += shared_.count[turn_][w];
-    return all;
   }
-  // The highest rank that at least `wanted` scores reach, bit by bit: reaching(rank, thread, threads) counts them.
-  template <class Block, class Reaching>
-  KVT_HD std::uint32_t threshold(const Block& block, int wanted, Reaching reaching) {
-    std::uint32_t least = 0;
-    for (std::uint32_t bit = 1u << 31; bit != 0; bit >>= 1) {
-      if (count(block, [&](int thread, int step) { return reaching(least | bit, thread, step); }) >= wanted) least |= bit;
-    }
-    return least;
-  }
-  // The last row of n > 0 before which there are fewer than `wanted` > 0: fewer(row, thread, threads) counts those before it.
-  template <class Block, class Before>
-  KVT_HD int last_with_fewer(const Block& block, int n, int wanted, Before before) {
-    int row = 0;
-    for (int bit = 1 << 30; bit != 0; bit >>= 1) {
-      if (bit < n - row && count(block, [&](int thread, int step) { return before(row + bit, thread, step); }) < wanted)
-        row += bit;
-    }
-    return row;
-  }
-
- private:
-  Shared& shared_;
-  int turn_ = 0;
 };
-
-}  // namespace detail
 
 // One block for each head: marks [heads, stride] of its rows become 1 for the keep[h] that stay, and 0.
 struct MarkWork {

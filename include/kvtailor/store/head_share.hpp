@@ -11,17 +11,6 @@
 
 namespace kvt::inline v0 {
 
-// Rows of a head whose score (its place in the order, see ScoreRanks) is above `rank` are safe, and those before `row` of equal
-// ones.
-struct SafeRows {
-  std::uint32_t rank;
-  int row;
-
-  KVT_HD KVT_INLINE bool has(std::uint32_t own_rank, int own_row) const {
-    return own_rank > rank || (own_rank == rank && own_row < row);
-  }
-};
-
 struct SafeRowsWork {
   static constexpr int warps = 8, blocks = 1, dynamic_bytes = 0;
   using Shared = detail::ScoreRanks<warps>::Shared;
@@ -30,7 +19,7 @@ struct SafeRowsWork {
   const int* keep;      // [heads], rows a head is safe for
   const float* scores;  // [heads, stride]
   long long stride;
-  SafeRows* safe;  // [heads]
+  HighestRows* safe;  // [heads]
 
   template <class Block>
   KVT_HD void operator()(const Block& block, int h, Shared& shared, std::byte*) const {
@@ -38,23 +27,7 @@ struct SafeRowsWork {
     const int n = heads.near_rows[h] + heads.body_rows[h], wanted = keep[h] < n ? keep[h] : n;
     const float* const score = scores + h * stride;
     Ranks ranks(shared);
-    SafeRows last{0xffffffffu, 0};
-    if (wanted > 0) {
-      const auto reaching = [&](std::uint32_t least, int thread, int step) {
-        int own = 0;
-        for (int r = thread; r < n; r += step) own += Ranks::rank(score[r]) >= least ? 1 : 0;
-        return own;
-      };
-      last.rank = ranks.threshold(block, wanted, reaching);
-      const int above = last.rank == 0xffffffffu
-                            ? 0
-                            : ranks.count(block, [&](int thread, int step) { return reaching(last.rank + 1, thread, step); });
-      last.row = 1 + ranks.last_with_fewer(block, n, wanted - above, [&](int before, int thread, int step) {
-        int own = 0;
-        for (int r = thread; r < before; r += step) own += Ranks::rank(score[r]) == last.rank ? 1 : 0;
-        return own;
-      });
-    }
+    const HighestRows last = ranks.highest(block, score, n, wanted);
     block.each_warp([&](const typename Block::Lanes& lanes, int warp) {
       if (warp == 0) lanes.once([&] { safe[h] = last; });
     });
@@ -67,7 +40,7 @@ struct ShareRowsWork {
 
   DeviceHeads heads;
   int num_kv_heads;
-  const SafeRows* safe;      // [heads]
+  const HighestRows* safe;   // [heads]
   const std::int64_t* left;  // [layers], rows besides those
   const float* scores;       // [heads, stride]
   long long stride;
@@ -81,7 +54,7 @@ struct ShareRowsWork {
     const auto count_free = [&](int from, int to, int thread, int step, auto chosen) {
       int own = 0;
       for (int h = from; h < to; ++h) {
-        const SafeRows kept = safe[h];
+        const HighestRows kept = safe[h];
         for (int r = thread; r < rows_of(h); r += step) {
           const std::uint32_t rank = Ranks::rank(scores[h * stride + r]);
           own += !kept.has(rank, r) && chosen(rank, r) ? 1 : 0;

@@ -307,6 +307,10 @@ struct StayingRows {
   }
   KVT_HD bool encoded_row(int r) const { return r >= newest_encoded || marks[sinks + r] != 0; }
   KVT_HD bool dense_row(int r) const { return r < sinks || r >= newest || marks[encoded + r] != 0; }
+  // Of a row in the order of positions.
+  KVT_HD bool row(int r) const {
+    return r >= sinks && r < sinks + encoded ? encoded_row(r - sinks) : dense_row(r < sinks ? r : r - encoded);
+  }
   // Of the dense rows that are left, those that are encoded then.
   KVT_HD int old(int left_dense) const { return left_dense - sinks - (dense - newest); }
 };

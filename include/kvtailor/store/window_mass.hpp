@@ -12,12 +12,12 @@
 #pragma once
 
 #include "kvtailor/store/device_queries.hpp"
-#include "kvtailor/store/stream_work.hpp"
+#include "kvtailor/store/scored_rows.hpp"
 
 namespace kvt::inline v0 {
 
-// Rows: ScoredRows.
-template <class Rows>
+// Rows: ScoredRows. largest: the largest weight that any of the queries gives a row, instead of the sum of all.
+template <class Rows, bool largest = false>
 struct WindowMass {
   using Key = typename Rows::Key;
   using Plain = typename Rows::Plain;
@@ -27,6 +27,8 @@ struct WindowMass {
   static constexpr int eights = dim <= 128 ? 4 : 2, vectors = 8 * eights;  // queries at a time
   static constexpr bool in_blocks = Rows::in_blocks;
   static constexpr int table_bytes = Body::table_bytes;  // of fragments
+  static constexpr int dynamic_bytes =
+      in_blocks ? WarpBlock<typename Rows::Codec>::warps * WarpBlock<typename Rows::Codec>::bytes : table_bytes;
   // That registers are shared out among: codes beside the logits of so many queries need more than 128 a thread.
   static constexpr int blocks = std::is_same_v<Body, Near> && Body::fragments ? 2 : 1;
 
@@ -35,7 +37,7 @@ struct WindowMass {
     QueryFragments<dim> query[eights], rest[eights];
     float prepared[8 * dim];
   };
-  static constexpr int of_body = Body::fragments ? 0 : Rows::basis, of_near = Near::fragments ? 0 : dim;
+  static constexpr int of_body = Body::fragments ? 0 : max_basis_dim<Key>, of_near = Near::fragments ? 0 : dim;
 
  public:
   struct Shared {
@@ -52,8 +54,21 @@ struct WindowMass {
   const DeviceQueries& queries;
   int head;
   Shared& shared;
-  const std::byte* table;  // filled
-  float* mass;             // [rows]
+  const std::byte* table;             // filled
+  float* mass;                        // [rows]
+  bool adds = false;                  // to what is there
+  const float* sink_logit = nullptr;  // that takes a share too, unless null
+
+  // The table, in dynamic_bytes that all warps share.
+  template <class Block>
+  KVT_HD static void fill_table(const Block& block, [[maybe_unused]] std::byte* table) {
+    if constexpr (Body::fragments && dynamic_bytes > 0) {
+      using Lanes = typename Block::Lanes;
+      block.each_warp([&](const Lanes& lanes, int warp) {
+        lanes.each([&](int lane) { Body::fill_tables(table, warp * Lanes::size + lane, warps * Lanes::size); });
+      });
+    }
+  }
 
   KVT_HD int size() const { return queries.state[head].size; }
   KVT_HD int group() const { return queries.group; }
@@ -65,6 +80,7 @@ struct WindowMass {
     using Lanes = typename Block::Lanes;
     for (int first = 0; first < size(); first += vectors) {
       const int m = size() - first < vectors ? size() - first : vectors;
+      const bool add = adds || first > 0;
       block.each_warp([&](const Lanes& lanes, int warp) {
         if (warp != 0) return;
         lanes.each([&](int lane) {  // queries that are not there see nothing
@@ -77,14 +93,14 @@ struct WindowMass {
         block.each_warp([&](const Lanes& lanes, int warp) {
           const auto rank = [&](int r) { return rows.sinks + r; };
           if constexpr (in_blocks) {
-            visit_blocks(lanes, warp, m, pass, first > 0, rank);
+            visit_blocks(lanes, warp, m, pass, add, rank);
           } else {
-            visit<Key, Body>(lanes, warp, rows.body, rows.encoded, m, 0, pass, first > 0, rank);
+            visit<Key, Body>(lanes, warp, rows.body, rows.encoded, m, 0, pass, add, rank);
           }
         });
         pack<Near>(block, Plain{}, g, first, m);
         block.each_warp([&](const Lanes& lanes, int warp) {
-          visit<Plain, Near>(lanes, warp, rows.near, rows.count - rows.encoded, m, 1, pass, first > 0,
+          visit<Plain, Near>(lanes, warp, rows.near, rows.count - rows.encoded, m, 1, pass, add,
                              [&](int r) { return r < rows.sinks ? r : r + rows.encoded; });
         });
         if (pass == 0) join(block);
@@ -95,6 +111,8 @@ struct WindowMass {
 
  private:
   static constexpr float none = -std::numeric_limits<float>::infinity();
+  // Weights of two queries.
+  KVT_HD KVT_INLINE static float joined(float a, float b) { return largest ? std::fmax(a, b) : a + b; }
   // A softmax of each query over the rows that a lane has seen. own: queries of each eight that a lane has logits of.
   template <class Lanes, int own>
   struct State {
@@ -190,11 +208,13 @@ struct WindowMass {
       if (warp != 0) return;
       lanes.each([&](int lane) {
         for (int v = lane; v < vectors; v += Lanes::size) {
-          float top = none, total = 0;
+          const float sink = sink_logit != nullptr ? *sink_logit * 1.44269504f : none;
+          float top = sink, total = 0;
           for (int w = 0; w < 2 * warps; ++w) top = std::fmax(top, shared.max[w / warps][w % warps][v]);
           for (int w = 0; w < 2 * warps && top != none; ++w) {
             total += shared.sum[w / warps][w % warps][v] * fast_exp2(shared.max[w / warps][w % warps][v] - top);
           }
+          if (sink != none) total += fast_exp2(sink - top);
           shared.top[v] = top != none ? top : 0.f;
           shared.share[v] = total > 0 ? 1 / total : 0.f;
         }
@@ -347,7 +367,7 @@ struct WindowMass {
           lanes,
           [&](int lane, float sum, float x) {
             const int v = 8 * e + lane % 8;
-            return sum + fast_exp2(x - shared.top[v]) * shared.share[v];
+            return joined(sum, fast_exp2(x - shared.top[v]) * shared.share[v]);
           },
           weight, logit);
     }
@@ -357,14 +377,14 @@ struct WindowMass {
                                   Rank&& rank) const {
     for (int mask = 1; mask < 8; mask *= 2) {
       weight = map(
-          lanes, [](int, float a, float b) { return a + b; }, weight, shuffle_xor(lanes, weight, mask));
+          lanes, [](int, float a, float b) { return joined(a, b); }, weight, shuffle_xor(lanes, weight, mask));
     }
     map(
         lanes,
         [&](int lane, float all) {
           if (lane % 8 != 0 || row + lane / 8 > last) return 0;
           float& to = mass[rank(row + lane / 8)];
-          to = (add ? to : 0.f) + all;
+          to = joined(add ? to : 0.f, all);
           return 0;
         },
         weight);
@@ -407,7 +427,7 @@ struct WindowMass {
             [&](int lane, float sum, const Float4& x) {
               for (int c = 0; c < 2; ++c) {
                 const int v = 8 * e + lane % 4 * 2 + c;
-                sum += fast_exp2(x.x[2 * k + c] - shared.top[v]) * shared.share[v];
+                sum = joined(sum, fast_exp2(x.x[2 * k + c] - shared.top[v]) * shared.share[v]);
               }
               return sum;
             },
@@ -417,7 +437,7 @@ struct WindowMass {
     for (int mask = 1; mask < 4; mask *= 2) {
       for (auto& one : weight) {
         one = map(
-            lanes, [](int, float a, float b) { return a + b; }, one, shuffle_xor(lanes, one, mask));
+            lanes, [](int, float a, float b) { return joined(a, b); }, one, shuffle_xor(lanes, one, mask));
       }
     }
     map(
@@ -427,7 +447,7 @@ struct WindowMass {
             const int row = lane / 4 + 8 * k;
             if (row >= left) continue;
             float& to = mass[rank(row)];
-            to = (add ? to : 0.f) + (k == 0 ? low : high);
+            to = joined(add ? to : 0.f, k == 0 ? low : high);
           }
           return 0;
         },
