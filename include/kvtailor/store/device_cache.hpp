@@ -513,6 +513,8 @@ class DeviceCache {
     return error(Errc::bad_shape, "layer is {}; the cache has {}", layer, geometry_.num_layers);
   }
   Device* device() const { return device_; }
+  // Rows of each layer, ever: those that truncate() took back too, of which only the device knows how many they were.
+  std::vector<long long> appended() const { return {appended_.begin(), appended_.end()}; }
   HeadsOf<Codec> all_heads() const { return layer_heads(0); }
   // A cut in two steps: only the first can fail, unless a kernel does.
   Status prepare_cut(const unsigned char* keep, long long stride) {

@@ -103,7 +103,8 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
       floor_rows += floor[h];
       stride = std::max<long long>(stride, this->most_rows(static_cast<int>(h)));
     }
-    BudgetRequest want{0, geometry.num_layers, geometry.num_kv_heads, seen, floor, {}};
+    const std::vector<long long> appended = this->appended();
+    BudgetRequest want{0, geometry.num_layers, geometry.num_kv_heads, seen, floor, {}, {}, appended};
     KVT_TRY(resolve_rows(retain, geometry.num_heads(), rows, floor_rows, this->memory().total(), want.total));
 
     Device& device = *this->device();
