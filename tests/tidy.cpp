@@ -5,4 +5,5 @@
 #include <kvtailor/compose.hpp>
 #include <kvtailor/io/safetensors.hpp>
 #include <kvtailor/kvtailor.hpp>
+#include <kvtailor/learn/importance.hpp>
 #include <kvtailor/version.hpp>

@@ -128,13 +128,15 @@ std::vector<Sample> Profile::from_texts() const {
                                std::to_string(o_.make.tokens) + " are wanted of it");
     }
   }
+  // As a document begins in a prompt.
+  const std::string form = tokenizer_->chat("\x01");
+  const auto opening = tokenizer_->encode(form.substr(0, form.find('\x01')), true, true);
   std::mt19937_64 random(o_.make.seed);
   for (int i = 0; i < o_.samples; ++i) {
     const auto& text = texts[static_cast<std::size_t>(i) % texts.size()];
     const auto first = random() % (text.size() - static_cast<std::size_t>(o_.make.tokens) + 1);
     Sample& sample = samples.emplace_back();
-    // As a prompt begins: with the token that begins a text, where the model has one.
-    sample.context = tokenizer_->encode("", true, false);
+    sample.context = opening;
     sample.context.insert(sample.context.end(), text.begin() + static_cast<std::ptrdiff_t>(first),
                           text.begin() + static_cast<std::ptrdiff_t>(first) + o_.make.tokens);
   }

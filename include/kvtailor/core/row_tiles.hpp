@@ -28,13 +28,12 @@ struct RowTile {
   static constexpr int rows = 3 * triples;
 
   // out[i * out_stride + c] = row i . vector c, for `rows` rows, `stride` floats apart, and one or two times `lanes` vectors:
-  // each
-  // [.., lanes], `apart` floats apart. Sums end at element n, those of the last vectors `more` elements later.
+  // each [.., lanes], `apart` floats apart. Sums end at element n, those of the last vectors `more` elements later.
   template <int many>
   KVT_INLINE static void multiply(const float* row, int stride, const float* by, int apart, int n, int more, float* out,
                                   int out_stride) {
 #if defined(KVT_HOST_VECTORS)
-    typedef float Lanes __attribute__((vector_size(4 * lanes)));
+    using Lanes __attribute__((vector_size(4 * lanes))) = float;
     // Three rows to a pointer: pointers to twelve are more than there are registers.
     const float* triple[triples];
     for (int t = 0; t < triples; ++t) triple[t] = row + static_cast<std::ptrdiff_t>(3 * t) * stride;

@@ -74,10 +74,8 @@ struct Leverage {
   // The Gaussian matrix [head_dim, sketch].
   std::vector<float> device_table(int head_dim) const {
     const double size = 1 / std::sqrt(static_cast<double>(sketch));
-    std::vector<float> matrix;
-    for (int i = 0; i < head_dim * sketch; ++i) {
-      matrix.push_back(static_cast<float>(size * normal_number(seed, static_cast<std::uint64_t>(i))));
-    }
+    std::vector<float> matrix(static_cast<std::size_t>(head_dim) * static_cast<std::size_t>(sketch));
+    for (std::size_t i = 0; i < matrix.size(); ++i) matrix[i] = static_cast<float>(size * normal_number(seed, i));
     return matrix;
   }
   long long device_space(int, long long) const { return 4LL * tile_floats + 16LL * sketch * sketch; }
