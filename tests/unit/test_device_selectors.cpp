@@ -45,7 +45,7 @@ struct Spy {
 template <class Codec, class Selector>
 struct Both {
   static constexpr int dim = Codec::head_dim;
-  static constexpr bool queries = !(EvidenceSet(Selector::needs).bits & query_evidence.bits) == 0;
+  static constexpr bool queries = (EvidenceSet(Selector::needs).bits & query_evidence.bits) != 0;
   Geometry geometry;
   std::vector<float> scores[2], *shown = scores;  // of the host, of the device; a fork shows those of its parent
   SimulatedDevice device;
