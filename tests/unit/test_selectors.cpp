@@ -584,9 +584,9 @@ TEST_CASE("Leverage scores are those of the plain loops") {
 TEST_CASE("ValueNorm multiplies by the length of values, or by that of what the output projection makes of them") {
   std::mt19937 random(11);
   for (int round = 0; round < 12; ++round) {
-    const int dim = std::array{64, 40, 24}[static_cast<Index>(round) % 3];
+    const int size = std::array{64, 40, 24}[static_cast<Index>(round) % 3];
     const Index n = round < 6 ? 40 : 400;  // more than a block
-    Head head(random, dim, 1 + round % 4, static_cast<int>(n), 1);
+    Head head(random, size, 1 + round % 4, static_cast<int>(n), 1);
     const auto base = normals(random, n);
     const float epsilon = round % 2 == 0 ? 0.f : 0.5f;
     REQUIRE(head.by(ValueNorm<Plain>{{&base}, epsilon}).ok());
@@ -637,8 +637,8 @@ TEST_CASE("rows that the selector inside keeps above all stay so whatever their 
 TEST_CASE("OracleImportance is what a query head gives a row times the norm of its value through the output projection") {
   std::mt19937 random(91);
   for (int round = 0; round < 60; ++round) {
-    const int dim = round % 2 == 0 ? 64 : 40, window = 1 + round % 7 * 30;
-    Head head(random, dim, 1 + round % 4, 1 + static_cast<int>(random() % 300), window);
+    const int size = round % 2 == 0 ? 64 : 40, window = 1 + round % 7 * 30;
+    Head head(random, size, 1 + round % 4, 1 + static_cast<int>(random() % 300), window);
     head.attend.sliding = round % 5 == 4 ? 40 : 0;
     const OverQueries over = round % 3 == 0 ? OverQueries::sum : OverQueries::largest;
     REQUIRE(head.by(OracleImportance{.window = window, .over = over}).ok());
@@ -648,7 +648,7 @@ TEST_CASE("OracleImportance is what a query head gives a row times the norm of i
       for (int w = 0; w < window; ++w) {
         const auto from =
             head.queries.begin() + static_cast<std::ptrdiff_t>((static_cast<Index>(w) * head.group + g) * head.dim);
-        own.insert(own.end(), from, from + dim);
+        own.insert(own.end(), from, from + size);
       }
       std::vector<reference::Given> given;
       reference::give(given, head.keys, head.positions, own, head.window_positions, 1, head.dim, head.attend);
@@ -659,7 +659,7 @@ TEST_CASE("OracleImportance is what a query head gives a row times the norm of i
         want[r] = std::max(want[r], weight * projected.root[r]);
         // As of a weight, with a rounding for each query that is added, and as of ValueNorm's norms.
         error[r] = std::max(error[r], weight * projected.root[r] * (head.error_of_weights() + (window + 4) * eps) +
-                                          weight * ((20 + 2 * double(dim) + 4) * eps * projected.square_terms[r] +
+                                          weight * ((20 + 2 * double(size) + 4) * eps * projected.square_terms[r] +
                                                     8 * eps * projected.root[r]));
       }
     }
