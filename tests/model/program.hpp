@@ -73,3 +73,10 @@ inline Outcome run_program(const std::vector<std::string>& arguments) {
   if (WIFEXITED(status) && WEXITSTATUS(status) < 128) outcome.exit_code = WEXITSTATUS(status);
   return outcome;
 }
+
+inline Outcome succeed(const std::vector<std::string>& arguments) {
+  Outcome outcome = run_program(arguments);
+  INFO(outcome.errors);
+  REQUIRE(outcome.exit_code == 0);
+  return outcome;
+}

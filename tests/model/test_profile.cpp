@@ -21,13 +21,6 @@ std::vector<std::string> profile(std::vector<std::string> more) {
   return arguments;
 }
 
-Outcome succeed(const std::vector<std::string>& arguments) {
-  Outcome outcome = run_program(arguments);
-  INFO(outcome.errors);
-  REQUIRE(outcome.exit_code == 0);
-  return outcome;
-}
-
 void check_refused(const std::vector<std::string>& more, const std::string& sentence) {
   const Outcome outcome = run_program(profile(more));
   INFO(outcome.errors);

@@ -23,13 +23,6 @@ std::vector<std::string> retrieve(const std::string& tasks, std::vector<std::str
   return arguments;
 }
 
-Outcome succeed(const std::vector<std::string>& arguments) {
-  Outcome outcome = run_program(arguments);
-  INFO(outcome.errors);
-  REQUIRE(outcome.exit_code == 0);
-  return outcome;
-}
-
 json results(const Outcome& outcome) { return json::parse(outcome.output)["results"]; }
 
 void check_refused(std::vector<std::string> more, const std::string& sentence) {

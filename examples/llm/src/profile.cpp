@@ -69,7 +69,6 @@ class Profile {
   kvt::Table table_of(std::size_t selector) const;
   double predicted_loss(std::size_t selector, const std::vector<float>& dropped) const;
 
-  const kvt::Geometry& shape() const { return shape_; }
   // Rows of a text that a cut may drop, from the first on.
   int first_free() const { return o_.common.zones.sink_rows; }
   int free_rows(std::size_t rows) const {
