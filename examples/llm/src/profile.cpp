@@ -178,13 +178,7 @@ std::vector<Sample> Profile::from_questions() const {
 
 // Questions that are made of the texts, of each task in turn.
 std::vector<Sample> Profile::from_tasks() const {
-  const auto& known = Tasks::names();
-  for (const auto& task : o_.tasks) {
-    if (std::find(known.begin(), known.end(), task) != known.end()) continue;
-    std::string names;
-    for (const auto& name : known) names += (names.empty() ? "" : ", ") + name;
-    throw std::runtime_error("there is no task \"" + task + "\"; known: " + names);
-  }
+  for (const auto& task : o_.tasks) Tasks::check_name(task);
   std::string all;
   for (const auto& path : o_.texts) all += read_file(path) + "\n";
   const Haystack haystack(*tokenizer_, all);

@@ -240,13 +240,7 @@ Benchmark::Benchmark(const Options& o) : o_(o) {
 
 void Benchmark::read_options() {
   tasks_ = o_.tasks.empty() ? Tasks::names() : o_.tasks;
-  for (const auto& task : tasks_) {
-    const auto& known = Tasks::names();
-    if (std::find(known.begin(), known.end(), task) != known.end()) continue;
-    std::string names;
-    for (const auto& name : known) names += (names.empty() ? "" : ", ") + name;
-    throw std::runtime_error("there is no task \"" + task + "\"; known: " + names);
-  }
+  for (const auto& task : tasks_) Tasks::check_name(task);
   for (std::size_t i = 0; i < tasks_.size(); ++i) {
     if (std::find(tasks_.begin(), tasks_.begin() + static_cast<std::ptrdiff_t>(i), tasks_[i]) !=
         tasks_.begin() + static_cast<std::ptrdiff_t>(i))

@@ -316,6 +316,15 @@ const std::vector<std::string>& Tasks::names() {
   return names;
 }
 
+void Tasks::check_name(const std::string& task) {
+  std::string known;
+  for (const auto& name : names()) {
+    if (name == task) return;
+    known += (known.empty() ? "" : ", ") + name;
+  }
+  throw std::runtime_error("there is no task \"" + task + "\"; known: " + known);
+}
+
 int Tasks::count(const std::string& task, int samples) const {
   const int depths = static_cast<int>(options_.depths.size());
   return task == "passkey" ? (samples + depths - 1) / depths * depths : samples;

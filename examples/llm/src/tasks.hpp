@@ -60,6 +60,8 @@ class Tasks {
   Tasks(const Haystack& haystack, Options options) : haystack_(haystack), options_(std::move(options)) {}
 
   static const std::vector<std::string>& names();
+  // Throws std::runtime_error, with the names there are, if this is none.
+  static void check_name(const std::string& task);
   // Whole rounds of the depths where a task has them.
   int count(const std::string& task, int samples) const;
   // Depends on nothing but the text, the options, the task and the number. Throws std::runtime_error with one sentence.
