@@ -80,6 +80,21 @@ TEST_CASE("a profile that is made in two runs is that of one") {
   CHECK(other.errors.find("is of another profile") != std::string::npos);
 }
 
+TEST_CASE("a mix of repetition and questions is pooled, and the bare table is that of the curve") {
+  const TemporaryFolder folder;
+  const std::string curve = folder.file("curve.safetensors"), table = folder.file("table.npy");
+  const Outcome outcome =
+      succeed(profile({"--text", text_path(), "--tasks", "repetition,niah_single", "--wording", "badge", "--samples", "2",
+                       "--selector", "key_diff", "--out", curve, "--selector", "key_diff", "--out", table}));
+  CHECK(json::parse(outcome.output)["importance"] == "repetition, niah_single");
+  kvt::Curve learned, bare;
+  REQUIRE(kvt::read_curve(curve, learned).ok());
+  REQUIRE(kvt::read_curve(table, bare).ok());
+  CHECK(learned.dropped == bare.dropped);
+  CHECK(learned.selector == "key_diff");
+  CHECK(bare.selector.empty());
+}
+
 TEST_CASE("questions are read line by line, and what is wrong with one is named") {
   const TemporaryFolder folder;
   const std::string good = folder.file("good.jsonl"), bad = folder.file("bad.jsonl"), out = folder.file("curve.safetensors");
@@ -108,6 +123,8 @@ TEST_CASE("what cannot be learned from is refused") {
   check_refused({"--text", text_path(), "--selector", "nonsense", "--out", out}, "unknown token selector");
   check_refused({"--text", text_path(), "--selector", "key_diff", "--selector", "snap_kv", "--out", out}, "its own --out");
   check_refused({"--text", text_path(), "--tasks", "nonsense", "--selector", "key_diff", "--out", out}, "there is no task");
+  check_refused({"--text", text_path(), "--tasks", "vt", "--wording", "badge", "--selector", "key_diff", "--out", out},
+                "there is no task \"vt\" in the wording badge");
   const Outcome short_text = run_program(
       {"profile", "--text", text_path(), "--tokens", "120", "--recent", "400", "--selector", "key_diff", "--out", out});
   CHECK(short_text.exit_code > 0);

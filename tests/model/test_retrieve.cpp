@@ -85,6 +85,12 @@ TEST_CASE("the full cache finds a needle, and so does one that keeps all; the ta
   shown(9, mean("log_prob"), 0.0005);
 }
 
+TEST_CASE("the same is hidden and found in another wording") {
+  const json all = results(succeed(retrieve("niah_single", {"--wording", "badge"})));
+  CHECK(all[0]["tasks"][0]["exact_match"] == 1);
+  CHECK(all[0]["tasks"][0]["log_prob"] != results(succeed(retrieve("niah_single", {})))[0]["tasks"][0]["log_prob"]);
+}
+
 TEST_CASE("results go on where they were left, and are those of one run") {
   const TemporaryFolder folder;
   const std::string file = folder.file("results.jsonl");
@@ -128,7 +134,10 @@ TEST_CASE("what cannot be asked is refused before it costs minutes") {
     more.insert(more.end(), {"--method", snap});
     check_refused(more, sentence);
   };
-  refused({"--retain", "0.5", "--tasks", "niah_single,niah_double"}, "no task \"niah_double\"; known: niah_single, ");
+  refused({"--retain", "0.5", "--tasks", "niah_single,niah_double"},
+          "no task \"niah_double\" in the wording magic; known: niah_single, ");
+  refused({"--retain", "0.5", "--tasks", "passkey", "--wording", "badge"}, "no task \"passkey\" in the wording badge");
+  refused({"--retain", "0.5", "--wording", "riddle"}, "riddle");
   refused({"--retain", "0.5", "--tasks", "vt,vt"}, "vt is given twice");
   refused({"--retain", "0.5", "--samples", "0"}, "--samples");
   refused({"--retain", "0.5", "--depths", "0,1.5"}, "1.5");

@@ -27,6 +27,16 @@ void Common::add(CLI::App& app, int default_chunk) {
   app.add_option("--json", json_path, "also write the result as JSON to this file (- for standard output)");
 }
 
+void add_question_options(CLI::App& app, Tasks::Options& options) {
+  app.add_option("--tokens", options.tokens, "length of a piece of text")
+      ->capture_default_str()
+      ->check(CLI::Range(50, 1 << 20));
+  app.add_option("--seed", options.seed, "where pieces are, and what is hidden in them")->capture_default_str();
+  app.add_option("--wording", options.wording, "in which numbers of keys are hidden and asked for")
+      ->capture_default_str()
+      ->check(CLI::IsMember(Tasks::wordings()));
+}
+
 const std::string& Common::model_path() const {
   if (model.empty()) {
     throw std::runtime_error("no model is given: use --model FILE.gguf or set KVT_MODEL (tools/bootstrap installs one)");

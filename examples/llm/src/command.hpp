@@ -13,6 +13,7 @@
 #include "caches.hpp"
 #include "measure.hpp"
 #include "model.hpp"
+#include "tasks.hpp"
 #include "tokenizer.hpp"
 
 namespace kvt_llm {
@@ -40,6 +41,9 @@ struct Common {
   // Human text goes to standard error when JSON has standard output.
   FILE* text() const { return json_path == "-" ? stderr : stdout; }
 };
+
+// --tokens, --seed and --wording of questions about texts.
+void add_question_options(CLI::App& app, Tasks::Options& options);
 
 // What a cache may keep: everything, or a share of the rows, rows a KV head on average, or bytes.
 class Budget {

@@ -56,9 +56,8 @@ class Profile {
     std::vector<float> tables;
   };
 
-  std::vector<Sample> from_texts() const;
   std::vector<Sample> from_questions() const;
-  std::vector<Sample> from_tasks() const;
+  std::vector<Sample> from_texts() const;
   Sample answered(Question question) const;
   void check_sample(const Sample& sample) const;
   json parameters() const;
@@ -76,6 +75,7 @@ class Profile {
   }
 
   const Options& o_;
+  std::vector<std::string> tasks_;
   std::optional<Tokenizer> tokenizer_;
   std::optional<Model> model_;
   mutable std::optional<Engine> engine_;
@@ -87,6 +87,7 @@ class Profile {
 };
 
 constexpr int steps = 99;
+const std::string repetition = "repetition";
 
 // Whatever can be refused is refused before minutes are spent.
 Profile::Profile(const Options& o) : o_(o) {
@@ -97,6 +98,10 @@ Profile::Profile(const Options& o) : o_(o) {
   if (!o.questions.empty() && (!o.tasks.empty() || !o.texts.empty()))
     throw std::runtime_error("--questions has texts of its own: give neither --text nor --tasks beside it");
   if (o.questions.empty() && o.texts.empty()) throw std::runtime_error("give --text or --questions to learn from");
+  if (o.questions.empty()) tasks_ = o.tasks.empty() ? std::vector{repetition} : o.tasks;
+  for (const auto& task : tasks_) {
+    if (task != repetition) Tasks::check_name(task, o.make.wording);
+  }
   for (const auto& path : o.plots) plots_.emplace_back(path);
   const std::string& path = o.common.model_path();
   tokenizer_.emplace(path);
@@ -106,7 +111,7 @@ Profile::Profile(const Options& o) : o_(o) {
     const kvt::Composition names{"uniform", selector, "fp16"};
     make_cache(names, shape_, told_of(*model_, names, o.common.zones));
   }
-  samples_ = !o.questions.empty() ? from_questions() : o.tasks.empty() ? from_texts() : from_tasks();
+  samples_ = o.questions.empty() ? from_texts() : from_questions();
   for (const Sample& sample : samples_) check_sample(sample);
   const auto heads = static_cast<std::size_t>(shape_.num_heads());
   for (std::size_t s = 0; s < o.selectors.size(); ++s) {
@@ -114,32 +119,6 @@ Profile::Profile(const Options& o) : o_(o) {
   }
   if (!o.resume.empty()) load();
   engine_.emplace(*model_, o.common.threads);
-}
-
-// Pieces of the texts, of each in turn, from anywhere in it.
-std::vector<Sample> Profile::from_texts() const {
-  std::vector<Sample> samples;
-  std::vector<std::vector<int>> texts;
-  for (const auto& path : o_.texts) {
-    texts.push_back(tokenizer_->encode(read_file(path), false, false));
-    if (static_cast<int>(texts.back().size()) < o_.make.tokens) {
-      throw std::runtime_error(path + " has " + std::to_string(texts.back().size()) + " tokens; --tokens " +
-                               std::to_string(o_.make.tokens) + " are wanted of it");
-    }
-  }
-  // As a document begins in a prompt.
-  const std::string form = tokenizer_->chat("\x01");
-  const auto opening = tokenizer_->encode(form.substr(0, form.find('\x01')), true, true);
-  std::mt19937_64 random(o_.make.seed);
-  for (int i = 0; i < o_.samples; ++i) {
-    const auto& text = texts[static_cast<std::size_t>(i) % texts.size()];
-    const auto first = random() % (text.size() - static_cast<std::size_t>(o_.make.tokens) + 1);
-    Sample& sample = samples.emplace_back();
-    sample.context = opening;
-    sample.context.insert(sample.context.end(), text.begin() + static_cast<std::ptrdiff_t>(first),
-                          text.begin() + static_cast<std::ptrdiff_t>(first) + o_.make.tokens);
-  }
-  return samples;
 }
 
 Sample Profile::answered(Question question) const {
@@ -176,17 +155,39 @@ std::vector<Sample> Profile::from_questions() const {
   return samples;
 }
 
-// Questions that are made of the texts, of each task in turn.
-std::vector<Sample> Profile::from_tasks() const {
-  for (const auto& task : o_.tasks) Tasks::check_name(task);
+// Of each task in turn: questions made of the texts, or pieces of one text after another, from anywhere in it.
+std::vector<Sample> Profile::from_texts() const {
+  const bool repeats = std::find(tasks_.begin(), tasks_.end(), repetition) != tasks_.end();
   std::string all;
-  for (const auto& path : o_.texts) all += read_file(path) + "\n";
+  std::vector<std::vector<int>> texts;
+  for (const auto& path : o_.texts) {
+    const std::string text = read_file(path);
+    all += text + "\n";
+    texts.push_back(tokenizer_->encode(text, false, false));
+    if (repeats && static_cast<int>(texts.back().size()) < o_.make.tokens) {
+      throw std::runtime_error(path + " has " + std::to_string(texts.back().size()) + " tokens; --tokens " +
+                               std::to_string(o_.make.tokens) + " are wanted of it");
+    }
+  }
   const Haystack haystack(*tokenizer_, all);
   const Tasks tasks(haystack, o_.make);
+  // As a document begins in a prompt.
+  const std::string form = tokenizer_->chat("\x01");
+  const auto opening = tokenizer_->encode(form.substr(0, form.find('\x01')), true, true);
+  std::mt19937_64 random(o_.make.seed);
+  const auto piece = [&](int number) {
+    const auto& text = texts[static_cast<std::size_t>(number) % texts.size()];
+    const auto first =
+        text.begin() + static_cast<std::ptrdiff_t>(random() % (text.size() - static_cast<std::size_t>(o_.make.tokens) + 1));
+    Sample sample{opening, {}, {}};
+    sample.context.insert(sample.context.end(), first, first + o_.make.tokens);
+    return sample;
+  };
   std::vector<Sample> samples;
+  const auto kinds = static_cast<int>(tasks_.size());
   for (int i = 0; i < o_.samples; ++i) {
-    const auto kinds = static_cast<int>(o_.tasks.size());
-    samples.push_back(answered(tasks.make(o_.tasks[static_cast<std::size_t>(i % kinds)], i / kinds)));
+    const auto& task = tasks_[static_cast<std::size_t>(i % kinds)];
+    samples.push_back(task == repetition ? piece(i / kinds) : answered(tasks.make(task, i / kinds)));
   }
   return samples;
 }
@@ -228,7 +229,7 @@ void Profile::load() {
   if (!std::filesystem::exists(o_.resume)) return;
   kvt::TensorFile file;
   check(kvt::read_safetensors(o_.resume, file));
-  if (file.metadata["format"] != "kvt-llm profile 1" || file.metadata["parameters"] != parameters().dump()) {
+  if (file.metadata["format"] != "kvt-llm profile 2" || file.metadata["parameters"] != parameters().dump()) {
     throw std::runtime_error("the file " + o_.resume + " is of another profile: other samples, selectors or options");
   }
   for (std::size_t s = 0; s < found_.size(); ++s) {
@@ -246,7 +247,7 @@ void Profile::load() {
 void Profile::save(int done) const {
   if (o_.resume.empty()) return;
   kvt::TensorFile file;
-  file.metadata = {{"format", "kvt-llm profile 1"}, {"parameters", parameters().dump()}, {"done", std::to_string(done)}};
+  file.metadata = {{"format", "kvt-llm profile 2"}, {"parameters", parameters().dump()}, {"done", std::to_string(done)}};
   for (std::size_t s = 0; s < found_.size(); ++s) {
     const auto& losses = found_[s].pool.losses();
     const auto& tables = found_[s].tables;
@@ -326,13 +327,20 @@ void Profile::learn(const Sample& sample) {
       check(cache->scores(0.2, scores[s]));  // the share matters to selectors that choose in stages; the paper's own
     }
   }
-  const std::vector<float> importance = see_importance(*cache, sample);
+  std::vector<float> importance = see_importance(*cache, sample);
   const auto first = static_cast<std::size_t>(first_free()), n = static_cast<std::size_t>(free_rows(rows));
+  // The largest of many queries is more than that of few: a text counts as much as any other, repeated or asked about.
+  double all = 0;
+  for (std::size_t h = 0; h < heads; ++h) {
+    const auto free = std::span(importance).subspan(h * rows + first, n);
+    all = std::accumulate(free.begin(), free.end(), all);
+  }
+  for (float& x : importance) x = all > 0 ? static_cast<float>(static_cast<double>(x) / all) : 0.f;
   for (std::size_t s = 0; s < found_.size(); ++s) {
     kvt::LossPool own(shape_.num_heads());
     std::vector<kvt::Option> losses;
     for (std::size_t h = 0; h < heads; ++h) {
-      const auto part = [&](const std::vector<float>& all) { return std::span(all).subspan(h * rows + first, n); };
+      const auto part = [&](const std::vector<float>& of_heads) { return std::span(of_heads).subspan(h * rows + first, n); };
       check(kvt::retention_losses(part(scores[s]), part(importance), losses));
       own.add(static_cast<int>(h), losses);
     }
@@ -386,8 +394,8 @@ void Profile::report() const {
   for (const auto& path : o_.questions.empty() ? o_.texts : std::vector<std::string>{o_.questions}) {
     data += (data.empty() ? "" : ", ") + std::filesystem::path(path).filename().string();
   }
-  std::string importance = o_.questions.empty() && o_.tasks.empty() ? "repetition of the text" : "answers to questions";
-  for (const auto& task : o_.tasks) importance += (&task == o_.tasks.data() ? ": " : ", ") + task;
+  std::string importance = tasks_.empty() ? "answers to questions" : "";
+  for (const auto& task : tasks_) importance += (importance.empty() ? "" : ", ") + task;
   std::fprintf(out, "%zu texts, %zu tokens on average; %s\n", samples_.size(), tokens / samples_.size(), importance.c_str());
   std::fprintf(out, "lost of all importance, as these texts would have it, where heads keep equal shares and by the curve:\n");
   std::fprintf(out, "%-28s", "selector");
@@ -443,16 +451,20 @@ void add_profile(CLI::App& app) {
   command->add_option("--out", o->outs, "curve file, safetensors, for the --selector in the same place")->required();
   command->add_option("--text", o->texts, "text file; repeat for more");
   command->add_option("--questions", o->questions,
-                      "lines of JSON with the texts context, question and answer: rows matter that answers look at. "
-                      "Without it and --tasks, rows matter that the model needs to repeat the text");
+                      "lines of JSON with the texts context, question and answer, in place of --text: rows matter that "
+                      "answers look at");
   std::string known;
-  for (const auto& name : Tasks::names()) known += (known.empty() ? "" : ", ") + name;
-  command->add_option("--tasks", o->tasks, "questions made of the texts: " + known)->delimiter(',');
+  for (const auto& name : Tasks::names()) known += ", " + name;
+  command
+      ->add_option("--tasks", o->tasks,
+                   "what is done with the texts, in turn; rows matter that the model looks at. Repetition of a piece needs no "
+                   "task; the others are questions made of it: " +
+                       repetition + known + " (default: " + repetition + ")")
+      ->delimiter(',');
+  add_question_options(*command, o->make);
   command->add_option("--samples", o->samples, "pieces of the texts, or questions")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
-  command->add_option("--tokens", o->make.tokens, "length of a piece")->capture_default_str()->check(CLI::Range(50, 1 << 20));
-  command->add_option("--seed", o->make.seed, "where pieces are, and what questions are")->capture_default_str();
   command->add_flag("--mean", o->mean, "what rows give to queries is added instead of the largest taken");
   command->add_flag("--average", o->average,
                     "average the tables of single texts, as published, instead of adding their losses");

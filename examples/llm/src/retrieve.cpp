@@ -239,8 +239,8 @@ Benchmark::Benchmark(const Options& o) : o_(o) {
 }
 
 void Benchmark::read_options() {
-  tasks_ = o_.tasks.empty() ? Tasks::names() : o_.tasks;
-  for (const auto& task : tasks_) Tasks::check_name(task);
+  tasks_ = o_.tasks.empty() ? Tasks::names(o_.make.wording) : o_.tasks;
+  for (const auto& task : tasks_) Tasks::check_name(task, o_.make.wording);
   for (std::size_t i = 0; i < tasks_.size(); ++i) {
     if (std::find(tasks_.begin(), tasks_.begin() + static_cast<std::ptrdiff_t>(i), tasks_[i]) !=
         tasks_.begin() + static_cast<std::ptrdiff_t>(i))
@@ -290,6 +290,7 @@ json Benchmark::parameters() const {
           {"text_hash", digits},
           {"tokens", o_.make.tokens},
           {"seed", o_.make.seed},
+          {"wording", o_.make.wording},
           {"depths", o_.make.depths},
           {"question_aware", o_.question_aware},
           {"chunk", o_.common.chunk},
@@ -485,18 +486,15 @@ void add_retrieve(CLI::App& app) {
       ->add_option("--retain", o->retains,
                    "what may be kept of the document: shares of its rows, rows a KV head, or bytes; 0.5,200rows")
       ->delimiter(',');
-  command->add_option("--tasks", o->tasks, "of " + known + " (default: all)")->delimiter(',');
+  command->add_option("--tasks", o->tasks, "of " + known + " (default: all that have the wording)")->delimiter(',');
+  add_question_options(*command, o->make);
   command->add_option("--samples", o->samples, "questions of each task; of passkey, in whole rounds of the depths")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
-  command->add_option("--tokens", o->make.tokens, "length of a document")
-      ->capture_default_str()
-      ->check(CLI::Range(50, 1 << 20));
   command->add_option("--depths", o->make.depths, "where the passkeys are, 0 to 1")
       ->capture_default_str()
       ->delimiter(',')
       ->check(number_between(0, 1));
-  command->add_option("--seed", o->make.seed, "seed of the questions")->capture_default_str();
   command->add_flag("--question-aware", o->question_aware, "cut the cache after the question instead of before it");
   command->add_option("--resume", o->resume, "file that keeps each result as it is made, and from which the next run goes on");
   command->add_option("--plot", o->plot, "also draw exact match against rows into this file, .svg or .png, with gnuplot");

@@ -60,11 +60,21 @@ class Random {
   std::mt19937_64 engine_;
 };
 
+// The same said otherwise: what was learned from one of them is tried on another.
+struct Wording {
+  const char *name, *before, *after;  // a key and its number, as they are hidden and answered
+  const char *ask, *end;              // before and after the key in a question
+};
+constexpr Wording all_wordings[] = {
+    {"magic", "The special magic number for ", " is ", "What is the special magic number for ", "?"},
+    {"badge", "Agent ", " carries the badge ", "Which badge does agent ", " carry?"}};
+
 // What one task is made of.
 struct Draft {
   Random& random;
   const Haystack& haystack;
   const Tasks::Options& options;
+  const Wording& wording;
   double where;  // in the text
   Question& out;
 
@@ -124,39 +134,36 @@ struct Draft {
   }
 };
 
-std::string magic(const std::string& key, const std::string& number) {
-  return "The special magic number for " + key + " is " + number + ".";
-}
-
 // All of them are asked in turn.
-void ask_magics(const Draft& d, const std::vector<std::string>& keys, const std::vector<std::string>& numbers) {
+void ask(const Draft& d, const std::vector<std::string>& keys, const std::vector<std::string>& numbers) {
   std::vector<std::string> parts;
   for (std::size_t i = 0; i < keys.size(); ++i) {
     const char* const blank = i == 0 ? "" : " ";
-    d.out.question += blank + ("What is the special magic number for " + keys[i] + "?");
-    parts.insert(parts.end(), {(i == 0 ? "" : ". ") + ("The special magic number for " + keys[i] + " is "), numbers[i]});
+    d.out.question += blank + (d.wording.ask + keys[i] + d.wording.end);
+    parts.insert(parts.end(), {(i == 0 ? "" : ". ") + (d.wording.before + keys[i] + d.wording.after), numbers[i]});
   }
   parts.push_back(".");
   d.respond(parts);
 }
 
-void niah_single(const Draft& d) {
-  const auto key = d.random.pick(1)[0], number = d.random.digits();
-  d.hide({magic(key, number)});
-  ask_magics(d, {key}, {number});
+std::vector<std::string> sentences(const Draft& d, const std::vector<std::string>& keys,
+                                   const std::vector<std::string>& numbers) {
+  std::vector<std::string> out;
+  for (std::size_t i = 0; i < keys.size(); ++i) out.push_back(d.wording.before + keys[i] + d.wording.after + numbers[i] + ".");
+  return out;
 }
 
-std::vector<std::string> magics(const std::vector<std::string>& keys, const std::vector<std::string>& numbers) {
-  std::vector<std::string> needles;
-  for (std::size_t i = 0; i < keys.size(); ++i) needles.push_back(magic(keys[i], numbers[i]));
-  return needles;
+void niah_single(const Draft& d) {
+  const auto key = d.random.pick(1)[0], number = d.random.digits();
+  d.hide(sentences(d, {key}, {number}));
+  ask(d, {key}, {number});
 }
 
 void niah_multikey(const Draft& d) {
   const auto keys = d.random.pick(4), numbers = d.random.numbers(4);
-  d.hide(magics(keys, numbers));
+  d.hide(sentences(d, keys, numbers));
   const auto asked = static_cast<std::size_t>(d.random.below(4));
-  ask_magics(d, {keys[asked]}, {numbers[asked]});
+  ask(d, {keys[asked]}, {numbers[asked]});
 }
 
 void niah_multivalue(const Draft& d) {
@@ -171,12 +178,12 @@ void niah_multivalue(const Draft& d) {
 
 void niah_multiquery(const Draft& d) {
   auto keys = d.random.pick(2), numbers = d.random.numbers(2);
-  d.hide(magics(keys, numbers));
+  d.hide(sentences(d, keys, numbers));
   if (d.random.below(2) == 1) {
     std::swap(keys[0], keys[1]);
     std::swap(numbers[0], numbers[1]);
   }
-  ask_magics(d, keys, numbers);
+  ask(d, keys, numbers);
 }
 
 // Each of three variables has the value of the one before it.
@@ -254,15 +261,16 @@ void passkey(const Draft& d) {
 struct Task {
   const char* name;
   void (*make)(const Draft&);
+  bool worded;  // in each wording, not in the first alone
 };
-constexpr Task all_tasks[] = {{"niah_single", niah_single},
-                              {"niah_multikey", niah_multikey},
-                              {"niah_multivalue", niah_multivalue},
-                              {"niah_multiquery", niah_multiquery},
-                              {"vt", vt},
-                              {"cwe", cwe},
-                              {"fwe", fwe},
-                              {"passkey", passkey}};
+constexpr Task all_tasks[] = {{"niah_single", niah_single, true},
+                              {"niah_multikey", niah_multikey, true},
+                              {"niah_multivalue", niah_multivalue, false},
+                              {"niah_multiquery", niah_multiquery, true},
+                              {"vt", vt, false},
+                              {"cwe", cwe, false},
+                              {"fwe", fwe, false},
+                              {"passkey", passkey, false}};
 
 bool blank(char c) { return std::isspace(static_cast<unsigned char>(c)) != 0; }
 
@@ -307,22 +315,30 @@ std::span<const std::string_view> Haystack::piece(double where, int tokens) cons
                            std::to_string(tokens) + "; give a longer text or fewer --tokens");
 }
 
-const std::vector<std::string>& Tasks::names() {
+std::vector<std::string> Tasks::names(const std::string& wording) {
+  std::vector<std::string> names;
+  for (const auto& task : all_tasks) {
+    if (task.worded || wording == wordings().front()) names.push_back(task.name);
+  }
+  return names;
+}
+
+const std::vector<std::string>& Tasks::wordings() {
   static const std::vector<std::string> names = [] {
     std::vector<std::string> out;
-    for (const auto& task : all_tasks) out.push_back(task.name);
+    for (const auto& wording : all_wordings) out.push_back(wording.name);
     return out;
   }();
   return names;
 }
 
-void Tasks::check_name(const std::string& task) {
+void Tasks::check_name(const std::string& task, const std::string& wording) {
   std::string known;
-  for (const auto& name : names()) {
+  for (const auto& name : names(wording)) {
     if (name == task) return;
     known += (known.empty() ? "" : ", ") + name;
   }
-  throw std::runtime_error("there is no task \"" + task + "\"; known: " + known);
+  throw std::runtime_error("there is no task \"" + task + "\" in the wording " + wording + "; known: " + known);
 }
 
 int Tasks::count(const std::string& task, int samples) const {
@@ -337,10 +353,11 @@ Question Tasks::make(const std::string& task, int number) const {
   Random random(options_.seed, task, number);
   // Steps of the golden ratio spread pieces evenly, however many there will be.
   const double where = Random(options_.seed, task, -1).unit() + 0.6180339887498949 * number;
-  const Draft draft{random, haystack_, options_, where - std::floor(where), question};
-  const auto* const found = std::find_if(std::begin(all_tasks), std::end(all_tasks), [&](auto& t) { return t.name == task; });
-  if (found == std::end(all_tasks)) throw std::runtime_error("there is no task " + task);
-  found->make(draft);
+  check_name(task, options_.wording);
+  const auto named = [](const std::string& name) { return [&](const auto& each) { return each.name == name; }; };
+  const auto& wording = *std::find_if(std::begin(all_wordings), std::end(all_wordings), named(options_.wording));
+  const auto& found = *std::find_if(std::begin(all_tasks), std::end(all_tasks), named(task));
+  found.make({random, haystack_, options_, wording, where - std::floor(where), question});
   return question;
 }
 

@@ -55,13 +55,16 @@ class Tasks {
   struct Options {
     int tokens = 800;  // of a document
     unsigned seed = 1;
+    std::string wording = "magic";                         // in which numbers are hidden and asked for
     std::vector<double> depths = {0, 0.25, 0.5, 0.75, 1};  // of the passkey
   };
   Tasks(const Haystack& haystack, Options options) : haystack_(haystack), options_(std::move(options)) {}
 
-  static const std::vector<std::string>& names();
-  // Throws std::runtime_error, with the names there are, if this is none.
-  static void check_name(const std::string& task);
+  // Of a wording: all have the first, those about numbers of keys each.
+  static std::vector<std::string> names(const std::string& wording = wordings().front());
+  static const std::vector<std::string>& wordings();
+  // Throws std::runtime_error, with the names there are, if this is none, or no task of that wording.
+  static void check_name(const std::string& task, const std::string& wording);
   // Whole rounds of the depths where a task has them.
   int count(const std::string& task, int samples) const;
   // Depends on nothing but the text, the options, the task and the number. Throws std::runtime_error with one sentence.

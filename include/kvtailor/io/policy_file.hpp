@@ -61,23 +61,28 @@ inline Status read_curve(const std::string& path, Curve& out) noexcept try {
   return error(Errc::out_of_memory, "out of memory while reading a curve");
 }
 
-#if defined(KVT_HAVE_SAFETENSORS)
-// `told`: what else the file is to say.
-inline Status write_curve(const std::string& path, const Curve& curve, std::map<std::string, std::string> told) noexcept try {
+// A path that ends in .npy gets the bare table. `told`: what else a safetensors file, written to any other, is to say.
+inline Status write_curve(const std::string& path, const Curve& curve,
+                          [[maybe_unused]] std::map<std::string, std::string> told) noexcept try {
   const auto layers = static_cast<std::size_t>(curve.num_layers), heads = static_cast<std::size_t>(curve.num_kv_heads);
   if (layers == 0 || heads == 0 || curve.dropped.empty() || curve.dropped.size() % (layers * heads) != 0) {
     return error(Errc::bad_shape, "a curve of {} numbers is not of {} heads", static_cast<double>(curve.dropped.size()),
                  static_cast<double>(layers * heads));
   }
+  Table table{{curve.dropped.size() / (layers * heads), layers, heads}, curve.dropped};
+  if (path.ends_with(".npy")) return write_npy(path, table);
+#if defined(KVT_HAVE_SAFETENSORS)
   TensorFile file;
-  file.tensors["dropped"] = {{curve.dropped.size() / (layers * heads), layers, heads}, curve.dropped};
+  file.tensors["dropped"] = std::move(table);
   file.metadata = std::move(told);
   file.metadata["format"] = curve_format;
   file.metadata["selector"] = curve.selector;
   return write_safetensors(path, file, FloatType::fp32);
+#else
+  return error(Errc::bad_value, "this program was compiled without nlohmann-json, and writes no safetensors");
+#endif
 } catch (const std::bad_alloc&) {
   return error(Errc::out_of_memory, "out of memory while writing a curve");
 }
-#endif
 
 }  // namespace kvt::inline v0
