@@ -141,6 +141,18 @@ TEST_CASE("compositions of fidelity that cannot be read") {
   refused("turbo2:rank=4", "rank");
 }
 
+TEST_CASE("lengths of fidelity that do not fit, before the long run") {
+  const auto refused = [](std::vector<std::string> more, const std::string& sentence) {
+    more.insert(more.begin(), {"fidelity", "--text", text_path(), "--cache", "uniform,key_diff,fp16,0.1"});
+    check_refused(more, sentence);
+  };
+  refused({"--tokens", "1024", "--pieces", "3"}, "3073 are needed");
+  refused({"--pieces", "0"}, "--pieces");
+  refused({"--tokens", "256", "--skip", "256"}, "--skip 256 leaves no token of 256");
+  refused({"--tokens", "256", "--continuation", "256"}, "--continuation 256 leaves no text before it");
+  refused({"--tokens", "256", "--continuation", "128", "--recent", "16"}, "leaves 12 rows of 128");
+}
+
 TEST_CASE("sensitivities that do not fit choose no codecs, and those that do choose") {
   using nlohmann::json;
   const TemporaryFolder folder;

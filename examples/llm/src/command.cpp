@@ -4,6 +4,7 @@
 // See command.hpp.
 #include "command.hpp"
 
+#include <algorithm>
 #include <cstdio>
 #include <cstdlib>
 #include <filesystem>
@@ -101,18 +102,29 @@ void Budget::check_room(int rows, const kvt::CacheOptions& zones) const {
   throw std::runtime_error(sentence.str());
 }
 
+std::vector<std::string> split_names(const std::string& text) {
+  std::vector<std::string> names;
+  std::stringstream stream(text);
+  for (std::string name; std::getline(stream, name, ',');) {
+    std::replace(name.begin(), name.end(), '+', ',');
+    names.push_back(name);
+  }
+  return names;
+}
+
 std::unique_ptr<kvt::AnyCache> make_counted_cache(const kvt::Composition& names, const Model& model, kvt::CacheOptions options,
                                                   CountingResource& memory) {
   options.memory = &memory;
   return make_cache(names, model.parameters().geometry(), told_of(model, names, options));
 }
 
-long long measured_bytes(const kvt::AnyCache& cache, const CountingResource& memory) {
-  if (memory.outstanding() != cache.memory().total()) {
+long long measured_bytes(const kvt::AnyCache& cache, const CountingResource& memory, long long others) {
+  const long long given = memory.outstanding() - others;
+  if (given != cache.memory().total()) {
     throw std::runtime_error("the cache accounts for " + std::to_string(cache.memory().total()) +
-                             " bytes; its memory resource gave " + std::to_string(memory.outstanding()));
+                             " bytes; its memory resource gave " + std::to_string(given));
   }
-  return memory.outstanding();
+  return given;
 }
 
 json to_json(const kvt::Memory& m) {
@@ -129,17 +141,22 @@ std::string read_file(const std::string& path) {
   return text.str();
 }
 
-std::vector<int> tokens_of(const Tokenizer& tokenizer, const std::string& path, long long offset, int count) {
+std::vector<int> tokens_from(const Tokenizer& tokenizer, const std::string& path, long long offset, long long least) {
   const std::string text = read_file(path);
   if (offset < 0 || offset >= static_cast<long long>(text.size())) {
     throw std::runtime_error("--offset " + std::to_string(offset) + " is outside the text of " + std::to_string(text.size()) +
                              " bytes");
   }
   auto tokens = tokenizer.encode(text.substr(static_cast<std::size_t>(offset)), false, false);
-  if (static_cast<int>(tokens.size()) < count) {
+  if (static_cast<long long>(tokens.size()) < least) {
     throw std::runtime_error(path + " has " + std::to_string(tokens.size()) + " tokens from there on; " +
-                             std::to_string(count) + " are needed");
+                             std::to_string(least) + " are needed");
   }
+  return tokens;
+}
+
+std::vector<int> tokens_of(const Tokenizer& tokenizer, const std::string& path, long long offset, int count) {
+  auto tokens = tokens_from(tokenizer, path, offset, count);
   tokens.resize(static_cast<std::size_t>(count));
   return tokens;
 }

@@ -65,16 +65,21 @@ class Budget {
   std::optional<kvt::Retain> retain_;
 };
 
+// The names in "ALLOCATOR,SELECTOR,CODEC" and the like. Parameters of a policy are joined by + there instead of a comma.
+std::vector<std::string> split_names(const std::string& text);
+
 // Makes a cache, told what its policies ask of the model, whose allocations `memory` counts.
 std::unique_ptr<kvt::AnyCache> make_counted_cache(const kvt::Composition& names, const Model& model, kvt::CacheOptions options,
                                                   CountingResource& memory);
-// What `memory` has given out and not got back, which must be what the cache says of itself.
-long long measured_bytes(const kvt::AnyCache& cache, const CountingResource& memory);
+// What `memory` has given out and not got back, less the bytes of others; it must be what the cache says of itself.
+long long measured_bytes(const kvt::AnyCache& cache, const CountingResource& memory, long long others = 0);
 
 nlohmann::json to_json(const kvt::Memory& memory);
 // The whole file; an error if it is empty.
 std::string read_file(const std::string& path);
-// `count` tokens from the byte `offset` of a file on.
+// All tokens from the byte `offset` of a file on; an error if they are fewer than `least`.
+std::vector<int> tokens_from(const Tokenizer& tokenizer, const std::string& path, long long offset, long long least);
+// The first `count` of them.
 std::vector<int> tokens_of(const Tokenizer& tokenizer, const std::string& path, long long offset, int count);
 
 // Calls step(first, n) over a text; the first chunk is longer by `extra`.

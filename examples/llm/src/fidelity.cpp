@@ -5,9 +5,9 @@
 // and for llama.cpp with its own caches.
 #include <algorithm>
 #include <cstdio>
-#include <deque>
 #include <filesystem>
-#include <sstream>
+#include <functional>
+#include <numeric>
 #include <stdexcept>
 
 #include "command.hpp"
@@ -15,6 +15,7 @@
 #include "plot.hpp"
 #include "prefill.hpp"
 #include "reference.hpp"
+#include "shared_prefill.hpp"
 
 namespace kvt_llm {
 
@@ -25,7 +26,7 @@ using nlohmann::json;
 struct Options {
   Common common;
   std::string text, weights = "f32", plot;
-  int tokens = 1024, skip = 128, continuation = 0;
+  int pieces = 1, tokens = 1024, skip = 128, continuation = 0;
   long long offset = 0;
   bool flush = false;
   std::vector<std::string> caches, peers;
@@ -37,14 +38,8 @@ struct Candidate {
   Budget budget;
 };
 
-// Parameters of a policy are joined by + instead of a comma here.
 Candidate parse_candidate(const std::string& text) {
-  std::vector<std::string> part;
-  std::stringstream stream(text);
-  for (std::string item; std::getline(stream, item, ',');) {
-    std::replace(item.begin(), item.end(), '+', ',');
-    part.push_back(item);
-  }
+  const auto part = split_names(text);
   if (part.size() == 1) return {text, {"uniform", "sink_recent", part[0]}, {}};
   if (part.size() == 4) return {text, {part[0], part[1], part[2]}, Budget::parse(part[3])};
   throw std::runtime_error("--cache " + text + " must be CODEC or ALLOCATOR,SELECTOR,CODEC,RETAIN");
@@ -53,169 +48,382 @@ Candidate parse_candidate(const std::string& text) {
 struct Peer {
   std::string name;
   PeerCache cache;
+  std::unique_ptr<Reference> program;
 };
 
-// What one run over the text gave.
-struct Result {
-  std::string name;
-  bool peer;
+// What a cache gave over a piece of the text.
+struct Outcome {
   Fidelity fidelity;
   double bits, rows_share;
   long long bytes;
   double seconds;
+  json more;
 };
 
-void print(FILE* out, const Result& r) {
-  const auto& f = r.fidelity;
-  std::fprintf(out, "%-44s %7.3f %5.1f%% %9.2e %9.2e %7.2f%% %+9.4f %9.3f %7.1f\n",
-               ((r.peer ? "llama.cpp " : "") + r.name).c_str(), r.bits, 100 * r.rows_share, f.mean_kl(), f.kl_quantile(0.99),
-               100 * f.same_top_share(), f.mean_nll_change(), static_cast<double>(r.bytes) / mebibyte, r.seconds);
+// A cache of ours or of llama.cpp, and what it gave over each piece so far.
+class Row {
+ public:
+  Row(std::string name, bool peer) : name_(std::move(name)), peer_(peer) {}
+
+  void add(Outcome outcome) { of_piece_.push_back(std::move(outcome)); }
+  std::size_t pieces() const { return of_piece_.size(); }
+  void print(FILE* out) const;
+  json to_json() const;
+  Plot::Point point() const;
+
+ private:
+  Fidelity fidelity() const;  // of all tokens
+  std::vector<double> kl() const;
+  double mean(double Outcome::*field) const;
+  double seconds() const;
+  const Outcome& largest() const;
+
+  std::string name_;
+  bool peer_;
+  std::vector<Outcome> of_piece_;
+};
+
+Fidelity Row::fidelity() const {
+  Fidelity all;
+  for (const auto& piece : of_piece_) all.add(piece.fidelity);
+  return all;
+}
+
+std::vector<double> Row::kl() const {
+  std::vector<double> means;
+  for (const auto& piece : of_piece_) means.push_back(piece.fidelity.mean_kl());
+  return means;
+}
+
+double Row::mean(double Outcome::*field) const {
+  std::vector<double> values;
+  for (const auto& piece : of_piece_) values.push_back(piece.*field);
+  return Mean::of(values).value;
+}
+
+double Row::seconds() const { return mean(&Outcome::seconds) * static_cast<double>(pieces()); }
+
+// Memory is told of the piece that took the most.
+const Outcome& Row::largest() const {
+  return *std::max_element(of_piece_.begin(), of_piece_.end(),
+                           [](const Outcome& a, const Outcome& b) { return a.bytes < b.bytes; });
+}
+
+// The spread of the pieces has a column if there are several.
+void print_header(FILE* out, bool spread) {
+  std::fprintf(out, "%-44s %7s %6s %9s", "cache", "bits", "rows", "KL");
+  if (spread) std::fprintf(out, " %8s", "+-");
+  std::fprintf(out, " %9s %8s %9s %9s %7s\n", "KL 99 %", "same top", "NLL +", "MiB", "s");
+}
+
+void Row::print(FILE* out) const {
+  const auto f = fidelity();
+  std::fprintf(out, "%-44s %7.3f %5.1f%% %9.2e", ((peer_ ? "llama.cpp " : "") + name_).c_str(), mean(&Outcome::bits),
+               100 * mean(&Outcome::rows_share), f.mean_kl());
+  if (pieces() > 1) std::fprintf(out, " %8.1e", Mean::of(kl()).error);
+  std::fprintf(out, " %9.2e %7.2f%% %+9.4f %9.3f %7.1f\n", f.kl_quantile(0.99), 100 * f.same_top_share(), f.mean_nll_change(),
+               static_cast<double>(largest().bytes) / mebibyte, seconds());
   std::fflush(out);
 }
 
-json row(const Result& r) {
-  const auto& f = r.fidelity;
-  return {{"cache", r.name},
-          {"peer", r.peer},
-          {"bits_per_element", r.bits},
-          {"rows_share", r.rows_share},
-          {"mean_kl", f.mean_kl()},
-          {"kl_99", f.kl_quantile(0.99)},
-          {"same_top", f.same_top_share()},
-          {"nll_change", f.mean_nll_change()},
-          {"measured_bytes", r.bytes},
-          {"seconds", r.seconds}};
+json Row::to_json() const {
+  const auto f = fidelity();
+  json row = {{"cache", name_},
+              {"peer", peer_},
+              {"bits_per_element", mean(&Outcome::bits)},
+              {"rows_share", mean(&Outcome::rows_share)},
+              {"mean_kl", f.mean_kl()},
+              {"pieces", kl()},
+              {"kl_99", f.kl_quantile(0.99)},
+              {"same_top", f.same_top_share()},
+              {"nll_change", f.mean_nll_change()},
+              {"measured_bytes", largest().bytes},
+              {"seconds", seconds()}};
+  row.update(largest().more);
+  return row;
 }
 
-int fidelity(const Options& o) {
-  // Whatever can be refused is refused before minutes are spent: names, files, caches.
-  if (o.caches.empty() && o.peers.empty()) throw std::runtime_error("fidelity needs a --cache or a --peer");
-  std::vector<Candidate> candidates;
-  for (const auto& text : o.caches) candidates.push_back(parse_candidate(text));
-  std::vector<Peer> peers;
-  for (const auto& name : o.peers) peers.push_back({name, PeerCache::parse(name)});
-  std::optional<Plot> plot;
-  if (!o.plot.empty()) plot.emplace(o.plot);
-  const Tokenizer tokenizer(o.common.model_path());
-  const auto tokens = tokens_of(tokenizer, o.text, o.offset, o.tokens + 1);
-  const std::string path = o.weights == "f32" ? dequantised(o.common.model_path()) : o.common.model_path();
-  const Model model(path);
-  if (o.tokens > model.parameters().context) {
-    throw std::runtime_error("--tokens " + std::to_string(o.tokens) + " is above the model's context of " +
-                             std::to_string(model.parameters().context));
+Plot::Point Row::point() const {
+  return {name_, mean(&Outcome::bits) * mean(&Outcome::rows_share), fidelity().mean_kl(), peer_};
+}
+
+// Pieces of a text, each with the token after it: one begins at the offset, the others at equal distances behind it.
+std::vector<std::vector<int>> pieces_of(const Options& o, const Tokenizer& tokenizer) {
+  const auto count = static_cast<std::size_t>(o.pieces), length = static_cast<std::size_t>(o.tokens);
+  const auto all = tokens_from(tokenizer, o.text, o.offset, static_cast<long long>(count * length + 1));
+  std::vector<std::vector<int>> pieces;
+  for (std::size_t i = 0; i < count; ++i) {
+    const auto first = all.begin() + static_cast<std::ptrdiff_t>(i * (all.size() - 1) / count);
+    pieces.emplace_back(first, first + o.tokens + 1);
   }
-  if (o.continuation >= o.tokens) {
-    throw std::runtime_error("--continuation " + std::to_string(o.continuation) + " leaves no text before it, of " +
-                             std::to_string(o.tokens) + " tokens");
+  return pieces;
+}
+
+class Benchmark {
+ public:
+  explicit Benchmark(const Options& o);
+  void run();
+  void report() const;
+
+ private:
+  // The logits that tokens at positions first, first + 1, ... give, of all of them or of the last.
+  using Eval = std::function<std::span<const float>(std::span<const int> tokens, int first, Engine::Logits which)>;
+  // Takes the logits of the scored positions, numbered from 0.
+  using Use = std::function<void(std::size_t k, std::span<const float> logits)>;
+
+  void read_options();
+  void check_lengths() const;
+  void check_candidates() const;
+  void make_peers();
+
+  std::size_t width() const { return static_cast<std::size_t>(model_->parameters().vocabulary); }
+  std::span<const int> piece(int first, int n) const;
+  long long steps() const;  // tokens that are evaluated for a piece, but for repetitions
+  void eval_chunk(int at, int n, const Eval& eval, const Use& use);
+  void eval_context(const Eval& eval, const Use& use);
+  void eval_continuation(const Eval& eval, const Use& use);
+  Eval eval_with(kvt::AnyCache& cache);
+
+  void read_reference();
+  Use compare_into(Fidelity& fidelity) const;
+  void run_candidates();
+  void run_group(const std::vector<std::size_t>& group);
+  Outcome run_alone(const Candidate& candidate);
+  Outcome run_peer(Peer& peer);
+  Outcome outcome(Fidelity fidelity, const kvt::AnyCache& cache, long long bytes, double start) const;
+  void add(std::size_t row, Outcome outcome);
+
+  const Options& o_;
+  int before_, skip_;  // tokens that are read before a cache is cut for good, and those not scored
+  std::vector<Candidate> candidates_;
+  std::vector<Peer> peers_;
+  std::optional<Plot> plot_;
+  std::optional<Tokenizer> tokenizer_;
+  std::vector<std::vector<int>> pieces_;
+  std::string model_path_;
+  std::optional<Model> model_;
+  std::optional<Engine> engine_;
+  std::vector<std::vector<std::size_t>> groups_;  // of candidates that are cut from one prefilled cache
+  std::optional<Progress> progress_;
+  const std::vector<int>* piece_ = nullptr;  // that is run over
+  std::vector<float> reference_;             // its logits at the scored positions
+  std::vector<Row> rows_;                    // of the candidates, then of the peers
+  std::size_t printed_ = 0;
+};
+
+// Whatever can be refused is refused before minutes are spent: names, files, caches.
+Benchmark::Benchmark(const Options& o)
+    : o_(o), before_(o.tokens - o.continuation), skip_(o.continuation > 0 ? before_ : o.skip) {
+  read_options();
+  tokenizer_.emplace(o.common.model_path());
+  pieces_ = pieces_of(o, *tokenizer_);
+  model_path_ = o.weights == "f32" ? dequantised(o.common.model_path()) : o.common.model_path();
+  model_.emplace(model_path_);
+  check_lengths();
+  check_candidates();
+  make_peers();
+  engine_.emplace(*model_, o.common.threads);
+}
+
+void Benchmark::read_options() {
+  if (o_.caches.empty() && o_.peers.empty()) throw std::runtime_error("fidelity needs a --cache or a --peer");
+  for (const auto& text : o_.caches) {
+    candidates_.push_back(parse_candidate(text));
+    rows_.emplace_back(text, false);
   }
-  const int before = o.tokens - o.continuation;  // tokens that are read before a cache is cut for good
-  const int skip = o.continuation > 0 ? before : o.skip;
-  if (skip >= o.tokens)
-    throw std::runtime_error("--skip " + std::to_string(skip) + " leaves no token of " + std::to_string(o.tokens));
-  Engine engine(model, o.common.threads);
-  const auto geometry = model.parameters().geometry();
-  const auto width = static_cast<std::size_t>(model.parameters().vocabulary);
-  std::deque<CountingResource> memories;
-  std::vector<std::unique_ptr<kvt::AnyCache>> caches;
-  for (const auto& c : candidates) {
-    caches.push_back(make_counted_cache(c.names, model, o.common.zones, memories.emplace_back()));
+  for (const auto& name : o_.peers) {
+    peers_.push_back({name, PeerCache::parse(name), nullptr});
+    rows_.emplace_back(name, true);
   }
-  for (const auto& cache : caches) {
-    if (wants_repetition(*cache) && o.continuation == 0) {
+  if (!o_.plot.empty()) plot_.emplace(o_.plot);
+}
+
+void Benchmark::check_lengths() const {
+  const auto refuse = [&](const char* option, int value, const std::string& why) {
+    throw std::runtime_error(std::string(option) + " " + std::to_string(value) + " " + why);
+  };
+  const int context = model_->parameters().context;
+  if (o_.tokens > context) refuse("--tokens", o_.tokens, "is above the model's context of " + std::to_string(context));
+  const std::string of_all = "of " + std::to_string(o_.tokens);
+  if (before_ <= 0) refuse("--continuation", o_.continuation, "leaves no text before it, " + of_all + " tokens");
+  if (skip_ >= o_.tokens) refuse("--skip", skip_, "leaves no token " + of_all);
+}
+
+void Benchmark::check_candidates() const {
+  for (const auto& c : candidates_) {
+    const auto cache = make_cache(c.names, model_->parameters().geometry(), told_of(*model_, c.names, o_.common.zones));
+    if (o_.continuation > 0) {
+      c.budget.check_room(before_, o_.common.zones);
+    } else if (wants_repetition(*cache)) {
       throw std::runtime_error("a token selector lets the model repeat its context before the cut: give --continuation");
     }
   }
-  std::vector<std::unique_ptr<Reference>> references;
-  for (const auto& p : peers) references.push_back(std::make_unique<Reference>(path, o.tokens, o.common.threads, p.cache));
+}
 
-  const auto runs = static_cast<long long>(1 + candidates.size() + peers.size());
-  Progress progress("fidelity", o.tokens * runs);
-  // All runs take the same chunks; `use` gets the logits of the scored positions, numbered from 0.
-  const auto over_text = [&](const auto& eval, const auto& use) {
-    const auto step = [&](int at, int n) {
-      const std::span<const float> logits =
-          eval(std::span(tokens).subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at);
-      for (int i = std::max(0, skip - at); i < n; ++i) {
-        use(static_cast<std::size_t>(at + i - skip), logits.subspan(static_cast<std::size_t>(i) * width, width));
-      }
-      progress.advance(n);
-    };
-    in_chunks(before, o.common.chunk, o.common.zones.sink_rows, step);
-    in_chunks(o.continuation, o.common.chunk, 0, [&](int at, int n) { step(before + at, n); });
-  };
-  std::vector<float> reference(static_cast<std::size_t>(o.tokens - skip) * width);
-  {
-    const auto full = make_cache({"uniform", "sink_recent", "fp32"}, geometry, o.common.zones);
-    over_text([&](std::span<const int> part, int at) { return engine.eval(*full, part, at, Engine::Logits::all); },
-              [&](std::size_t k, std::span<const float> logits) {
-                std::copy(logits.begin(), logits.end(), reference.data() + k * width);
-              });
+void Benchmark::make_peers() {
+  for (auto& peer : peers_) {
+    peer.program = std::make_unique<Reference>(model_path_, o_.tokens, o_.common.threads, peer.cache);
   }
-  const auto distance = [&](const auto& eval) {
-    Fidelity f;
-    over_text(eval, [&](std::size_t k, std::span<const float> logits) {
-      const int next = tokens[k + static_cast<std::size_t>(skip) + 1];
-      f.add(compare({reference.data() + k * width, width}, logits, next));
-    });
-    return f;
-  };
+}
 
-  const auto cut = [&](kvt::AnyCache& cache, const Budget& budget) {
-    const std::span<const int> context(tokens.data(), static_cast<std::size_t>(before));
-    if (wants_repetition(cache)) repeat_context(engine, cache, tokenizer, context, o.common.chunk);
-    budget.apply(cache);
+std::span<const int> Benchmark::piece(int first, int n) const {
+  return std::span(*piece_).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n));
+}
+
+// All runs take the same chunks.
+void Benchmark::eval_chunk(int at, int n, const Eval& eval, const Use& use) {
+  const auto logits = eval(piece(at, n), at, at + n > skip_ ? Engine::Logits::all : Engine::Logits::last);
+  for (int i = std::max(0, skip_ - at); i < n; ++i) {
+    use(static_cast<std::size_t>(at + i - skip_), logits.subspan(static_cast<std::size_t>(i) * width(), width()));
+  }
+  progress_->advance(n);
+}
+
+void Benchmark::eval_context(const Eval& eval, const Use& use) {
+  in_chunks(before_, o_.common.chunk, o_.common.zones.sink_rows, [&](int at, int n) { eval_chunk(at, n, eval, use); });
+}
+
+void Benchmark::eval_continuation(const Eval& eval, const Use& use) {
+  in_chunks(o_.continuation, o_.common.chunk, 0, [&](int at, int n) { eval_chunk(before_ + at, n, eval, use); });
+}
+
+Benchmark::Eval Benchmark::eval_with(kvt::AnyCache& cache) {
+  return
+      [&](std::span<const int> tokens, int first, Engine::Logits which) { return engine_->eval(cache, tokens, first, which); };
+}
+
+void Benchmark::read_reference() {
+  reference_.resize(static_cast<std::size_t>(o_.tokens - skip_) * width());
+  const auto full = make_cache({"uniform", "sink_recent", "fp32"}, model_->parameters().geometry(), o_.common.zones);
+  const Use keep = [&](std::size_t k, std::span<const float> logits) {
+    std::copy(logits.begin(), logits.end(), reference_.data() + k * width());
   };
-  FILE* const out = o.common.text();
-  std::fprintf(out, "%-44s %7s %6s %9s %9s %8s %9s %9s %7s\n", "cache", "bits", "rows", "KL", "KL 99 %", "same top", "NLL +",
-               "MiB", "s");
-  json rows = json::array();
+  eval_context(eval_with(*full), keep);
+  eval_continuation(eval_with(*full), keep);
+}
+
+Benchmark::Use Benchmark::compare_into(Fidelity& fidelity) const {
+  return [&](std::size_t k, std::span<const float> logits) {
+    const int next = (*piece_)[k + static_cast<std::size_t>(skip_) + 1];
+    fidelity.add(compare({reference_.data() + k * width(), width()}, logits, next));
+  };
+}
+
+Outcome Benchmark::outcome(Fidelity fidelity, const kvt::AnyCache& cache, long long bytes, double start) const {
+  return {std::move(fidelity),
+          cache.bits_per_element(),
+          (mean_rows(cache) - o_.continuation) / before_,
+          bytes,
+          seconds() - start,
+          {{"memory", to_json(cache.memory())}}};
+}
+
+// Lines are printed in the order of the command line, each as soon as it can be.
+void Benchmark::add(std::size_t row, Outcome outcome) {
+  rows_[row].add(std::move(outcome));
+  while (printed_ < rows_.size() && rows_[printed_].pieces() == pieces_.size()) rows_[printed_++].print(o_.common.text());
+}
+
+void Benchmark::run_group(const std::vector<std::size_t>& group) {
+  std::vector<kvt::Composition> served;
+  for (const auto k : group) served.push_back(candidates_[k].names);
+  SharedPrefill whole(*model_, o_.common.zones, served, [&](kvt::AnyCache& cache) {
+    prefill(*engine_, cache, *tokenizer_, piece(0, before_), o_.common.chunk, o_.common.zones.sink_rows,
+            [&](int n) { progress_->advance(n); });
+  });
+  for (const auto k : group) {
+    const double start = seconds() - whole.seconds();  // as if the text had been read for this one alone
+    const auto cache = whole.cut(candidates_[k].names, candidates_[k].budget);
+    Fidelity fidelity;
+    eval_continuation(eval_with(*cache), compare_into(fidelity));
+    add(k, outcome(std::move(fidelity), *cache, whole.bytes_of(*cache), start));
+  }
+}
+
+// Cut after each chunk.
+Outcome Benchmark::run_alone(const Candidate& candidate) {
+  const double start = seconds();
+  CountingResource memory;
+  const auto cache = make_counted_cache(candidate.names, *model_, o_.common.zones, memory);
+  Fidelity fidelity;
+  eval_context(
+      [&](std::span<const int> tokens, int first, Engine::Logits which) {
+        const auto logits = engine_->eval(*cache, tokens, first, which);
+        if (!candidate.budget.hold(*cache) && o_.flush) check(cache->flush());
+        return logits;
+      },
+      compare_into(fidelity));
+  return outcome(std::move(fidelity), *cache, measured_bytes(*cache, memory), start);
+}
+
+Outcome Benchmark::run_peer(Peer& peer) {
+  const double start = seconds();
+  Reference& program = *peer.program;
+  program.truncate(0);
+  const Eval eval = [&](std::span<const int> tokens, int first, Engine::Logits which) {
+    return program.eval(tokens, first, which == Engine::Logits::all);
+  };
+  Fidelity fidelity;
+  eval_context(eval, compare_into(fidelity));
+  eval_continuation(eval, compare_into(fidelity));
+  if (!peer.cache.rotate && (program.rotates_keys() || program.rotates_values()))
+    throw std::runtime_error("this version of llama.cpp does not let its rotation be switched off");
+  return {std::move(fidelity),
+          peer.cache.bits_per_element(),
+          1,
+          program.cache_bytes(),
+          seconds() - start,
+          {{"rotated_keys", program.rotates_keys()}, {"rotated_values", program.rotates_values()}}};
+}
+
+void Benchmark::run_candidates() {
+  for (const auto& group : groups_) run_group(group);
+  if (o_.continuation > 0) return;
+  for (std::size_t k = 0; k < candidates_.size(); ++k) add(k, run_alone(candidates_[k]));
+}
+
+long long Benchmark::steps() const {
+  const auto groups = static_cast<long long>(groups_.size()), all = static_cast<long long>(candidates_.size());
+  const long long ours = o_.continuation > 0 ? groups * before_ + all * o_.continuation : all * o_.tokens;
+  return ours + o_.tokens * static_cast<long long>(1 + peers_.size());
+}
+
+void Benchmark::run() {
+  if (o_.continuation > 0) {
+    std::vector<std::size_t> all(candidates_.size());
+    std::iota(all.begin(), all.end(), std::size_t{0});
+    groups_ = sharing_prefill(all, [&](std::size_t k) { return candidates_[k].names; });
+  }
+  progress_.emplace("fidelity", o_.pieces * steps());
+  print_header(o_.common.text(), o_.pieces > 1);
+  for (const auto& piece : pieces_) {
+    piece_ = &piece;
+    read_reference();
+    run_candidates();
+    for (std::size_t k = 0; k < peers_.size(); ++k) add(candidates_.size() + k, run_peer(peers_[k]));
+  }
+  progress_.reset();
+}
+
+void Benchmark::report() const {
+  json results = json::array();
   std::vector<Plot::Point> points;
-  const auto report = [&](const Result& r, const json& more) {
-    print(out, r);
-    rows.push_back(row(r));
-    rows.back().update(more);
-    points.push_back({r.name, r.bits * r.rows_share, r.fidelity.mean_kl(), r.peer});
-  };
-  for (std::size_t k = 0; k < candidates.size(); ++k) {
-    auto& cache = *caches[k];
-    const double start = seconds();
-    auto f = distance([&](std::span<const int> part, int at) {
-      const auto logits = engine.eval(cache, part, at, Engine::Logits::all);
-      const int end = at + static_cast<int>(part.size());
-      if (o.continuation > 0) {
-        if (end == before) cut(cache, candidates[k].budget);
-      } else if (!candidates[k].budget.hold(cache) && o.flush) {
-        check(cache.flush());
-      }
-      return logits;
-    });
-    report({candidates[k].text, false, std::move(f), cache.bits_per_element(), (mean_rows(cache) - o.continuation) / before,
-            measured_bytes(cache, memories[k]), seconds() - start},
-           {{"memory", to_json(cache.memory())}});
+  for (const auto& row : rows_) {
+    results.push_back(row.to_json());
+    points.push_back(row.point());
   }
-  for (std::size_t k = 0; k < peers.size(); ++k) {
-    auto& theirs = *references[k];
-    const double start = seconds();
-    auto f = distance([&](std::span<const int> part, int at) { return theirs.eval(part, at, true); });
-    if (!peers[k].cache.rotate && (theirs.rotates_keys() || theirs.rotates_values()))
-      throw std::runtime_error("this version of llama.cpp does not let its rotation be switched off");
-    report({peers[k].name, true, std::move(f), peers[k].cache.bits_per_element(), 1, theirs.cache_bytes(), seconds() - start},
-           {{"rotated_keys", theirs.rotates_keys()}, {"rotated_values", theirs.rotates_values()}});
-    references[k].reset();
-  }
-  o.common.write({{"text", o.text},
-                  {"tokens", o.tokens},
-                  {"skip", skip},
-                  {"continuation", o.continuation},
-                  {"chunk", o.common.chunk},
-                  {"weights", o.weights},
-                  {"results", rows}});
-  if (plot) {
-    plot->draw(std::filesystem::path(o.text).filename().string() + ", " + std::to_string(o.tokens - skip) +
-                   " scored tokens, chunks of " + std::to_string(o.common.chunk),
-               points);
-  }
-  return 0;
+  o_.common.write({{"text", o_.text},
+                   {"pieces", o_.pieces},
+                   {"tokens", o_.tokens},
+                   {"skip", skip_},
+                   {"continuation", o_.continuation},
+                   {"chunk", o_.common.chunk},
+                   {"weights", o_.weights},
+                   {"results", results}});
+  if (!plot_) return;
+  plot_->draw(std::filesystem::path(o_.text).filename().string() + ", " + std::to_string(o_.pieces * (o_.tokens - skip_)) +
+                  " scored tokens, chunks of " + std::to_string(o_.common.chunk),
+              points);
 }
 
 }  // namespace
@@ -238,17 +446,27 @@ void add_fidelity(CLI::App& app) {
   command->add_option("--weights", o->weights, "f32 (dequantised once, cached) or file (as quantised)")
       ->capture_default_str()
       ->check(CLI::IsMember({"f32", "file"}));
-  command->add_option("--tokens", o->tokens, "length of the text")->capture_default_str()->check(CLI::PositiveNumber);
-  command->add_option("--skip", o->skip, "first tokens not scored")->capture_default_str()->check(CLI::NonNegativeNumber);
+  command->add_option("--pieces", o->pieces, "how many pieces of the text, spread evenly over what follows the offset")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  command->add_option("--tokens", o->tokens, "length of a piece")->capture_default_str()->check(CLI::PositiveNumber);
+  command->add_option("--skip", o->skip, "first tokens of a piece not scored")
+      ->capture_default_str()
+      ->check(CLI::NonNegativeNumber);
   command
-      ->add_option("--continuation", o->continuation,
-                   "last tokens that alone are scored: caches are cut once, before them, instead of after each chunk")
+      ->add_option(
+          "--continuation", o->continuation,
+          "last tokens of a piece that alone are scored: caches are cut once, before them, instead of after each chunk")
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
   command->add_option("--offset", o->offset, "byte of the file to begin at")->capture_default_str();
   command->add_flag("--flush", o->flush, "encode after every chunk instead of when a block is full");
   command->add_option("--plot", o->plot, "also draw KL against bits into this file, .svg or .png, with gnuplot");
-  command->callback([o] { fidelity(*o); });
+  command->callback([o] {
+    Benchmark benchmark(*o);
+    benchmark.run();
+    benchmark.report();
+  });
 }
 
 }  // namespace kvt_llm

@@ -41,6 +41,12 @@ void Fidelity::add(const Distance& d) {
   nll_change += d.other_nll - d.reference_nll;
 }
 
+void Fidelity::add(const Fidelity& of_other_tokens) {
+  kl.insert(kl.end(), of_other_tokens.kl.begin(), of_other_tokens.kl.end());
+  same_top += of_other_tokens.same_top;
+  nll_change += of_other_tokens.nll_change;
+}
+
 double Fidelity::mean_kl() const {
   return kl.empty() ? 0 : std::accumulate(kl.begin(), kl.end(), 0.0) / static_cast<double>(kl.size());
 }
@@ -50,6 +56,25 @@ double Fidelity::kl_quantile(double q) const {
   auto sorted = kl;
   std::sort(sorted.begin(), sorted.end());
   return sorted[std::min(sorted.size() - 1, static_cast<std::size_t>(std::ceil(q * static_cast<double>(sorted.size()))) - 1)];
+}
+
+Mean Mean::of(const std::vector<double>& x) {
+  const auto n = static_cast<double>(x.size());
+  Mean m{std::accumulate(x.begin(), x.end(), 0.0) / n, 0};
+  double squares = 0;
+  for (const double v : x) squares += (v - m.value) * (v - m.value);
+  if (n > 1) m.error = std::sqrt(squares / (n - 1) / n);
+  return m;
+}
+
+Mean Mean::over(const std::vector<Mean>& parts) {
+  Mean m;
+  for (const Mean& p : parts) {
+    m.value += p.value / static_cast<double>(parts.size());
+    m.error += p.error * p.error;
+  }
+  m.error = std::sqrt(m.error) / static_cast<double>(parts.size());
+  return m;
 }
 
 Progress::Progress(std::string what, long long total)

@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Fidelity: how far one next-token distribution is from another. Progress: how far long work is.
+// Fidelity: how far one next-token distribution is from another. Mean: of samples. Progress: how far long work is.
 #pragma once
 
 #include <chrono>
@@ -25,10 +25,20 @@ struct Fidelity {
   double same_top = 0, nll_change = 0;  // sums
 
   void add(const Distance& d);
+  void add(const Fidelity& of_other_tokens);
   double mean_kl() const;
   double kl_quantile(double q) const;  // nearest rank
   double same_top_share() const { return kl.empty() ? 0 : same_top / static_cast<double>(kl.size()); }
   double mean_nll_change() const { return kl.empty() ? 0 : nll_change / static_cast<double>(kl.size()); }
+};
+
+// Mean and standard error over samples.
+struct Mean {
+  double value = 0, error = 0;
+
+  static Mean of(const std::vector<double>& x);
+  // Of means that do not depend on one another.
+  static Mean over(const std::vector<Mean>& parts);
 };
 
 // A bar on a terminal, a line now and then elsewhere; both on stderr.

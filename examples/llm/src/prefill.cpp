@@ -11,14 +11,6 @@
 
 namespace kvt_llm {
 
-void prefill(Engine& engine, kvt::AnyCache& cache, std::span<const int> tokens, int chunk,
-             const std::function<void(int)>& progress) {
-  in_chunks(static_cast<int>(tokens.size()), chunk, 0, [&](int at, int n) {
-    engine.eval(cache, tokens.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at, Engine::Logits::last);
-    if (progress) progress(n);
-  });
-}
-
 void repeat_context(Engine& engine, kvt::AnyCache& cache, const Tokenizer& tokenizer, std::span<const int> context, int chunk,
                     const std::function<void()>& after_chunk) {
   constexpr std::size_t most = 2048, overlap = 8;
@@ -51,6 +43,15 @@ void repeat_context(Engine& engine, kvt::AnyCache& cache, const Tokenizer& token
     });
     check(cache.truncate(end));
   }
+}
+
+void prefill(Engine& engine, kvt::AnyCache& cache, const Tokenizer& tokenizer, std::span<const int> context, int chunk,
+             int extra, const std::function<void(int)>& progress) {
+  in_chunks(static_cast<int>(context.size()), chunk, extra, [&](int at, int n) {
+    engine.eval(cache, context.subspan(static_cast<std::size_t>(at), static_cast<std::size_t>(n)), at, Engine::Logits::last);
+    if (progress) progress(n);
+  });
+  if (wants_repetition(cache)) repeat_context(engine, cache, tokenizer, context, chunk);
 }
 
 }  // namespace kvt_llm

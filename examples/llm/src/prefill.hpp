@@ -12,10 +12,6 @@
 
 namespace kvt_llm {
 
-// Runs the tokens at positions 0, 1, ... in chunks; progress(n) is told of each.
-void prefill(Engine& engine, kvt::AnyCache& cache, std::span<const int> tokens, int chunk,
-             const std::function<void(int)>& progress = {});
-
 // Whether the cache is to be cut by what the model needs to repeat its context.
 inline bool wants_repetition(const kvt::AnyCache& cache) { return cache.needs().has(kvt::Evidence::reconstruction); }
 
@@ -24,5 +20,10 @@ inline bool wants_repetition(const kvt::AnyCache& cache) { return cache.needs().
 // those of KVzip, arXiv 2505.23416. after_chunk, if there is one, is called each time the model has read some of it.
 void repeat_context(Engine& engine, kvt::AnyCache& cache, const Tokenizer& tokenizer, std::span<const int> context, int chunk,
                     const std::function<void()>& after_chunk = {});
+
+// Runs the context at positions 0, 1, ... in chunks, the first longer by `extra`, and lets the model repeat it if that is
+// wanted; progress(n) is told of each chunk of the context.
+void prefill(Engine& engine, kvt::AnyCache& cache, const Tokenizer& tokenizer, std::span<const int> context, int chunk,
+             int extra = 0, const std::function<void(int)>& progress = {});
 
 }  // namespace kvt_llm

@@ -320,8 +320,7 @@ void Profile::learn(const Sample& sample) {
     kvt::CacheOptions told = told_of(*model_, {"uniform", "sink_recent", "fp16"}, o_.common.zones);
     told.output_projections = model_->output_projections();
     cache = make_cache({"uniform", o_.selectors[group.front()], "fp16"}, shape_, told);
-    prefill(*engine_, *cache, sample.context, o_.common.chunk);
-    if (wants_repetition(*cache)) repeat_context(*engine_, *cache, *tokenizer_, sample.context, o_.common.chunk);
+    prefill(*engine_, *cache, *tokenizer_, sample.context, o_.common.chunk);
     for (const std::size_t s : group) {
       set_policies(*cache, {"uniform", o_.selectors[s], "fp16"});
       check(cache->scores(0.2, scores[s]));  // the share matters to selectors that choose in stages; the paper's own

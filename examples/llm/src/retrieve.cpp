@@ -7,9 +7,6 @@
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
-#include <map>
-#include <numeric>
-#include <sstream>
 #include <stdexcept>
 
 #include "command.hpp"
@@ -18,6 +15,7 @@
 #include "prefill.hpp"
 #include "prompt.hpp"
 #include "results.hpp"
+#include "shared_prefill.hpp"
 #include "tasks.hpp"
 
 namespace kvt_llm {
@@ -48,16 +46,10 @@ struct Retention {
 const Method full_cache = {"full", {"uniform", "sink_recent", "fp16"}};
 const Retention everything = {"", {}};
 
-// Parameters of a policy are joined by + instead of a comma here.
 Method parse_method(const std::string& text) {
-  std::vector<std::string> part;
-  std::stringstream stream(text);
-  for (std::string item; std::getline(stream, item, ',');) {
-    std::replace(item.begin(), item.end(), '+', ',');
-    part.push_back(item);
-  }
-  if (part.size() != 3) throw std::runtime_error("--method " + text + " must be ALLOCATOR,SELECTOR,CODEC");
-  return {text, {part[0], part[1], part[2]}};
+  const auto names = split_names(text);
+  if (names.size() != 3) throw std::runtime_error("--method " + text + " must be ALLOCATOR,SELECTOR,CODEC");
+  return {text, {names[0], names[1], names[2]}};
 }
 
 struct Score {
@@ -113,30 +105,6 @@ Score answer(Engine& engine, kvt::AnyCache& cache, const Prompt& prompt) {
   return *best;
 }
 
-// Mean and standard error over samples.
-struct Mean {
-  double value = 0, error = 0;
-
-  static Mean of(const std::vector<double>& x) {
-    const auto n = static_cast<double>(x.size());
-    Mean m{std::accumulate(x.begin(), x.end(), 0.0) / n, 0};
-    double squares = 0;
-    for (const double v : x) squares += (v - m.value) * (v - m.value);
-    if (n > 1) m.error = std::sqrt(squares / (n - 1) / n);
-    return m;
-  }
-  // Of means that do not depend on one another.
-  static Mean over(const std::vector<Mean>& parts) {
-    Mean m;
-    for (const Mean& p : parts) {
-      m.value += p.value / static_cast<double>(parts.size());
-      m.error += p.error * p.error;
-    }
-    m.error = std::sqrt(m.error) / static_cast<double>(parts.size());
-    return m;
-  }
-};
-
 struct Summary {
   Mean exact, partial, log_prob, rows_share, bytes;
 
@@ -189,7 +157,7 @@ class Benchmark {
     Summary mean;  // of the tasks that are solved
   };
 
-  // What is cut from one cache: methods that want the same observed of it.
+  // What one method cuts from a cache.
   struct Run {
     const Method& method;
     std::span<const Retention> retentions;
@@ -304,39 +272,23 @@ json Benchmark::key(const Prompt& prompt, const Method& method, const Retention&
 }
 
 std::vector<std::vector<Benchmark::Run>> Benchmark::groups() const {
-  std::map<std::pair<std::string, std::pair<std::uint32_t, int>>, std::vector<Run>> groups;
-  const auto add = [&](const Run& run) { groups[{run.method.names.codec, observed_by(run.method.names)}].push_back(run); };
-  add({full_cache, std::span(&everything, 1)});
-  for (const auto& method : methods_) add({method, retentions_});
-  std::vector<std::vector<Run>> all;
-  for (auto& [key, runs] : groups) all.push_back(std::move(runs));
-  return all;
+  std::vector<Run> runs = {{full_cache, std::span(&everything, 1)}};
+  for (const auto& method : methods_) runs.push_back({method, retentions_});
+  return sharing_prefill(runs, [](const Run& run) { return run.method.names; });
 }
 
 void Benchmark::run_group(const Prompt& prompt, const std::vector<Run>& group, Progress& progress) {
-  CountingResource memory;
-  std::unique_ptr<kvt::AnyCache> whole;
-  const auto prefilled = [&]() -> const kvt::AnyCache& {
-    if (whole) return *whole;
-    kvt::CacheOptions told = o_.common.zones;
-    for (const auto& run : group) told = told_of(*model_, run.method.names, told);
-    whole = make_counted_cache(group.front().method.names, *model_, told, memory);
-    prefill(*engine_, *whole, prompt.context, o_.common.chunk);
-    if (wants_repetition(*whole)) repeat_context(*engine_, *whole, *tokenizer_, prompt.context, o_.common.chunk);
-    return *whole;
-  };
+  std::vector<kvt::Composition> served;
+  for (const auto& run : group) served.push_back(run.method.names);
+  SharedPrefill whole(*model_, o_.common.zones, served,
+                      [&](kvt::AnyCache& cache) { prefill(*engine_, cache, *tokenizer_, prompt.context, o_.common.chunk); });
   for (const auto& [method, retentions] : group) {
     for (const auto& retention : retentions) {
       const json name = key(prompt, method, retention);
       if (results_.find(name) == nullptr) {
-        const kvt::AnyCache& from = prefilled();
-        const long long before = measured_bytes(from, memory);
-        std::unique_ptr<kvt::AnyCache> cache;
-        check(from.fork(cache));
-        set_policies(*cache, method.names);
-        retention.budget.apply(*cache);
+        const auto cache = whole.cut(method.names, retention.budget);
         const double rows = mean_rows(*cache);
-        const auto bytes = static_cast<double>(memory.outstanding() - before);
+        const auto bytes = static_cast<double>(whole.bytes_of(*cache));
         Score score = answer(*engine_, *cache, prompt);
         score.rows_share = rows / static_cast<double>(prompt.context.size());
         score.bytes = bytes;
