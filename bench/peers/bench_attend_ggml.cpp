@@ -456,8 +456,10 @@ void plot(const Options& o, const json& results) {
   std::string script =
       "set terminal svg size 900,450 font 'sans,12' background '#ffffff'\nset output '" + o.plot_path +
       "'\nset multiplot layout 1," + std::to_string(o.shapes.size()) +
-      "\nset termoption noenhanced\nset logscale xy\nset xlabel 'cached rows'\nset ylabel 'ns a row and layer'\nset xtics 2\n"
-      "set grid linetype 1 linecolor rgb '#dddddd'\nset key bottom left\n";
+      "\nset termoption noenhanced\nset logscale xy\nset xlabel 'cached rows'\nset ylabel 'ns a row and layer'\nset xtics "
+      "1024,2\n"
+      "set grid linetype 1 linecolor rgb '#dddddd'\nset key below\nset linetype 5 linecolor rgb '#b2182b'\n"
+      "set autoscale xfix\n";
   for (const auto& shape : o.shapes) {
     std::map<std::string, std::map<int, double>> lines;
     for (const json& r : results) {
@@ -473,7 +475,8 @@ void plot(const Options& o, const json& results) {
       script += data + " << END\n";
       for (const auto& [rows, time] : points) script += std::to_string(rows) + ' ' + std::to_string(time) + '\n';
       script += "END\n";
-      draw += (draw.empty() ? "plot " : ", ") + data + " with linespoints linewidth 1.5 title '" + name + "'";
+      draw += (draw.empty() ? "plot " : ", ") + data + " with linespoints linewidth 1.5 pointtype 7 pointsize .5 title '" +
+              name + "'";
     }
     script += "set title '" + shape + " (query heads/KV heads/head dim)'\n" + draw + '\n';
   }
