@@ -31,14 +31,8 @@ struct Caches {
     }
     queries = bench::random_floats(static_cast<std::size_t>(shape.num_q_heads * shape.head_dim));
     out.assign(queries.size(), NAN);
-    // Rounding to fp32, or queries and weights to 16 bits; a lost row makes 1 / sqrt(rows). Bytes, with AVX2 alone, make more.
-#if defined(KVT_HOST_AVX2) && !defined(KVT_HOST_AVX512)
-    constexpr double of_codes = 0.03;
-#else
-    constexpr double of_codes = 1e-3;
-#endif
     const bool dense = codec == "fp16" || codec == "bf16" || codec == "fp32" || codec == "dense";
-    check(shape, rows, dense ? 1e-5 : of_codes);
+    check(shape, rows, bench::error_bound(dense));
   }
 
   void attend(std::size_t i, int position) {
