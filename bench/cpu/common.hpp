@@ -96,10 +96,10 @@ kvt::Status fill(Cache<Codec>& cache, const kvt::Geometry& shape, int rows) {
   return fill(cache, shape, keys, random_rows(rows, shape.num_kv_heads, shape.head_dim));
 }
 
-// What attention may be wrong by, as a share of its answer: rounding to fp32, or queries and weights to 16 bits; a lost row
-// makes 1 / sqrt(rows). Bytes, with AVX2 alone, make more.
+// What attention may be wrong by, as a share of its answer: rounding to fp32, or queries and weights to 16 bits or to bytes; a
+// lost row makes 1 / sqrt(rows).
 inline double error_bound(bool dense) {
-#if defined(KVT_HOST_AVX2) && !defined(KVT_HOST_AVX512)
+#if defined(KVT_HOST_AVX2)
   constexpr double of_codes = 0.03;
 #else
   constexpr double of_codes = 1e-3;

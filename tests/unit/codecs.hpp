@@ -72,7 +72,7 @@ struct HostUnits {
 };
 template <class Codec>
 HostUnits host_units() {
-#if defined(KVT_HOST_AVX2) && !defined(KVT_HOST_AVX512)
+#if defined(KVT_HOST_AVX2)
   if constexpr (requires { typename Codec::codec_types; }) {  // OneOf
     return [&]<class... Each>(std::type_identity<std::tuple<Each...>>) {
       return HostUnits{std::max({host_units<Each>().query...}), std::max({host_units<Each>().weight...})};
@@ -85,8 +85,12 @@ HostUnits host_units() {
     return {host_units<typename Codec::Rows>().query, 0};     // sums are those of decoded rows
   } else if constexpr (requires { typename Codec::Integers; }) {
     if constexpr (!Codec::tiled) return {};
+#if defined(KVT_HOST_AVX512)
+    if (Codec::Integers::coarse) return {0, 1 / 255.0};  // of weights alone
+#else
     constexpr double more = std::max(1.0, Codec::Integers::most / 64.0);
     if (Codec::Integers::coarse) return {more / 127, more / 255};
+#endif
   }
 #endif
   return {};

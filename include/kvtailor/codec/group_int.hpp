@@ -227,12 +227,21 @@ struct GroupInt
     static constexpr bool has_least = !symmetric, coarse = false;
     using TileRows::TileRows;
 
-    template <int k, int plus>
-    KVT_INLINE static __m256i column(const unsigned char* tile) {
+#if defined(KVT_HOST_AVX512)
+    static constexpr bool strided = false;
+    static constexpr int period = dim / group_size;
+    template <int u, int plus, class Tile>
+    KVT_INLINE static __m512i column(const Tile& tile, int w) {
       static_assert(plus == offset);
-      const __m256i code = Codes<group_size>::template column<k % 8>(tile + tile_codes, k / 8);
-      return bits == 8 && symmetric ? _mm256_xor_si256(code, _mm256_set1_epi8(static_cast<char>(half))) : code;
+      return raised(Codes<group_size>::template column<u>(tile + tile_codes, w));
     }
+#else
+    template <int k, int plus>
+    KVT_INLINE static __m256i column(detail::OneTile tile) {
+      static_assert(plus == offset);
+      return raised(Codes<group_size>::template column<k % 8>(tile + tile_codes, k / 8));
+    }
+#endif
     KVT_INLINE __m256 scales(int row, int g) const { return numbers(row, header_bytes / 2 * g); }
     // Of integers around zero: half a code less.
     KVT_INLINE __m256 leasts(int row, int g) const {
@@ -241,6 +250,10 @@ struct GroupInt
     }
 
    private:
+    template <class Reg>
+    KVT_INLINE static Reg raised(Reg code) {
+      return bits == 8 && symmetric ? code ^ detail::all_bytes<Reg>(half) : code;
+    }
     KVT_INLINE __m256 numbers(int row, int which) const {
       return detail::load_eight(reinterpret_cast<const Half*>(this->tile(row)) + 8 * which);
     }

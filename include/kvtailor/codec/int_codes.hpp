@@ -84,23 +84,56 @@ struct IntCodes {
       return _mm256_or_si256(low, _mm256_andnot_si256(unset, _mm256_set1_epi32(1 << width)));
     }
   }
-  // Codes 4 k .. 4 k + 3 of eight rows, one a byte: of the group `group` of tiles of groups.
-  template <int k>
-  KVT_INLINE static __m256i column(const unsigned char* tile, int group) requires(stride % 4 == 0 && high_bytes % 4 == 0) {
+  // Codes 4 k .. 4 k + 3 of each row, one a byte: of the group `group` of tiles of groups.
+  template <int k, class Tile>
+  KVT_INLINE static auto column(const Tile& tile, int group) requires(stride % 4 == 0 && high_bytes % 4 == 0) {
     const int first = group * bytes / 4;
-    const __m256i low = plane_codes<width, stride, k>(tile, first + high_bytes / 4);
+    const auto low = plane_codes<width, stride, k>(tile, first + high_bytes / 4);
     if constexpr (high_bytes == 0) {
       return low;
     } else {
-      // Byte k / 2 of a row has the bits of eight elements.
-      const __m256i place = _mm256_set1_epi32(k % 2 == 0 ? 0x08040201 : static_cast<int>(0x80402010u));
-      const __m256i from =
-          _mm256_add_epi8(_mm256_set1_epi32(0x01010101 * (k / 2 % 4)),
-                          _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c));
-      const __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(tile_words(tile, first + k / 8), from), place);
-      return _mm256_or_si256(low, _mm256_and_si256(_mm256_cmpeq_epi8(bit, place), _mm256_set1_epi8(1 << width)));
+      return with_high_bits<k>(tile, first, low);
     }
   }
+
+ private:
+  // Byte k / 2 of a row has the bits of eight elements.
+  static constexpr int high_place(int k) { return k % 2 == 0 ? 0x08040201 : static_cast<int>(0x80402010u); }
+#if defined(KVT_HOST_AVX512)
+  template <int k>
+  KVT_INLINE static __m512i with_high_bits(const TilePair& tiles, int first, __m512i low) {
+    const __m128i from =
+        _mm_add_epi8(_mm_set1_epi32(0x01010101 * (k / 2 % 4)), _mm_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    const __m512i bytes_of_rows = _mm512_shuffle_epi8(tile_words(tiles, first + k / 8), _mm512_broadcast_i32x4(from));
+    return with(low, bytes_of_rows, _mm512_set1_epi32(high_place(k)));
+  }
+  // Turned, the bits of an element lie four times side by side.
+  template <int k>
+  KVT_INLINE static __m512i with_high_bits(const TurnedPair& tiles, int first, __m512i low) {
+    const __m512i place = _mm512_broadcast_i32x4(turned_place(high_place(k)));
+    const __m512i word = tile_words(tiles, first + k / 8);  // bytes 0 of four rows, bytes 1, ...
+    return with(low, _mm512_shuffle_epi32(word, static_cast<_MM_PERM_ENUM>(0x55 * (k / 2 % 4))), place);
+  }
+  KVT_INLINE static __m128i turned_place(int place) {
+    return _mm_setr_epi32(0x01010101 * (place & 255), 0x01010101 * (place >> 8 & 255), 0x01010101 * (place >> 16 & 255),
+                          static_cast<int>(0x01010101u * (static_cast<unsigned>(place) >> 24)));
+  }
+  KVT_INLINE static __m512i with(__m512i low, __m512i high_bytes_of_rows, __m512i place) {
+    return _mm512_mask_add_epi8(low, _mm512_test_epi8_mask(high_bytes_of_rows, place), low, _mm512_set1_epi8(1 << width));
+  }
+#else
+  template <int k>
+  KVT_INLINE static __m256i with_high_bits(OneTile tile, int first, __m256i low) {
+    const __m256i place = _mm256_set1_epi32(high_place(k));
+    const __m256i from =
+        _mm256_add_epi8(_mm256_set1_epi32(0x01010101 * (k / 2 % 4)),
+                        _mm256_setr_epi32(0, 0x04040404, 0x08080808, 0x0c0c0c0c, 0, 0x04040404, 0x08080808, 0x0c0c0c0c));
+    const __m256i bit = _mm256_and_si256(_mm256_shuffle_epi8(tile_words(tile, first + k / 8), from), place);
+    return _mm256_or_si256(low, _mm256_and_si256(_mm256_cmpeq_epi8(bit, place), _mm256_set1_epi8(1 << width)));
+  }
+#endif
+
+ public:
 #endif
   template <class Bytes>
   KVT_HD KVT_INLINE static int at(const Bytes& from, int i) {

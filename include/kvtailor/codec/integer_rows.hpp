@@ -1,14 +1,14 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Attention on rows of small integers, on a host with AVX2. Rows lie in tiles of eight (see row_wise.hpp), so that a register
-// holds four elements of each of eight rows: sums of keys need no lanes to be added up, and one shuffle of bytes turns four
-// rows and four elements round for values.
+// Attention on rows of small integers, on a host with AVX2; wide_rows.hpp has it with AVX-512. Rows lie in tiles of eight (see
+// row_wise.hpp), so that a register holds four elements of each of eight rows: sums of keys need no lanes to be added up, and
+// one shuffle of bytes turns four rows and four elements round for values.
 //
 // Rows are seen through a type R:
 //   size, group            elements of a row, and of those that share a scale; multiples of 8
 //   most                   the largest magnitude an integer has, at most 128
-//   coarse                 its own error allows for queries and weights of a byte
+//   coarse                 its own error allows for queries and weights of a byte (with AVX-512, of weights alone)
 //   tile_bytes             of a tile
 //   tile(row)              rows row .. row + 7, which begin a tile
 //   column<k, plus>(tile)  integers 4 k .. 4 k + 3 of each row, plus `offset`, so that none is below zero, or plus 0
@@ -16,8 +16,7 @@
 //   leasts(row, g)         there. What is added then, if has_least.
 //   offsets                instead of `offset`, if keys have one for each element: int32 [size]
 //
-// Products are of 16 bits, sums of 32. Coarse rows are multiplied by bytes where there is no instruction for sums of products,
-// and added up in 16 bits as long as they fit.
+// Products are of 16 bits, sums of 32. Coarse rows are multiplied by bytes, and added up in 16 bits as long as they fit.
 //
 // Error:   queries are rounded to 2^-16 of their largest element, or 2^-31 dim most of their norm where that is more; weights
 //          times scales to 2^-16 of the largest weight of 128 rows, or 2^-32 most of their sum, times the largest scale. Below
@@ -27,126 +26,20 @@
 //          64/most as many units.
 #pragma once
 
-#include "kvtailor/core/half.hpp"
-#include "kvtailor/core/lanes.hpp"
-#include "kvtailor/core/simd.hpp"
-#if defined(KVT_HOST_AVX2)
+#include "kvtailor/codec/wide_rows.hpp"
+#if defined(KVT_HOST_AVX2) && !defined(KVT_HOST_AVX512)
 
-#include <algorithm>
-#include <cmath>
-#include <cstdint>
-#include <cstring>
 #include <numeric>
 #include <type_traits>
-#include <utility>
 
 namespace kvt::inline v0::detail {
 
-KVT_INLINE __m256i load_bytes(const void* from) { return _mm256_loadu_si256(static_cast<const __m256i*>(from)); }
-// Bytes of an aligned table of `size` bytes, 16 to 64. Bits above an index do not matter, but the highest must not be set.
-template <int size>
-KVT_INLINE __m256i look_up_bytes(const std::int8_t* table, __m256i index) {
-  if constexpr (size == 16) {
-    return _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_load_si128(reinterpret_cast<const __m128i*>(table))), index);
-  } else {
-#if defined(KVT_HOST_AVX512)
-    // The masked form: gcc 12 warns of an uninitialised value inside the plain one.
-    if constexpr (size == 32) return _mm256_maskz_permutexvar_epi8(0xffffffff, index, load_bytes(table));
-    if constexpr (size == 64) return _mm256_permutex2var_epi8(load_bytes(table), index, load_bytes(table + 32));
-#endif
-    constexpr int top = size == 32 ? 4 : 5;  // the highest bit of an index
-    __m256i upper = index;
-    for (int bit = top; bit < 7; ++bit) upper = _mm256_add_epi8(upper, upper);  // no shift: these are needed elsewhere
-    return _mm256_blendv_epi8(look_up_bytes<size / 2>(table, index), look_up_bytes<size / 2>(table + size / 2, index), upper);
-  }
-}
 // sum + the products of 16-bit numbers, two by two
 KVT_INLINE __m256i add_products(__m256i sum, __m256i a, __m256i b) {
   // Written out, since GCC copies the sums of built-in functions to and fro.
-#if defined(KVT_HOST_AVX512)
-  asm("vpdpwssd %2, %1, %0" : "+v"(sum) : "v"(a), "v"(b));
-#else
   const __m256i two = _mm256_madd_epi16(a, b);
   asm("vpaddd %1, %0, %0" : "+x"(sum) : "x"(two));
-#endif
   return sum;
-}
-
-// f<0>(), f<1>(), ... Compilers keep arrays in registers only if their indices are constants from the start.
-template <int count, class F>
-KVT_INLINE void each(F f) {
-  [&]<int... i>(std::integer_sequence<int, i...>) KVT_INLINE_LAMBDA { (f.template operator()<i>(), ...); }
-  (std::make_integer_sequence<int, count>{});
-}
-// f<many>(j) for vectors j .. j + many - 1: `most` at a time, and once for those that are left.
-template <int most, class F>
-KVT_INLINE void each_batch(int m, F f, int j = 0) {
-  for (; j + most <= m; j += most) f.template operator()<most>(j);
-  if constexpr (most > 1) {
-    if (j < m) each_batch<most - 1>(m, f, j);
-  }
-}
-
-inline constexpr int most_integer_vectors = 8, most_integer_rows = 128;  // at once
-
-// Eight words of four bytes, one of each row of a tile.
-KVT_INLINE __m256i tile_words(const unsigned char* tile, int word) { return load_bytes(tile + 32 * word); }
-// Codes of `width` bits of elements 4 k .. 4 k + 3, one a byte, from a plane in which byte j of `stride` holds elements j,
-// j + stride, j + 2 stride, ... from the low bits up. It begins at a word of the tile.
-template <int width, int stride, int k>
-KVT_INLINE __m256i plane_codes(const unsigned char* tile, int first_word) {
-  static_assert(stride % 4 == 0);
-  const __m256i words = tile_words(tile, first_word + k % (stride / 4));
-  if constexpr (width == 8) {
-    return words;
-  } else {
-    return _mm256_and_si256(_mm256_srli_epi16(words, k / (stride / 4) * width), _mm256_set1_epi8((1 << width) - 1));
-  }
-}
-// Codes of 1 or 2 bits wherever they are in the lower or upper half of their byte, which spares a shift.
-template <int width, int stride, int k>
-KVT_INLINE __m256i placed_codes(const unsigned char* tile, int first_word) {
-  constexpr int shift = k / (stride / 4) * width;
-  const __m256i words = tile_words(tile, first_word + k % (stride / 4));
-  return _mm256_and_si256(shift < 4 ? words : _mm256_srli_epi16(words, 4), _mm256_set1_epi8(((1 << width) - 1) << shift % 4));
-}
-// Bytes to look up for those: number i of `all` for code i, in each place.
-template <int width>
-struct PlacedBytes {
-  alignas(16) std::int8_t byte[16] = {};
-  constexpr explicit PlacedBytes(const std::int8_t* all) {
-    for (int i = 0; i < 1 << width; ++i) {
-      for (int shift = 0; shift < 4; shift += width) byte[i << shift] = all[i];
-    }
-  }
-};
-// One bit of a plane's codes as the highest bit of each byte, above what is no part of it.
-template <int width, int stride, int k, int bit>
-KVT_INLINE __m256i plane_bit(const unsigned char* tile, int first_word) {
-  return _mm256_slli_epi16(tile_words(tile, first_word + k % (stride / 4)), 7 - k / (stride / 4) * width - bit);
-}
-// Four words of four bytes turned round, in either half: bytes 0 of all words, then bytes 1, ...
-KVT_INLINE __m256i turned(__m256i x) {
-  const __m128i from = _mm_setr_epi8(0, 4, 8, 12, 1, 5, 9, 13, 2, 6, 10, 14, 3, 7, 11, 15);
-  return _mm256_shuffle_epi8(x, _mm256_broadcastsi128_si256(from));
-}
-KVT_INLINE __m256 to_floats(__m128i halves) {
-#if defined(__F16C__)
-  return _mm256_cvtph_ps(halves);
-#else
-  alignas(16) Half from[8];
-  alignas(32) float x[8];
-  _mm_store_si128(reinterpret_cast<__m128i*>(from), halves);
-  load_floats<8>(from, x);
-  return _mm256_load_ps(x);
-#endif
-}
-// fp16 numbers 0 .. 7; zeros from `count` on, which are not read.
-KVT_INLINE __m256 load_eight(const Half* from, int count = 8) {
-  if (count >= 8) return to_floats(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
-  alignas(32) float x[8] = {};
-  for (int i = 0; i < count; ++i) x[i] = to_float(from[i]);
-  return _mm256_load_ps(x);
 }
 
 // What follows knows nothing of codecs, so that one copy of each function serves all of them:
@@ -214,7 +107,6 @@ struct Words {
   }
 };
 
-#if !defined(KVT_HOST_AVX512)
 // Queries and weights of a byte; weights have no sign. A register of either has four bytes eight times. `fit` is how many
 // products of registers fit in 16 bits when they are added up.
 struct Bytes {
@@ -275,7 +167,6 @@ struct Bytes {
     }
   }
 };
-#endif
 
 template <class Factors, int many, int fit>
 [[gnu::noinline]] void multiply_keys(const __m256i* x, int tiles, int columns, int groups, const __m256i* q,
@@ -306,52 +197,9 @@ template <class Factors, int many, int fit>
   }
 }
 
-KVT_INLINE __m256 magnitude(__m256 x) { return _mm256_andnot_ps(_mm256_set1_ps(-0.f), x); }
-KVT_INLINE float largest_of(__m256 x) {
-  __m128 four = _mm_max_ps(_mm256_castps256_ps128(x), _mm256_extractf128_ps(x, 1));
-  four = _mm_max_ps(four, _mm_movehl_ps(four, four));
-  return _mm_cvtss_f32(_mm_max_ss(four, _mm_movehdup_ps(four)));
-}
-
-// The largest magnitude in x [dim], and its norm or, where squares do not fit, a little more.
-template <int dim>
-struct VectorSize {
-  float largest, norm;
-
-  explicit VectorSize(const float* x) {
-    __m256 square = _mm256_setzero_ps(), most = square;
-    for (int d = 0; d < dim; d += 8) {
-      const __m256 v = _mm256_loadu_ps(x + d);
-      square = _mm256_fmadd_ps(v, v, square);
-      most = _mm256_max_ps(most, magnitude(v));
-    }
-    const float total = sum(square);
-    largest = largest_of(most);
-    norm = std::isinf(total) ? largest * root() : std::sqrt(total);
-  }
-  static constexpr float root() {  // of dim, or a little more
-    int r = 1;
-    while (r * r < dim) ++r;
-    return static_cast<float>(r);
-  }
-};
-
-// Numbers times this are at most `to`, and their total at most `most`. Zero if they are as good as zero, or no numbers.
-KVT_INLINE float integer_factor(float to, float largest, float total, float most) {
-  return largest > 1e-30f && total < 3e38f ? std::min(to / largest, most / total) : 0.f;
-}
-// What the integers are multiplied by: not a number if any of them was none.
-KVT_INLINE float integer_unit(float factor, float total) {
-  return factor != 0 ? 1 / factor : total < 3e38f ? 0.f : std::nanf("");
-}
-
 template <class R>
 struct IntegerRows {
-#if defined(KVT_HOST_AVX512)
-  using Factors = Words;
-#else
   using Factors = std::conditional_t<R::coarse, Bytes, Words>;
-#endif
   static constexpr bool bytes = !std::is_same_v<Factors, Words>;
   static constexpr int dim = R::size, groups = dim / R::group, columns = dim / 4, group_columns = R::group / 4;
   static constexpr int most_vectors = most_integer_vectors, most_rows = most_integer_rows, batch = 4;
@@ -459,13 +307,6 @@ struct IntegerRows {
       }
     }
   };
-  // Unsigned, since what is no number becomes the lowest one.
-  static std::uint32_t sum_of_words(__m256i x) {
-    alignas(32) std::uint32_t eight[8];
-    _mm256_store_si256(reinterpret_cast<__m256i*>(eight), x);
-    return std::accumulate(eight, eight + 8, std::uint32_t{0});
-  }
-
   template <class Lanes>
   static void some_logits(const Lanes& lanes, bool first_time, const R& rows, int first, int n, const Queries& query,
                           float* out, int stride) {
@@ -594,18 +435,7 @@ struct IntegerRows {
   // as many rows as it is worth: small weights count together, as those beside the first row of a text. Whether there are
   // weights below zero.
   static bool weights_to_bytes(const float* weights, const float* scale, int tiles, int sign, Weights& to, int j) {
-    struct Thresholds {
-      alignas(32) float of[most_rows] = {};
-      constexpr Thresholds() {
-        double x = 0.5;
-        for (float& t : of) {
-          t = static_cast<float>(x) * 0.999f;
-          x += 0.6180339887498949;
-          x -= x >= 1 ? 1 : 0;
-        }
-      }
-    };
-    static constexpr Thresholds threshold;
+    static constexpr GoldenSteps<most_rows> threshold;
     __m256 total = _mm256_setzero_ps(), most = total, least = total;
     alignas(32) float product[most_rows];
     for (int row = 0; row < 8 * tiles; row += 8) {

@@ -177,27 +177,51 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   }
 
 #if defined(KVT_HOST_AVX2)
+  // Bits of planes; there are one or two.
+  static constexpr int widest = bits >= 4   ? 4
+                                : bits >= 2 ? 2
+                                            : 1,
+                       narrower = bits - widest, narrowest = narrower > 0 ? narrower : widest;
   using TileRows = typename LloydMax::Tiles;
   struct Integers : TileRows {
     static constexpr int size = dim, group = dim, most = level(num_levels - 1), offset = most;
     static constexpr bool has_least = false, coarse = bits <= 4;
     using TileRows::TileRows;
 
+#if defined(KVT_HOST_AVX512)
+    static constexpr bool strided = true;
+    static constexpr int period = dim * narrowest / 32;
+    template <int u, int plus, class Tile>
+    KVT_INLINE static __m512i column(const Tile& tile, int w) {
+      return levels_of<u * period, plus>(tile, w);
+    }
+#else
     template <int k, int plus>
-    KVT_INLINE static __m256i column(const unsigned char* tile) {
+    KVT_INLINE static __m256i column(detail::OneTile tile) {
       return levels_of<k, plus>(tile);
     }
+#endif
     KVT_INLINE __m256 scales(int row, int) const {
       const auto* const from = reinterpret_cast<const Scale*>(this->block) + row;
       return _mm256_mul_ps(detail::load_eight(from, this->n - row), _mm256_set1_ps(unit));
     }
   };
   // Of elements 4 k .. 4 k + 3 of the rows of a tile, plus `plus`.
+#if defined(KVT_HOST_AVX512)
+  // Of column k + w, where the narrowest plane has no end between the two.
+  template <int k, int plus, class Tile>
+  KVT_INLINE static __m512i levels_of(const Tile& tile, int w) {
+    if constexpr (narrower == 0) {
+      return detail::plane_values<LevelBytes<plus>, widest, dim * widest / 8, k>(tile, w);
+    } else {
+      return detail::joined_values<LevelBytes<plus>, widest, narrower, dim * widest / 8, dim * narrower / 8, k>(
+          tile, w, dim * widest / 32 + w);
+    }
+  }
+#else
   template <int k, int plus>
-  KVT_INLINE static __m256i levels_of(const unsigned char* tile) {
-#if !defined(KVT_HOST_AVX512)
+  KVT_INLINE static __m256i levels_of(detail::OneTile tile) {
     if constexpr (bits > 4) return level_by_bits<k, plus, bits - 4>(tile);
-#endif
     static constexpr LevelBytes<plus> levels;
     if constexpr (bits <= 2) {
       static constexpr detail::PlacedBytes<bits> placed(levels.byte);
@@ -209,6 +233,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
     append_plane<1, k>(tile, code);
     return detail::look_up_bytes<sizeof levels.byte>(levels.byte, code);
   }
+#endif
 #endif
 
  private:
@@ -266,6 +291,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
       for (int i = 0; i < count; ++i) byte[i] = static_cast<std::int8_t>(level(i * step + low) + plus);
     }
   };
+#if !defined(KVT_HOST_AVX512)
   // The highest four bits of a code are an index into tables of its lower ones, whose bits choose: the lowest `left` of them
   // are to be met, those above are `low`.
   template <int k, int plus, int left, int low = 0>
@@ -287,6 +313,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
       code = bits_above(width) == 0 ? low : _mm256_or_si256(_mm256_slli_epi16(code, width), low);
     }
   }
+#endif
   // Eight elements in a row lie in eight bytes of every plane.
   static constexpr bool whole_eights() {
     for (int width = 4; width > 0; width /= 2) {

@@ -65,10 +65,19 @@ struct ChannelCodes : RowCodec<ChannelCodes<bits, dim>, dim, 0, IntCodes<bits, d
     const std::int32_t* offsets;
     Integers(const std::byte* from, int rows, const std::int32_t* zero) : TileRows(from, rows), offsets(zero) {}
 
+#if defined(KVT_HOST_AVX512)
+    static constexpr bool strided = true;
+    static constexpr int period = Codes::high_bytes == 0 ? Codes::stride / 4 : 1;
+    template <int u, int plus, class Tile>
+    KVT_INLINE static __m512i column(const Tile& tile, int w) {
+      return Codes::template column<u * period>(tile + 32 * w, 0);
+    }
+#else
     template <int k, int plus>
-    KVT_INLINE static __m256i column(const unsigned char* tile) {
+    KVT_INLINE static __m256i column(detail::OneTile tile) {
       return Codes::template column<k>(tile, 0);
     }
+#endif
     KVT_INLINE __m256 scales(int, int) const { return _mm256_set1_ps(1); }
   };
 #endif

@@ -139,17 +139,31 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
   }
 
 #if defined(KVT_HOST_AVX2)
+  static constexpr int code_words = Trellis::code_bytes / 4;
   using TileRows = typename Trellis::Tiles;
   struct Integers : TileRows {
     static constexpr int size = dim, group = dim, most = *std::max_element(Table::size, std::end(Table::size)), offset = most;
     static constexpr bool has_least = false, coarse = true;
     using TileRows::TileRows;
 
+#if defined(KVT_HOST_AVX512)
+    static constexpr bool strided = 8 % bits == 0;
+    static constexpr int period = strided ? code_words : dim / 32;
+    template <int u, int plus>
+    KVT_INLINE static __m512i column(const detail::TilePair& tiles, int w) {
+      return values_of<plus>(states_of<u>(tiles, w));
+    }
+    template <int u, int plus>
+    KVT_INLINE static __m512i column(const detail::TurnedPair& tiles, int w) {
+      return values_of<plus>(detail::turned(states_of<u>(tiles.plain, w)));
+    }
+#else
     template <int k, int plus>
-    KVT_INLINE static __m256i column(const unsigned char* tile) {
+    KVT_INLINE static __m256i column(detail::OneTile tile) {
       const __m256i value = values_of(states_of<k>(tile));
       return plus == 0 ? value : _mm256_add_epi8(value, _mm256_set1_epi8(static_cast<char>(plus)));
     }
+#endif
     KVT_INLINE __m256 scales(int row, int) const {
       const auto* const from = reinterpret_cast<const Scale*>(this->block) + row;
       return _mm256_mul_ps(detail::load_eight(from, this->n - row), _mm256_set1_ps(1.f / Search::table_grid));
@@ -252,15 +266,61 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     return (first | second << 8) >> first_bit(d) % 8 & (num_states - 1);
   }
 
-#if defined(KVT_HOST_AVX2)
+#if defined(KVT_HOST_AVX512)
+  // The table by bytes. The numbers that belong to the lower and to the upper four bits of a state, joined by exclusive or,
+  // have the number of its size below, and its sign as bit 6. A permutation of bytes looks at six bits, so that what lies
+  // beside the four is of no matter; the upper four are bits 2 to 5 of what is looked up.
+  template <int plus>
+  struct Bytes {
+    alignas(64) std::int8_t low[64], high[64], above[64], below[64];
+    constexpr Bytes() : low(), high(), above(), below() {
+      for (int i = 0; i < 64; ++i) {
+        low[i] = part(i & 15);
+        high[i] = part(i >> 2 << 4);
+        const int size = Table::size[i & ((1 << (bits + 2)) - 1)];
+        above[i] = static_cast<std::int8_t>(plus + size);
+        below[i] = static_cast<std::int8_t>(plus - size);
+      }
+    }
+    static constexpr std::int8_t part(int state) {
+      return static_cast<std::int8_t>(index_of(state) + (parity(state & Table::sign) ? 64 : 0));
+    }
+  };
+  // Of column u of the w-th run of columns (see wide_rows.hpp), one a byte; more bits than those of a state may be left above
+  // them.
+  template <int u>
+  KVT_INLINE static __m512i states_of(const detail::TilePair& tiles, int w) {
+    if constexpr (8 % bits == 0) {
+      return bits_from<u * bits>(tiles, w);
+    } else {
+      // Three bits apart, in either half of eight bytes.
+      const __m512i place = _mm512_set1_epi64(0x2926232009060300);
+      return _mm512_maskz_multishift_epi64_epi8(~__mmask64{0}, place, bits_from<12 * u % 32>(tiles, 3 * w + 12 * u / 32));
+    }
+  }
+  // Bits of each row's ring, from a bit of a word on.
+  template <int bit>
+  KVT_INLINE static __m512i bits_from(const detail::TilePair& tiles, int word) {
+    const __m512i now = detail::tile_words(tiles, word);
+    if constexpr (bit == 0) {
+      return now;
+    } else {
+      return _mm512_shrdi_epi32(now, detail::tile_words(tiles, word + 1 < code_words ? word + 1 : 0), bit);
+    }
+  }
+  template <int plus>
+  KVT_INLINE static __m512i values_of(__m512i state) {
+    static constexpr Bytes<plus> table;
+    // What is left above a state is in no parity.
+    const __m512i low = detail::look_up_bytes(table.low, state);
+    const __m512i high = detail::look_up_bytes(table.high, detail::shift_right(state, 2));
+    return _mm512_permutex2var_epi8(_mm512_load_si512(table.above), low ^ high, _mm512_load_si512(table.below));
+  }
+#elif defined(KVT_HOST_AVX2)
+  static constexpr bool halves = bits == 3;
   // The table by bytes. The numbers that belong to the lower and to the upper four bits of a state, joined by exclusive or,
   // have the number of its size below, and its sign as bit 6. Bit 5, if that number leaves it free, is set. Of `halves`, bit 4
   // of that number is bit 7, where it makes a look-up give zero.
-#if defined(KVT_HOST_AVX512)
-  static constexpr bool halves = false;
-#else
-  static constexpr bool halves = bits == 3;
-#endif
   struct Bytes {
     static constexpr int num_sizes = 1 << (bits + 2);
     alignas(16) std::int8_t low[16] = {}, high[16] = {};
@@ -280,9 +340,8 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
   // Of elements 4 k .. 4 k + 3 of the rows of a tile, one a byte; more bits than those of a state may be left above them.
   template <int k>
   KVT_INLINE static __m256i states_of(const unsigned char* tile) {
-    constexpr int words = Trellis::code_bytes / 4;
     if constexpr (8 % bits == 0) {
-      return bits_from<k % words, k / words * bits>(tile);
+      return bits_from<k % code_words, k / code_words * bits>(tile);
     } else {
       // Three bits apart: the upper words move up, then the upper bytes of all words.
       const __m256i first = bits_from<12 * k / 32, 12 * k % 32, 3 * bits + window>(tile);
@@ -296,7 +355,7 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     const __m256i now = detail::tile_words(tile, word);
     if constexpr (bit == 0) return now;
     if constexpr (bit + count <= 32) return _mm256_srli_epi32(now, bit);
-    const __m256i next = detail::tile_words(tile, (word + 1) % (Trellis::code_bytes / 4));
+    const __m256i next = detail::tile_words(tile, (word + 1) % code_words);
     return _mm256_or_si256(_mm256_srli_epi32(now, bit), _mm256_slli_epi32(next, 32 - bit));
   }
   KVT_INLINE static __m256i values_of(__m256i state) {

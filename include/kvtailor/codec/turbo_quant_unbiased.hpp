@@ -234,11 +234,29 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
     static constexpr bool has_least = false, coarse = Codes::Integers::coarse;
     using TileRows::TileRows;
 
-    template <int k, int plus>
-    KVT_INLINE static __m256i column(const unsigned char* tile) {
+    template <int plus>
+    struct Signs {
+      std::int8_t byte[2] = {plus - 1, plus + 1};
+    };
+#if defined(KVT_HOST_AVX512)
+    static constexpr bool strided = true;
+    static constexpr int period = sign_bytes / 4;  // of planes of more bits whole multiples
+    template <int u, int plus, class Tile>
+    KVT_INLINE static __m512i column(const Tile& tile, int w) {
+      constexpr int k = u * period;
       if constexpr (4 * k >= dim) {
-        static constexpr std::int8_t sign[2] = {plus - 1, plus + 1};
-        static constexpr detail::PlacedBytes<1> placed(sign);
+        return detail::plane_values<Signs<plus>, 1, sign_bytes, k - dim / 4>(tile, sign_offset / 4 + w);
+      } else if constexpr (bits > 1) {
+        return Codes::template levels_of<k, plus>(tile, w);
+      } else {
+        return _mm512_set1_epi8(plus);
+      }
+    }
+#else
+    template <int k, int plus>
+    KVT_INLINE static __m256i column(detail::OneTile tile) {
+      if constexpr (4 * k >= dim) {
+        static constexpr detail::PlacedBytes<1> placed(Signs<plus>{}.byte);
         return detail::look_up_bytes<16>(placed.byte, detail::placed_codes<1, sign_bytes, k - dim / 4>(tile, sign_offset / 4));
       } else if constexpr (bits > 1) {
         return Codes::template levels_of<k, plus>(tile);
@@ -246,6 +264,7 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
         return _mm256_set1_epi8(plus);
       }
     }
+#endif
     KVT_INLINE __m256 scales(int row, int g) const {
       alignas(32) std::uint32_t some[8] = {};
       const std::byte* pairs = this->block + 4 * row;

@@ -19,7 +19,8 @@
 #endif
 #if defined(__AVX2__) && defined(__FMA__)
 #define KVT_HOST_AVX2
-#if defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512VBMI__) && defined(__AVX512VNNI__)
+#if defined(__AVX512VL__) && defined(__AVX512BW__) && defined(__AVX512DQ__) && defined(__AVX512VBMI__) && \
+    defined(__AVX512VBMI2__) && defined(__AVX512VNNI__)
 #define KVT_HOST_AVX512  // what came with Ice Lake and Zen 4
 #endif
 #endif

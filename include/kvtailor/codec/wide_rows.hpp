@@ -1,0 +1,344 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// IntegerRows with AVX-512 (VNNI, VBMI): the same as integer_rows.hpp has with AVX2, on two tiles at a time. A product is of
+// bytes, four of which an instruction adds up; words are two bytes apart, the upper one times 256. Codes are unpacked, met by
+// up to four queries and forgotten. A permutation of bytes looks at six bits of an index, so that codes of planes need no
+// masks.
+//
+// Rows are seen through the type R of integer_rows.hpp, but for columns, which are seen in runs so that code is short:
+//   period                   how many columns have the same code but for an offset
+//   strided                  column u of run w, w < period, is u period + w; otherwise w (columns / period) + u
+//   column<u, plus>(tiles, w)  that column of sixteen rows, from a TilePair or, with words of four bytes turned round, a
+//   TurnedPair
+//
+// Error:   queries to 2^-16 of their largest element, weights times scales to 2^-16 of the largest of 128 rows, and as there at
+//          large head dims. Weights of coarse rows to a unit of 1/255 of the largest of 128 rows, up or down so that nothing is
+//          lost in sum: outputs differ by 5e-3 of random values.
+#pragma once
+
+#include "kvtailor/codec/code_tiles.hpp"
+#if defined(KVT_HOST_AVX512)
+
+#include <numeric>
+
+namespace kvt::inline v0::detail {
+
+// sum + in each word of 32 bits the products of four bytes: x without a sign, y with. Written out, since GCC copies the sums of
+// built-in functions to and fro.
+KVT_INLINE void add_products(__m512i& sum, __m512i x, __m512i y) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y)); }
+
+template <class R>
+struct IntegerRows {
+  static constexpr int dim = R::size, groups = dim / R::group, columns = dim / 4, group_columns = R::group / 4;
+  static constexpr int most_vectors = most_integer_vectors, most_rows = most_integer_rows, batch = 4;
+  static constexpr int pairs = most_rows / 16, at_once = 2;  // at_once: pairs of tiles for each reading of queries
+  static constexpr bool bytes = R::coarse;
+  static constexpr int weight_planes = bytes ? 1 : 2;
+
+  template <class Lanes>
+  static void logits(const Lanes& lanes, const R& rows, int n, const float* queries, int m, float* out, int stride) {
+    for (int first = 0; first < m; first += most_vectors) {
+      const auto make = [&] { return Queries(rows, queries + first * dim, std::min(most_vectors, m - first)); };
+      lanes.with(queries + first * dim, make, [&](const Queries& some) {
+        for (int row = 0; row < n; row += most_rows) {
+          some_logits(lanes, first == 0, rows, row, std::min(most_rows, n - row), some, out + first * stride + row, stride);
+        }
+      });
+    }
+  }
+  template <class Lanes>
+  static void accumulate(const Lanes& lanes, const R& rows, int n, const float* weights, int m, int stride, float* acc) {
+    for (int first = 0; first < m; first += most_vectors) {
+      for (int row = 0; row < n; row += most_rows) {
+        some_sums(lanes, first == 0, rows, row, std::min(most_rows, n - row), weights + first * stride + row,
+                  std::min(most_vectors, m - first), stride, acc + first * dim);
+      }
+    }
+  }
+
+ private:
+  static constexpr float most = 32639, largest_sum = 2147000000.f / R::most;
+
+  // Four bytes of a query for each column: what they are times 256, and what is left, both with a sign.
+  struct Queries {
+    int m;
+    alignas(64) std::int32_t high[most_vectors][columns], low[most_vectors][columns];
+    std::uint32_t start[most_vectors][groups];  // what is too much since rows are raised
+    float unit[most_vectors];
+    float total[most_vectors][R::has_least ? groups : 1];  // of a group
+
+    Queries([[maybe_unused]] const R& rows, const float* queries, int count) : m(count) {
+      for (int j = 0; j < m; ++j) {
+        const float* const x = queries + j * dim;
+        const VectorSize<dim> size(x);
+        const float factor = integer_factor(most, size.largest, size.norm, largest_sum / size.root());
+        unit[j] = integer_unit(factor, size.norm);
+        const __m256 by = _mm256_set1_ps(factor);
+        for (int g = 0; g < groups; ++g) {
+          __m256i sum = _mm256_setzero_si256();
+          for (int d = g * R::group; d < (g + 1) * R::group; d += 8) {
+            const __m256i eight = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(x + d), by));
+            const __m256i up = _mm256_srai_epi32(_mm256_add_epi32(eight, _mm256_set1_epi32(128)), 8);
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(low[j] + d / 4), _mm256_cvtepi32_epi8(eight));
+            _mm_storel_epi64(reinterpret_cast<__m128i*>(high[j] + d / 4), _mm256_cvtepi32_epi8(up));
+            if constexpr (requires { rows.offsets; }) {
+              sum = _mm256_add_epi32(sum, _mm256_mullo_epi32(eight, load_bytes(rows.offsets + d)));
+            } else {
+              sum = _mm256_add_epi32(sum, eight);
+            }
+          }
+          start[j][g] = sum_of_words(sum);
+          if constexpr (!requires { rows.offsets; }) start[j][g] *= R::offset;
+          if constexpr (R::has_least) total[j][g] = sum_of(x + g * R::group, R::group);
+        }
+      }
+    }
+  };
+
+  // Sixteen rows from `row` on of n from `first` on, of which the last may have no second tile: it counts for nothing.
+  KVT_INLINE static TilePair tiles_at(const R& rows, int first, int row, int n) {
+    const unsigned char* const tile = rows.tile(first + row);
+    return {tile, row + 8 < n ? rows.tile(first + row + 8) : tile};
+  }
+  KVT_INLINE static __m512 scales(const R& rows, int first, int row, int n, int g) {
+    return two_halves(rows.scales(first + row, g), row + 8 < n ? rows.scales(first + row + 8, g) : _mm256_setzero_ps());
+  }
+  KVT_INLINE static __m512 leasts(const R& rows, int first, int row, int n, int g) requires(R::has_least) {
+    return two_halves(rows.leasts(first + row, g), row + 8 < n ? rows.leasts(first + row + 8, g) : _mm256_setzero_ps());
+  }
+  KVT_INLINE static __m512 two_halves(__m256 a, __m256 b) { return _mm512_insertf32x8(_mm512_castps256_ps512(a), b, 1); }
+  // Of the first `left` of sixteen.
+  KVT_INLINE static __mmask16 mask(int left) { return static_cast<__mmask16>(left >= 16 ? 0xffff : (1 << left) - 1); }
+
+  // What columns are, for u = 0 .. unrolled - 1 and w = 0 .. period - 1.
+  static constexpr int unrolled = columns / R::period;
+  KVT_INLINE static constexpr int column_of(int u, int w) { return R::strided ? u * R::period + w : w * unrolled + u; }
+  // Groups are runs of columns, or there are as many of them as parts of what is unrolled.
+  static constexpr bool runs = groups > 1 && !R::strided;
+  static constexpr int parts = runs ? 1 : groups, part_columns = unrolled / parts, rounds = runs ? R::period : 1;
+  static_assert(columns % R::period == 0 && unrolled % parts == 0 && (!runs || groups == R::period));
+
+  // out[p][i] = the products of query j + i and the rows of a pair of tiles, less their start, times scales.
+  template <int many>
+  [[gnu::noinline]] static void products(const TilePair* tiles, const Queries& query, int j, const __m512 (*scale)[groups],
+                                         __m512 (*out)[many]) {
+    each<parts>([&]<int part>() KVT_INLINE_LAMBDA {
+      for (int round = 0; round < rounds; ++round) {
+        __m512i high[at_once][many], low[at_once][many];
+        each<at_once>([&]<int p>() KVT_INLINE_LAMBDA {
+          each<many>([&]<int i>() KVT_INLINE_LAMBDA { high[p][i] = low[p][i] = _mm512_setzero_si512(); });
+        });
+        for (int w = round; w < (runs ? round + 1 : R::period); ++w) {
+          each<part_columns>([&]<int c>() KVT_INLINE_LAMBDA {
+            constexpr int u = part * part_columns + c;
+            const int k = column_of(u, w);
+            __m512i x[at_once];
+            each<at_once>([&]<int p>() KVT_INLINE_LAMBDA { x[p] = R::template column<u, R::offset>(tiles[p], w); });
+            each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+              const __m512i up = _mm512_set1_epi32(query.high[j + i][k]), down = _mm512_set1_epi32(query.low[j + i][k]);
+              each<at_once>([&]<int p>() KVT_INLINE_LAMBDA {
+                add_products(high[p][i], x[p], up);
+                add_products(low[p][i], x[p], down);
+              });
+            });
+          });
+        }
+        const int g = runs ? round : part;
+        each<at_once>([&]<int p>() KVT_INLINE_LAMBDA {
+          each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+            const __m512i start = _mm512_set1_epi32(static_cast<int>(query.start[j + i][g]));
+            const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high[p][i], 8), low[p][i]);
+            const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(whole, start));
+            out[p][i] = g == 0 ? _mm512_mul_ps(sum, scale[p][g]) : _mm512_fmadd_ps(sum, scale[p][g], out[p][i]);
+          });
+        });
+      }
+    });
+  }
+
+  template <class Lanes>
+  static void some_logits(const Lanes& lanes, bool first_time, const R& rows, int first, int n, const Queries& query,
+                          float* out, int stride) {
+    const Ahead ahead = first_time ? lanes.ahead(rows.tile(first), 2 * at_once * R::tile_bytes) : Ahead{};
+    for (int from = 0; from < n; from += 16 * at_once) {
+      TilePair tiles[at_once];
+      __m512 scale[at_once][groups];
+      for (int p = 0; p < at_once; ++p) {
+        const int row = from + 16 * p < n ? from + 16 * p : from;
+        tiles[p] = tiles_at(rows, first, row, n);
+        for (int g = 0; g < groups; ++g) scale[p][g] = scales(rows, first, row, n, g);
+      }
+      ahead.ask(from / (16 * at_once));
+      each_batch<batch>(query.m, [&]<int many>(int j) {
+        __m512 sum[at_once][many];
+        products<many>(tiles, query, j, scale, sum);
+        for (int p = 0; p < at_once && from + 16 * p < n; ++p) {
+          const int row = from + 16 * p;
+          for (int i = 0; i < many; ++i) {
+            __m512 x = _mm512_mul_ps(sum[p][i], _mm512_set1_ps(query.unit[j + i]));
+            if constexpr (R::has_least) {
+              for (int g = 0; g < groups; ++g) {
+                x = _mm512_fmadd_ps(leasts(rows, first, row, n, g), _mm512_set1_ps(query.total[j + i][g]), x);
+              }
+            }
+            _mm512_mask_storeu_ps(out + (j + i) * stride + row, mask(n - row), x);
+          }
+        }
+      });
+    }
+  }
+
+  // Weights times the scales of a group: in each of four lanes, bytes of four rows four times.
+  struct Weights {
+    __m512i of[most_vectors][pairs][weight_planes];  // the highest bytes first
+    std::uint32_t start[most_vectors];               // what is too much since rows are raised
+    float unit[most_vectors];
+  };
+
+  // Sums of the columns of a group, some at a time, that share words of codes if columns do.
+  template <int part, int many>
+  [[gnu::noinline]] static void group_sums(const R& rows, int first, int n, const Weights& weights, int j, int run, float* acc,
+                                           Ahead ahead) {
+    constexpr int some = std::gcd(part_columns, weight_planes * many > 4 ? 2 : 4);
+    const int count = (n + 15) / 16;
+    for (int w = run; w < (runs ? run + 1 : R::period); ++w) {
+      ahead.ask(w - run);
+      each<part_columns / some>([&]<int s>() KVT_INLINE_LAMBDA {
+        constexpr int from = part * part_columns + s * some;
+        __m512i sum[some][many][weight_planes];
+        each<some * many>([&]<int i>() KVT_INLINE_LAMBDA {
+          each<weight_planes>([&]<int p>() KVT_INLINE_LAMBDA { sum[i / many][i % many][p] = _mm512_setzero_si512(); });
+        });
+        for (int t = 0; t < count; ++t) {
+          const TurnedPair tiles{tiles_at(rows, first, 16 * t, n)};
+          __m512i x[some];
+          each<some>([&]<int c>()
+                         KVT_INLINE_LAMBDA { x[c] = R::template column < from + c, bytes ? 0 : R::offset > (tiles, w); });
+          each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+            each<weight_planes>([&]<int p>() KVT_INLINE_LAMBDA {
+              const __m512i own = weights.of[j + i][t][p];
+              each<some>([&]<int c>() KVT_INLINE_LAMBDA {
+                bytes ? add_products(sum[c][i][p], own, x[c]) : add_products(sum[c][i][p], x[c], own);
+              });
+            });
+          });
+        }
+        each<some>([&]<int c>() KVT_INLINE_LAMBDA {
+          each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+            __m512i whole = sum[c][i][0];
+            if constexpr (!bytes) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), sum[c][i][1]);
+            add_column(whole, bytes ? 0 : weights.start[j + i], weights.unit[j + i],
+                       acc + i * dim + 4 * column_of(from + c, w));
+          });
+        });
+      });
+    }
+  }
+  // Of a column, whose rows are in four lanes.
+  KVT_INLINE static void add_column(__m512i rows, std::uint32_t start, float unit, float* to) {
+    const __m256i eight = _mm256_add_epi32(_mm512_castsi512_si256(rows), _mm512_extracti64x4_epi64(rows, 1));
+    const __m128i four = _mm_add_epi32(_mm256_castsi256_si128(eight), _mm256_extracti128_si256(eight, 1));
+    const __m128 whole = _mm_cvtepi32_ps(_mm_sub_epi32(four, _mm_set1_epi32(static_cast<int>(start))));
+    _mm_storeu_ps(to, _mm_fmadd_ps(whole, _mm_set1_ps(unit), _mm_loadu_ps(to)));
+  }
+
+  template <class Lanes>
+  static void some_sums(const Lanes& lanes, bool first_time, const R& rows, int first, int n, const float* weights, int m,
+                        int stride, float* acc) {
+    const int count = (n + 15) / 16;
+    if constexpr (R::has_least) {
+      for (int g = 0; g < groups; ++g) {
+        __m512 least[pairs];
+        for (int t = 0; t < count; ++t) least[t] = leasts(rows, first, 16 * t, n, g);
+        for (int j = 0; j < m; ++j) {
+          __m512 sum = _mm512_setzero_ps();
+          for (int t = 0; t < count; ++t) {
+            sum = _mm512_fmadd_ps(least[t], _mm512_maskz_loadu_ps(mask(n - 16 * t), weights + j * stride + 16 * t), sum);
+          }
+          const float shift = _mm512_reduce_add_ps(sum);
+          for (int d = 0; d < R::group; ++d) acc[j * dim + g * R::group + d] += shift;
+        }
+      }
+    }
+    const Ahead ahead = first_time ? lanes.ahead(rows.tile(first), 2 * count * R::tile_bytes / (parts * R::period)) : Ahead{};
+    each<parts>([&]<int part>() {
+      for (int round = 0; round < rounds; ++round) {
+        const int g = runs ? round : part;
+        __m512 scale[pairs];
+        for (int t = 0; t < count; ++t) scale[t] = scales(rows, first, 16 * t, n, g);
+        for (int sign = 1; sign != 0;) {
+          Weights w;
+          bool below = false;
+          for (int j = 0; j < m; ++j) {
+            if constexpr (bytes) {
+              below |= to_bytes(weights + j * stride, scale, n, sign, w, j);
+            } else {
+              to_words(weights + j * stride, scale, n, w, j);
+            }
+          }
+          each_batch<batch>(m, [&]<int many>(int j) {
+            group_sums<part, many>(rows, first, n, w, j, round, acc + j * dim,
+                                   j == 0 && sign > 0 ? ahead.after(runs ? round : part * R::period) : Ahead{});
+          });
+          sign = below && sign > 0 ? -1 : 0;
+        }
+      }
+    });
+  }
+  // Weights times scales, their largest magnitude and the sum of their magnitudes.
+  struct Products {
+    __m512 of[pairs];
+    float largest, total;
+    Products(const float* weights, const __m512* scale, int n) {
+      __m512 most = _mm512_setzero_ps(), sum = most;
+      for (int t = 0; 16 * t < n; ++t) {
+        of[t] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(n - 16 * t), weights + 16 * t), scale[t]);
+        const __m512 size = _mm512_abs_ps(of[t]);
+        most = _mm512_max_ps(most, size);
+        sum = _mm512_add_ps(sum, size);
+      }
+      largest = _mm512_reduce_max_ps(most);
+      total = _mm512_reduce_add_ps(sum);
+    }
+  };
+  // The lowest byte of each of sixteen words, as weights have them.
+  KVT_INLINE static __m512i four_times(__m512i words) {
+    const __m512i apart = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+    return _mm512_permutexvar_epi32(apart, _mm512_castsi128_si512(_mm512_cvtepi32_epi8(words)));
+  }
+  static void to_words(const float* weights, const __m512* scale, int n, Weights& to, int j) requires(!bytes) {
+    const Products product(weights, scale, n);
+    const float factor = integer_factor(most, product.largest, product.total, largest_sum);
+    const __m512 by = _mm512_set1_ps(factor);
+    __m512i whole = _mm512_setzero_si512();
+    for (int t = 0; 16 * t < n; ++t) {
+      const __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(product.of[t], by));
+      whole = _mm512_add_epi32(whole, x);
+      to.of[j][t][0] = four_times(_mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8));
+      to.of[j][t][1] = four_times(x);
+    }
+    to.start[j] = static_cast<std::uint32_t>(R::offset) * static_cast<std::uint32_t>(_mm512_reduce_add_epi32(whole));
+    to.unit[j] = integer_unit(factor, product.total);
+  }
+  // Of products, times `sign`, that are above zero; others become zero. What is left of a unit makes a whole one in as many
+  // rows as it is worth: small weights count together, as those beside the first row of a text. Whether there are any below
+  // zero.
+  static bool to_bytes(const float* weights, const __m512* scale, int n, int sign, Weights& to, int j) requires(bytes) {
+    static constexpr GoldenSteps<most_rows> threshold;
+    const Products product(weights, scale, n);
+    const float factor = integer_factor(255, product.largest, product.total, 3e38f);
+    const __m512 by = _mm512_set1_ps(static_cast<float>(sign) * factor);
+    __mmask16 below = 0;
+    for (int t = 0; 16 * t < n; ++t) {
+      below |= _mm512_cmp_ps_mask(product.of[t], _mm512_setzero_ps(), _CMP_LT_OQ);
+      const __m512 x = _mm512_fmadd_ps(product.of[t], by, _mm512_load_ps(threshold.of + 16 * t));
+      to.of[j][t][0] = four_times(_mm512_max_epi32(_mm512_cvttps_epi32(x), _mm512_setzero_si512()));
+    }
+    to.unit[j] = static_cast<float>(sign) * integer_unit(factor, product.total);
+    return below != 0;
+  }
+};
+
+}  // namespace kvt::inline v0::detail
+#endif
