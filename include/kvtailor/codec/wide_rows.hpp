@@ -291,14 +291,14 @@ struct IntegerRows {
     __m512 of[pairs];
     float largest, total;
     Products(const float* weights, const __m512* scale, int n) {
-      __m512 most = _mm512_setzero_ps(), sum = most;
+      __m512 top = _mm512_setzero_ps(), sum = top;
       for (int t = 0; 16 * t < n; ++t) {
         of[t] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(n - 16 * t), weights + 16 * t), scale[t]);
         const __m512 size = _mm512_abs_ps(of[t]);
-        most = _mm512_max_ps(most, size);
+        top = _mm512_max_ps(top, size);
         sum = _mm512_add_ps(sum, size);
       }
-      largest = _mm512_reduce_max_ps(most);
+      largest = _mm512_reduce_max_ps(top);
       total = _mm512_reduce_add_ps(sum);
     }
   };
