@@ -120,6 +120,9 @@ class Attention {
       while (i < task.last_segment && (rows + segment(store, i).rows) * m <= logits_at_once) rows += segment(store, i++).rows;
       const auto visible = tile.see(where, rows);
       where += rows;
+#if defined(__GNUC__)
+      __builtin_prefetch(where + rows - 1);  // as many rows will be looked at next
+#endif
       if (visible.from >= visible.to) continue;
       int end = begin, skipped = 0;  // of the segments with visible rows, and what comes before them
       for (int at = 0; end < i && at < visible.to; ++end) {
@@ -254,9 +257,7 @@ class Attention {
         for (int d = 0; d < head_dim; ++d) near_sum[j * head_dim + d] *= factor;
         for (int d = 0; d < value_dim; ++d) body_sum[j * value_dim + d] *= factor;
       }
-      const float top = state[j].max;
-      for (int r = from; r < to; ++r) x[r] = exp_nonpositive(x[r] - top);
-      state[j].sum += sum_of(x + from, to - from);
+      state[j].sum += exponentials(x + from, to - from, state[j].max);
       for (int r = 0; r < from; ++r) x[r] = 0;
       for (int r = to; r < n; ++r) x[r] = 0;
     }

@@ -65,8 +65,7 @@ void add_row_attention(const HeadStore<Codec>& store, const Geometry& shape, int
         top = std::max(top, logit);
         sum = static_cast<double>(exp_nonpositive(logit - top));
       }
-      for (float& x : own) x = exp_nonpositive(x - top);
-      sum += static_cast<double>(sum_of(own.data(), static_cast<int>(own.size())));
+      sum += static_cast<double>(exponentials(own.data(), static_cast<int>(own.size()), top));
       const float share = static_cast<float>(1 / sum), mean = share / static_cast<float>(group);
       RowAttention* const seen = rows.data() + (from - where.begin());
       for (std::size_t r = 0; r < own.size(); ++r) {

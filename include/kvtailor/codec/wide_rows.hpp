@@ -119,10 +119,29 @@ struct IntegerRows {
   static constexpr int parts = runs ? 1 : groups, part_columns = unrolled / parts, rounds = runs ? R::period : 1;
   static_assert(columns % R::period == 0 && unrolled % parts == 0 && (!runs || groups == R::period));
 
-  // out[p][i] = the products of query j + i and the rows of a pair of tiles, less their start, times scales.
+  // Pairs of tiles that queries are read for once.
+  struct Rows {
+    TilePair tiles[at_once];
+    __m512 scale[at_once][groups], least[at_once][R::has_least ? groups : 1];
+    __mmask16 there[at_once];
+
+    // Rows `row` on of n from `first` on.
+    Rows(const R& rows, int first, int row, int n) {
+      for (int p = 0; p < at_once; ++p) {
+        const int own = row + 16 * p < n ? row + 16 * p : row;
+        tiles[p] = tiles_at(rows, first, own, n);
+        there[p] = mask(std::max(0, n - row - 16 * p));
+        for (int g = 0; g < groups; ++g) {
+          scale[p][g] = scales(rows, first, own, n, g);
+          if constexpr (R::has_least) least[p][g] = leasts(rows, first, own, n, g);
+        }
+      }
+    }
+  };
+  // out[i * stride + row] = query j + i . row
   template <int many>
-  [[gnu::noinline]] static void products(const TilePair* tiles, const Queries& query, int j, const __m512 (*scale)[groups],
-                                         __m512 (*out)[many]) {
+  [[gnu::noinline]] static void products(const Rows& rows, const Queries& query, int j, float* out, int stride) {
+    __m512 product[at_once][many];
     each<parts>([&]<int part>() KVT_INLINE_LAMBDA {
       for (int round = 0; round < rounds; ++round) {
         __m512i high[at_once][many], low[at_once][many];
@@ -134,7 +153,7 @@ struct IntegerRows {
             constexpr int u = part * part_columns + c;
             const int k = column_of(u, w);
             __m512i x[at_once];
-            each<at_once>([&]<int p>() KVT_INLINE_LAMBDA { x[p] = R::template column<u, R::offset>(tiles[p], w); });
+            each<at_once>([&]<int p>() KVT_INLINE_LAMBDA { x[p] = R::template column<u, R::offset>(rows.tiles[p], w); });
             each<many>([&]<int i>() KVT_INLINE_LAMBDA {
               const __m512i up = _mm512_set1_epi32(query.high[j + i][k]), down = _mm512_set1_epi32(query.low[j + i][k]);
               each<at_once>([&]<int p>() KVT_INLINE_LAMBDA {
@@ -150,10 +169,20 @@ struct IntegerRows {
             const __m512i start = _mm512_set1_epi32(static_cast<int>(query.start[j + i][g]));
             const __m512i whole = _mm512_add_epi32(_mm512_slli_epi32(high[p][i], 8), low[p][i]);
             const __m512 sum = _mm512_cvtepi32_ps(_mm512_sub_epi32(whole, start));
-            out[p][i] = g == 0 ? _mm512_mul_ps(sum, scale[p][g]) : _mm512_fmadd_ps(sum, scale[p][g], out[p][i]);
+            product[p][i] =
+                g == 0 ? _mm512_mul_ps(sum, rows.scale[p][g]) : _mm512_fmadd_ps(sum, rows.scale[p][g], product[p][i]);
           });
         });
       }
+    });
+    each<at_once>([&]<int p>() KVT_INLINE_LAMBDA {
+      each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+        __m512 x = _mm512_mul_ps(product[p][i], _mm512_set1_ps(query.unit[j + i]));
+        if constexpr (R::has_least) {
+          for (int g = 0; g < groups; ++g) x = _mm512_fmadd_ps(rows.least[p][g], _mm512_set1_ps(query.total[j + i][g]), x);
+        }
+        _mm512_mask_storeu_ps(out + i * stride + 16 * p, rows.there[p], x);
+      });
     });
   }
 
@@ -161,31 +190,10 @@ struct IntegerRows {
   static void some_logits(const Lanes& lanes, bool first_time, const R& rows, int first, int n, const Queries& query,
                           float* out, int stride) {
     const Ahead ahead = first_time ? lanes.ahead(rows.tile(first), 2 * at_once * R::tile_bytes) : Ahead{};
-    for (int from = 0; from < n; from += 16 * at_once) {
-      TilePair tiles[at_once];
-      __m512 scale[at_once][groups];
-      for (int p = 0; p < at_once; ++p) {
-        const int row = from + 16 * p < n ? from + 16 * p : from;
-        tiles[p] = tiles_at(rows, first, row, n);
-        for (int g = 0; g < groups; ++g) scale[p][g] = scales(rows, first, row, n, g);
-      }
-      ahead.ask(from / (16 * at_once));
-      each_batch<batch>(query.m, [&]<int many>(int j) {
-        __m512 sum[at_once][many];
-        products<many>(tiles, query, j, scale, sum);
-        for (int p = 0; p < at_once && from + 16 * p < n; ++p) {
-          const int row = from + 16 * p;
-          for (int i = 0; i < many; ++i) {
-            __m512 x = _mm512_mul_ps(sum[p][i], _mm512_set1_ps(query.unit[j + i]));
-            if constexpr (R::has_least) {
-              for (int g = 0; g < groups; ++g) {
-                x = _mm512_fmadd_ps(leasts(rows, first, row, n, g), _mm512_set1_ps(query.total[j + i][g]), x);
-              }
-            }
-            _mm512_mask_storeu_ps(out + (j + i) * stride + row, mask(n - row), x);
-          }
-        }
-      });
+    for (int row = 0; row < n; row += 16 * at_once) {
+      ahead.ask(row / (16 * at_once));
+      const Rows some(rows, first, row, n);
+      each_batch<batch>(query.m, [&]<int many>(int j) { products<many>(some, query, j, out + j * stride + row, stride); });
     }
   }
 
