@@ -103,6 +103,33 @@ void check_dim(int group) {
 
 }  // namespace
 
+TEST_CASE("exponentials are those of double precision, as many as are asked for") {
+  std::mt19937 random(5);
+  std::uniform_real_distribution<float> below(-87.f, 0.f);
+  for (int n = 1; n <= 50; ++n) {
+    std::vector<float> x(static_cast<std::size_t>(n) + 1);
+    const float top = n % 2 == 0 ? 3.f : -1e3f;
+    double sum = 0;
+    for (int i = 0; i < n; ++i) x[static_cast<std::size_t>(i)] = top + below(random) / (i % 3 == 0 ? 100.f : 1.f);
+    x[0] = top;
+    x[static_cast<std::size_t>(n) / 2] = top - 100;
+    x.back() = 7;
+    const auto before = x;
+    const float total = exponentials(x.data(), n, top);
+    for (std::size_t i = 0; i < static_cast<std::size_t>(n); ++i) {
+      const double want = before[i] - top < -87 ? 0 : std::exp(static_cast<double>(before[i] - top));
+      CHECK(std::fabs(static_cast<double>(x[i]) - want) <= std::ldexp(want, -22));
+      sum += static_cast<double>(x[i]);
+    }
+    CHECK(std::fabs(static_cast<double>(total) - sum) <= std::ldexp(sum, -22));
+    CHECK(x.back() == 7);
+  }
+  float bad[] = {0.f, std::nanf(""), -INFINITY};
+  CHECK(std::isnan(exponentials(bad, 3, 0.f)));
+  CHECK(std::isnan(bad[1]));
+  CHECK(bad[2] == 0);
+}
+
 TEST_CASE("attention equals double precision at every head dim and odd group sizes") {
   check_dim<40>(1);
   check_dim<64>(3);
