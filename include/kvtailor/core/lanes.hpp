@@ -121,7 +121,7 @@ class SerialReader : public Serial {
   // Of n rows that are read one after the other: see ReadAhead.
   template <int row_bytes>
   KVT_INLINE void plan(const void* rows, int n, int (&end)[2], std::ptrdiff_t (&distance)[2]) const {
-    constexpr int ahead = 4096;
+    constexpr int ahead = 8192;
     const auto own = static_cast<std::ptrdiff_t>(end_ - address(rows)) - ahead;
     const std::ptrdiff_t split = own <= 0 ? 0 : own / row_bytes;
     end[0] = split < n ? static_cast<int>(split) : n;
@@ -156,7 +156,8 @@ class SerialReader : public Serial {
 };
 
 // How far ahead memory is asked for rows that are read one after the other: rows up to end[0], then those up to end[1], if any,
-// by a distance each, so that nothing is decided for each row.
+// by a distance each, so that nothing is decided for each row. It is asked for into the second cache, which waits for more
+// lines at once than the first.
 template <class Lanes, int row_bytes>
 struct ReadAhead {
   static constexpr bool knows = std::is_base_of_v<SerialReader, Lanes>;
@@ -174,7 +175,7 @@ struct ReadAhead {
 #if defined(__GNUC__) && !defined(__CUDA_ARCH__)
     if constexpr (knows) {
       const char* const at = static_cast<const char*>(row) + distance[stretch];
-      for (int i = 0; i < count * row_bytes; i += 64) __builtin_prefetch(at + i);
+      for (int i = 0; i < count * row_bytes; i += 64) __builtin_prefetch(at + i, 0, 2);
     }
 #endif
   }
