@@ -14,7 +14,7 @@
 //
 // Error:   queries to 2^-16 of their largest element, weights times scales to 2^-16 of the largest of 128 rows, and as there at
 //          large head dims. Weights of coarse rows to a unit of 1/255 of the largest of 128 rows, up or down so that nothing is
-//          lost in sum: outputs differ by 5e-3 of random values.
+//          lost in sum: outputs of attention differ by 1e-2 of random values.
 #pragma once
 
 #include "kvtailor/codec/code_tiles.hpp"
