@@ -32,18 +32,23 @@ double bits(ggml_type type) {
 }  // namespace
 
 PeerCache PeerCache::parse(const std::string& name) {
-  static const std::string unrotated = "+unrotated";
   PeerCache cache;
   std::string types = name;
-  if (types.ends_with(unrotated)) {
-    types.resize(types.size() - unrotated.size());
-    cache.rotate = false;
-  }
+  const auto ends_with = [&](const std::string& suffix) {
+    if (!types.ends_with(suffix)) return false;
+    types.resize(types.size() - suffix.size());
+    return true;
+  };
+  cache.flash = !ends_with("+no_flash");
+  cache.rotate = !ends_with("+unrotated");
   const auto slash = types.find('/');
   cache.key = parse_type(types.substr(0, slash), name);
   cache.value = slash == std::string::npos ? cache.key : parse_type(types.substr(slash + 1), name);
   if (!cache.rotate && !ggml_is_quantized(cache.key) && !ggml_is_quantized(cache.value)) {
     throw std::runtime_error("llama.cpp rotates nothing in \"" + types + "\", so there is no \"" + name + "\"");
+  }
+  if (!cache.flash && ggml_is_quantized(cache.value)) {
+    throw std::runtime_error("llama.cpp reads quantised values with flash attention only, so there is no \"" + name + "\"");
   }
   return cache;
 }
@@ -51,7 +56,9 @@ PeerCache PeerCache::parse(const std::string& name) {
 std::string PeerCache::known() {
   std::string names;
   for (const auto type : cache_types) names += (names.empty() ? "" : ", ") + std::string(ggml_type_name(type));
-  return names + "; keys and values apart as q8_0/q4_0; without llama.cpp's rotation as q4_0+unrotated";
+  return names +
+         "; keys and values apart as q8_0/q4_0; without llama.cpp's rotation as q4_0+unrotated; f16 values without "
+         "flash attention as q8_0/f16+no_flash";
 }
 
 double PeerCache::bits_per_element() const { return 0.5 * (bits(key) + bits(value)); }
@@ -63,7 +70,7 @@ Reference::Reference(const std::string& model_path, int context, int num_threads
   how.n_ctx = how.n_batch = static_cast<unsigned>(context);
   how.n_ubatch = 512;
   how.n_threads = how.n_threads_batch = num_threads;
-  how.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;  // quantised values need it, and fp16 is then compared on equal terms
+  how.flash_attn_type = cache.flash ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
   how.type_k = cache.key;
   how.type_v = cache.value;
   how.cb_eval = look;

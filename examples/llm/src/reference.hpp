@@ -22,8 +22,11 @@ struct PeerCache {
   ggml_type key = GGML_TYPE_F16, value = GGML_TYPE_F16;
   // What is quantised goes through a Hadamard matrix first, where the head dim is a multiple of 64: llama.cpp does so unasked.
   bool rotate = true;
+  // Quantised values need flash attention. Without it llama.cpp's decoding is often faster.
+  bool flash = true;
 
-  // "q8_0", "q8_0/q4_0" for keys and values apart, "q4_0+unrotated". Throws std::runtime_error with one sentence.
+  // "q8_0", "q8_0/q4_0" for keys and values apart, "q4_0+unrotated", "f16+no_flash". Throws std::runtime_error with one
+  // sentence.
   static PeerCache parse(const std::string& name);
   static std::string known();
   double bits_per_element() const;
