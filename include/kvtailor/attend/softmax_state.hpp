@@ -35,23 +35,38 @@ KVT_HD KVT_INLINE float exp_nonpositive(float x) {
   return float_from_bits(static_cast<std::uint32_t>((scaled & in_range) | (size & is_nan)));
 }
 
+#if defined(KVT_HOST_AVX512)
+namespace detail {
+// exp(y) of y <= 0 that are `there`, as exp_nonpositive() has it; of others zero.
+KVT_INLINE __m512 exponentials(__m512 y, __mmask16 there) {
+  const __mmask16 in_range = _mm512_mask_cmp_ps_mask(there, y, _mm512_set1_ps(-87), _CMP_NLT_UQ);  // or NaN
+  // exp(y) is 2^(whole + rest), with the logarithm of e as the sum of two numbers.
+  const __m512 log = _mm512_set1_ps(1.44269502f), more = _mm512_set1_ps(1.92596299e-8f);
+  const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(y, log), _MM_FROUND_TO_NEAREST_INT);
+  const __m512 rest = _mm512_fmadd_ps(y, more, _mm512_fmsub_ps(y, log, whole));
+  __m512 p = _mm512_set1_ps(1.54531634e-4f);
+  for (const float c : {1.33908633e-3f, 9.61808302e-3f, 5.55035695e-2f, 2.40226507e-1f, 6.93147182e-1f, 1.f}) {
+    p = _mm512_fmadd_ps(p, rest, _mm512_set1_ps(c));
+  }
+  return _mm512_maskz_scalef_ps(in_range, p, whole);
+}
+}  // namespace detail
+#endif
+
 // x[i] becomes exp(x[i] - top), as exp_nonpositive() has it; returns their sum. top is finite, and none is above it.
 inline float exponentials(float* x, int n, float top) {
 #if defined(KVT_HOST_AVX512)
   __m512 sum = _mm512_setzero_ps();
-  for (int i = 0; i < n; i += 16) {
-    const auto there = static_cast<__mmask16>(n - i >= 16 ? 0xffff : (1 << (n - i)) - 1);
+  int i = 0;
+  for (; i + 16 <= n; i += 16) {
+    const __m512 power = detail::exponentials(_mm512_sub_ps(_mm512_loadu_ps(x + i), _mm512_set1_ps(top)), 0xffff);
+    _mm512_storeu_ps(x + i, power);
+    sum = _mm512_add_ps(sum, power);
+  }
+  if (i < n) {
+    const auto there = static_cast<__mmask16>((1 << (n - i)) - 1);
     const __m512 y = _mm512_sub_ps(_mm512_maskz_loadu_ps(there, x + i), _mm512_set1_ps(top));
-    const __mmask16 in_range = _mm512_mask_cmp_ps_mask(there, y, _mm512_set1_ps(-87), _CMP_NLT_UQ);  // or NaN
-    const __m512 whole = _mm512_roundscale_ps(_mm512_mul_ps(y, _mm512_set1_ps(1.44269504f)), _MM_FROUND_TO_NEAREST_INT);
-    const __m512 r =
-        _mm512_fnmadd_ps(whole, _mm512_set1_ps(-2.12194440e-4f), _mm512_fnmadd_ps(whole, _mm512_set1_ps(0.693359375f), y));
-    __m512 p = _mm512_set1_ps(1.9875691500e-4f);
-    for (const float c : {1.3981999507e-3f, 8.3334519073e-3f, 4.1665795894e-2f, 1.6666665459e-1f, 5.0000001201e-1f}) {
-      p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
-    }
-    p = _mm512_fmadd_ps(_mm512_mul_ps(p, r), r, _mm512_add_ps(r, _mm512_set1_ps(1)));
-    const __m512 power = _mm512_maskz_scalef_ps(in_range, p, whole);
+    const __m512 power = detail::exponentials(y, there);
     _mm512_mask_storeu_ps(x + i, there, power);
     sum = _mm512_add_ps(sum, power);
   }

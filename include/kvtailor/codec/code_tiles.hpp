@@ -79,6 +79,17 @@ struct TurnedPair {
   TilePair plain;
   TurnedPair operator+(int bytes) const { return {plain + bytes}; }
 };
+// Four rows of a tile, the lower or the upper ones: what is read is four words, one in each lane, as they are or turned round.
+template <int half>
+struct HalfTile {
+  const unsigned char* tile;
+  HalfTile operator+(int bytes) const { return {tile + bytes}; }
+};
+template <int half>
+struct TurnedHalf {
+  HalfTile<half> plain;
+  TurnedHalf operator+(int bytes) const { return {plain + bytes}; }
+};
 #endif
 
 // Words of four bytes, one of each row.
@@ -90,6 +101,23 @@ KVT_INLINE __m512i tile_words(const TilePair& tiles, int word) {
   return _mm512_inserti64x4(first, tile_words(tiles.second, word), 1);
 }
 KVT_INLINE __m512i tile_words(const TurnedPair& tiles, int word) { return turned(tile_words(tiles.plain, word)); }
+template <int half>
+KVT_INLINE __m512i tile_words(const HalfTile<half>& rows, int word) {
+  const unsigned char* const from = rows.tile + 32 * word;
+  return _mm512_shuffle_i64x2(_mm512_loadu_si512(from), _mm512_loadu_si512(from + 64), half == 0 ? 0x88 : 0xdd);
+}
+template <int half>
+KVT_INLINE __m512i tile_words(const TurnedHalf<half>& rows, int word) {
+  return turned(tile_words(rows.plain, word));
+}
+// The words that follow `now`, words `word` and, if they are several, after it; after the last of `count` comes the first.
+KVT_INLINE __m512i next_words(const TilePair& tiles, int word, int count, __m512i) {
+  return tile_words(tiles, word + 1 < count ? word + 1 : 0);
+}
+template <int half>
+KVT_INLINE __m512i next_words(const HalfTile<half>& rows, int word, int count, __m512i now) {
+  return _mm512_maskz_alignr_epi64(0xff, tile_words(rows, word + 4 < count ? word + 4 : 0), now, 2);
+}
 KVT_INLINE __m512i shift_right(__m512i x, int bits) { return _mm512_srli_epi16(x, static_cast<unsigned>(bits)); }
 #endif
 template <class Reg>

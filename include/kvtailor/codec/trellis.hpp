@@ -153,9 +153,9 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     KVT_INLINE static __m512i column(const detail::TilePair& tiles, int w) {
       return values_of<plus>(states_of<u>(tiles, w));
     }
-    template <int u, int plus>
-    KVT_INLINE static __m512i column(const detail::TurnedPair& tiles, int w) {
-      return values_of<plus>(detail::turned(states_of<u>(tiles.plain, w)));
+    template <int u, int plus, class Turned>
+    KVT_INLINE static __m512i column(const Turned& rows, int w) {
+      return values_of<plus>(detail::turned(states_of<u>(rows.plain, w)));
     }
 #else
     template <int k, int plus>
@@ -288,8 +288,8 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
   };
   // Of column u of the w-th run of columns (see wide_rows.hpp), one a byte; more bits than those of a state may be left above
   // them.
-  template <int u>
-  KVT_INLINE static __m512i states_of(const detail::TilePair& tiles, int w) {
+  template <int u, class Tile>
+  KVT_INLINE static __m512i states_of(const Tile& tiles, int w) {
     if constexpr (8 % bits == 0) {
       return bits_from<u * bits>(tiles, w);
     } else {
@@ -299,13 +299,13 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
     }
   }
   // Bits of each row's ring, from a bit of a word on.
-  template <int bit>
-  KVT_INLINE static __m512i bits_from(const detail::TilePair& tiles, int word) {
+  template <int bit, class Tile>
+  KVT_INLINE static __m512i bits_from(const Tile& tiles, int word) {
     const __m512i now = detail::tile_words(tiles, word);
     if constexpr (bit == 0) {
       return now;
     } else {
-      return _mm512_shrdi_epi32(now, detail::tile_words(tiles, word + 1 < code_words ? word + 1 : 0), bit);
+      return _mm512_shrdi_epi32(now, detail::next_words(tiles, word, code_words, now), bit);
     }
   }
   template <int plus>

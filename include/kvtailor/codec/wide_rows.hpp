@@ -9,8 +9,9 @@
 // Rows are seen through the type R of integer_rows.hpp, but for columns, which are seen in runs so that code is short:
 //   period                   how many columns have the same code but for an offset
 //   strided                  column u of run w, w < period, is u period + w; otherwise w (columns / period) + u
-//   column<u, plus>(tiles, w)  that column of sixteen rows, from a TilePair or, with words of four bytes turned round, a
-//   TurnedPair
+//   column<u, plus>(rows, w)  that column of sixteen rows, from a TilePair or, with words of four bytes turned round, a
+//                            TurnedPair; of strided rows with runs of fours, also columns w .. w + 3 of four rows, from
+//                            HalfTile and TurnedHalf
 //
 // Error:   queries to 2^-16 of their largest element, weights times scales to 2^-16 of the largest of 128 rows, and as there at
 //          large head dims. Weights of coarse rows to a unit of 1/255 of the largest of 128 rows, up or down so that nothing is
@@ -197,12 +198,77 @@ struct IntegerRows {
     }
   }
 
-  // Weights times the scales of a group: in each of four lanes, bytes of four rows four times.
+  // Whether values are read four columns of four rows at a time, so that no lanes have to be added up.
+  static constexpr bool fours = R::strided && R::period % 4 == 0;
+  // Weights times the scales of a group: bytes of four rows, or in each of four lanes those of four rows four times.
   struct Weights {
-    __m512i of[most_vectors][pairs][weight_planes];  // the highest bytes first
-    std::uint32_t start[most_vectors];               // what is too much since rows are raised
+    alignas(64) std::int32_t of[most_vectors][weight_planes][most_rows / (fours ? 4 : 1)];  // the highest bytes first
+    std::uint32_t start[most_vectors];  // what is too much since rows are raised
     float unit[most_vectors];
+
+    // The lowest byte of each of sixteen words.
+    KVT_INLINE void set(int j, int plane, int pair, __m512i words) {
+      const __m128i bytes_of = _mm512_cvtepi32_epi8(words);
+      if constexpr (fours) {
+        _mm_store_si128(reinterpret_cast<__m128i*>(of[j][plane] + 4 * pair), bytes_of);
+      } else {
+        const __m512i apart = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
+        _mm512_store_si512(of[j][plane] + 16 * pair, _mm512_permutexvar_epi32(apart, _mm512_castsi128_si512(bytes_of)));
+      }
+    }
   };
+  static constexpr int most_divisor(int of, int most) {
+    int d = std::max(1, most);
+    while (of % d != 0) --d;
+    return d;
+  }
+  KVT_INLINE static void add_weighted(__m512i& sum, __m512i x, __m512i weights) {
+    bytes ? add_products(sum, weights, x) : add_products(sum, x, weights);
+  }
+
+  // Sums of the columns of a group, four words of codes at a time.
+  template <int part, int many>
+  [[gnu::noinline]] static void group_sums(const R& rows, int first, int n, const Weights& weights, int j, int, float* acc,
+                                           Ahead ahead) requires fours {
+    constexpr int some = most_divisor(part_columns, 16 / (weight_planes * many));
+    for (int w = 0; w < R::period; w += 4) {
+      each<4>([&]<int step>() KVT_INLINE_LAMBDA { ahead.ask(w + step); });
+      each<part_columns / some>([&]<int s>() KVT_INLINE_LAMBDA {
+        constexpr int from = part * part_columns + s * some;
+        __m512i sum[some][many][weight_planes];
+        each<some * many>([&]<int i>() KVT_INLINE_LAMBDA {
+          each<weight_planes>([&]<int p>() KVT_INLINE_LAMBDA { sum[i / many][i % many][p] = _mm512_setzero_si512(); });
+        });
+        for (unsigned row = 0; row < static_cast<unsigned>(n); row += 8) {
+          const unsigned char* const tile = rows.tile(first + static_cast<int>(row));
+          each<2>([&]<int half>() KVT_INLINE_LAMBDA {
+            const TurnedHalf<half> four{{tile}};
+            __m512i x[some];
+            each<some>([&]<int c>()
+                           KVT_INLINE_LAMBDA { x[c] = R::template column < from + c, bytes ? 0 : R::offset > (four, w); });
+            each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+              each<weight_planes>([&]<int p>() KVT_INLINE_LAMBDA {
+                const __m512i own = _mm512_set1_epi32(weights.of[j + i][p][row / 4 + half]);
+                each<some>([&]<int c>() KVT_INLINE_LAMBDA { add_weighted(sum[c][i][p], x[c], own); });
+              });
+            });
+          });
+        }
+        each<some>([&]<int c>() KVT_INLINE_LAMBDA {
+          each<many>([&]<int i>() KVT_INLINE_LAMBDA {
+            const __m512i start = _mm512_set1_epi32(static_cast<int>(bytes ? 0 : weights.start[j + i]));
+            float* const to = acc + i * dim + 4 * column_of(from + c, w);
+            const __m512 whole = _mm512_cvtepi32_ps(_mm512_sub_epi32(joined(sum[c][i]), start));
+            _mm512_storeu_ps(to, _mm512_fmadd_ps(whole, _mm512_set1_ps(weights.unit[j + i]), _mm512_loadu_ps(to)));
+          });
+        });
+      });
+    }
+  }
+  KVT_INLINE static __m512i joined(const __m512i (&plane)[weight_planes]) {
+    if constexpr (weight_planes == 1) return plane[0];
+    if constexpr (weight_planes == 2) return _mm512_add_epi32(_mm512_slli_epi32(plane[0], 8), plane[1]);
+  }
 
   // Sums of the columns of a group, some at a time, that share words of codes if columns do.
   template <int part, int many>
@@ -225,18 +291,14 @@ struct IntegerRows {
                          KVT_INLINE_LAMBDA { x[c] = R::template column < from + c, bytes ? 0 : R::offset > (tiles, w); });
           each<many>([&]<int i>() KVT_INLINE_LAMBDA {
             each<weight_planes>([&]<int p>() KVT_INLINE_LAMBDA {
-              const __m512i own = weights.of[j + i][t][p];
-              each<some>([&]<int c>() KVT_INLINE_LAMBDA {
-                bytes ? add_products(sum[c][i][p], own, x[c]) : add_products(sum[c][i][p], x[c], own);
-              });
+              const __m512i own = _mm512_load_si512(weights.of[j + i][p] + 16 * t);
+              each<some>([&]<int c>() KVT_INLINE_LAMBDA { add_weighted(sum[c][i][p], x[c], own); });
             });
           });
         }
         each<some>([&]<int c>() KVT_INLINE_LAMBDA {
           each<many>([&]<int i>() KVT_INLINE_LAMBDA {
-            __m512i whole = sum[c][i][0];
-            if constexpr (!bytes) whole = _mm512_add_epi32(_mm512_slli_epi32(whole, 8), sum[c][i][1]);
-            add_column(whole, bytes ? 0 : weights.start[j + i], weights.unit[j + i],
+            add_column(joined(sum[c][i]), bytes ? 0 : weights.start[j + i], weights.unit[j + i],
                        acc + i * dim + 4 * column_of(from + c, w));
           });
         });
@@ -294,38 +356,42 @@ struct IntegerRows {
       }
     });
   }
+  // f(t, which of its rows there are) for each pair of tiles of n rows; what is whole stays in registers.
+  template <class F>
+  KVT_INLINE static void each_pair(int n, const F& f) {
+    if (n == most_rows) {
+      each<pairs>([&]<int t>() KVT_INLINE_LAMBDA { f(t, static_cast<__mmask16>(0xffff)); });
+    } else {
+      for (int t = 0; 16 * t < n; ++t) f(t, mask(n - 16 * t));
+    }
+  }
   // Weights times scales, their largest magnitude and the sum of their magnitudes.
   struct Products {
     __m512 of[pairs];
     float largest, total;
-    Products(const float* weights, const __m512* scale, int n) {
+    KVT_INLINE Products(const float* weights, const __m512* scale, int n) {
       __m512 top = _mm512_setzero_ps(), sum = top;
-      for (int t = 0; 16 * t < n; ++t) {
-        of[t] = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask(n - 16 * t), weights + 16 * t), scale[t]);
+      each_pair(n, [&](int t, __mmask16 there) KVT_INLINE_LAMBDA {
+        of[t] = _mm512_mul_ps(_mm512_maskz_loadu_ps(there, weights + 16 * t), scale[t]);
         const __m512 size = _mm512_abs_ps(of[t]);
         top = _mm512_max_ps(top, size);
         sum = _mm512_add_ps(sum, size);
-      }
+      });
       largest = _mm512_reduce_max_ps(top);
       total = _mm512_reduce_add_ps(sum);
     }
   };
-  // The lowest byte of each of sixteen words, as weights have them.
-  KVT_INLINE static __m512i four_times(__m512i words) {
-    const __m512i apart = _mm512_setr_epi32(0, 0, 0, 0, 1, 1, 1, 1, 2, 2, 2, 2, 3, 3, 3, 3);
-    return _mm512_permutexvar_epi32(apart, _mm512_castsi128_si512(_mm512_cvtepi32_epi8(words)));
-  }
   static void to_words(const float* weights, const __m512* scale, int n, Weights& to, int j) requires(!bytes) {
     const Products product(weights, scale, n);
     const float factor = integer_factor(most, product.largest, product.total, largest_sum);
     const __m512 by = _mm512_set1_ps(factor);
     __m512i whole = _mm512_setzero_si512();
-    for (int t = 0; 16 * t < n; ++t) {
+    each_pair(n, [&](int t, __mmask16) KVT_INLINE_LAMBDA {
       const __m512i x = _mm512_cvtps_epi32(_mm512_mul_ps(product.of[t], by));
       whole = _mm512_add_epi32(whole, x);
-      to.of[j][t][0] = four_times(_mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8));
-      to.of[j][t][1] = four_times(x);
-    }
+      to.set(j, 0, t, _mm512_srai_epi32(_mm512_add_epi32(x, _mm512_set1_epi32(128)), 8));
+      to.set(j, 1, t, x);
+    });
     to.start[j] = static_cast<std::uint32_t>(R::offset) * static_cast<std::uint32_t>(_mm512_reduce_add_epi32(whole));
     to.unit[j] = integer_unit(factor, product.total);
   }
@@ -337,14 +403,14 @@ struct IntegerRows {
     const Products product(weights, scale, n);
     const float factor = integer_factor(255, product.largest, product.total, 3e38f);
     const __m512 by = _mm512_set1_ps(static_cast<float>(sign) * factor);
-    __mmask16 below = 0;
-    for (int t = 0; 16 * t < n; ++t) {
-      below |= _mm512_cmp_ps_mask(product.of[t], _mm512_setzero_ps(), _CMP_LT_OQ);
+    __m512 least = _mm512_setzero_ps();
+    each_pair(n, [&](int t, __mmask16) KVT_INLINE_LAMBDA {
+      least = _mm512_min_ps(least, product.of[t]);
       const __m512 x = _mm512_fmadd_ps(product.of[t], by, _mm512_load_ps(threshold.of + 16 * t));
-      to.of[j][t][0] = four_times(_mm512_max_epi32(_mm512_cvttps_epi32(x), _mm512_setzero_si512()));
-    }
+      to.set(j, 0, t, _mm512_max_epi32(_mm512_cvttps_epi32(x), _mm512_setzero_si512()));
+    });
     to.unit[j] = static_cast<float>(sign) * integer_unit(factor, product.total);
-    return below != 0;
+    return _mm512_cmp_ps_mask(least, _mm512_setzero_ps(), _CMP_LT_OQ) != 0;
   }
 };
 
