@@ -24,6 +24,7 @@ class AnyCache {
   virtual const Geometry& geometry() const noexcept = 0;
   virtual const CacheOptions& options() const noexcept = 0;
   virtual Status set_policies(const AnyAllocator& allocator, const AnySelector& selector) noexcept = 0;
+  virtual Status encode(int layer, int kv_head) noexcept = 0;
   virtual Status append(int layer, const float* keys, const float* values, std::span<const int> positions) noexcept = 0;
   virtual EvidenceSet needs() const noexcept = 0;
   virtual bool wants_queries() const noexcept = 0;

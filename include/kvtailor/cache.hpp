@@ -20,6 +20,7 @@
 #include <algorithm>
 #include <limits>
 #include <memory_resource>
+#include <mutex>
 #include <numeric>
 #include <span>
 #include <vector>
@@ -167,6 +168,27 @@ class KvCache {
   // Whether observe() has anything to do.
   bool wants_queries() const noexcept { return (needs().bits & query_evidence.bits) != 0; }
 
+  // Encodes the oldest rows of a head if its dense zone is over-full, as append() would do first. Threads may do
+  // so for different heads at once, whatever the memory resource, as long as nothing else happens to the cache.
+  Status encode(int layer, int kv_head) noexcept {
+    KVT_TRY(check_layer(layer));
+    if (kv_head < 0 || kv_head >= geometry_.num_kv_heads) {
+      return error(Errc::bad_shape, "KV head {}; the cache has {}", kv_head, geometry_.num_kv_heads);
+    }
+    return guarded([&] {
+      const std::vector<int> oldest = due_rows(layer, kv_head);
+      if (oldest.empty()) return success();
+      LockedResource memory(options_.memory, lock_);
+      BlockList fresh(&memory);
+      Head& store = head(layer, kv_head);
+      store.encode(oldest, options_.block_rows, fresh);
+      const std::lock_guard held(lock_);
+      store.reserve(0, 0, static_cast<int>(fresh.blocks().size()), static_cast<int>(oldest.size()));
+      store.adopt_oldest(fresh);
+      return success();
+    });
+  }
+
   // Adds n rows. Positions are not negative and increase; a row that is not finite or too large to be stored is refused.
   // Encodes the oldest rows first if the dense zone is over-full: rows of one append stay dense until the next.
   template <class T>
@@ -194,17 +216,12 @@ class KvCache {
         return begun ? 0 : std::clamp(options_.sink_rows - store.sink().rows(), 0, n);
       };
       std::vector<BlockList> fresh;
-      std::vector<int> oldest;
       for (std::size_t h = 0; h < heads; ++h) {
         Head& store = head(layer, static_cast<int>(h));
-        const int over = std::max(0, store.recent().rows() - options_.recent_rows);
-        const int encoded = over / options_.block_rows * options_.block_rows;
-        fresh.emplace_back(options_.memory);
-        oldest.resize(static_cast<std::size_t>(encoded));
-        std::iota(oldest.begin(), oldest.end(), 0);
-        store.encode(oldest, options_.block_rows, fresh.back());
+        const std::vector<int> oldest = due_rows(layer, static_cast<int>(h));
+        store.encode(oldest, options_.block_rows, fresh.emplace_back(options_.memory));
         const int sinks = new_sinks(store);
-        store.reserve(sinks, n - sinks, encoded / options_.block_rows, encoded);
+        store.reserve(sinks, n - sinks, static_cast<int>(fresh.back().blocks().size()), static_cast<int>(oldest.size()));
       }
       state.reserve_runs(positions);
       // Nothing fails from here on.
@@ -632,6 +649,18 @@ class KvCache {
     replace(layers_, std::move(other.layers_));
   }
 
+  // The recent rows of a head that are encoded before others come: whole blocks of the oldest. One that is full waits for its
+  // head's turn, half a block at most, so that no token has to wait for the blocks of all heads.
+  std::vector<int> due_rows(int layer, int kv_head) const {
+    const int over = head(layer, kv_head).recent().rows() - options_.recent_rows, wait = options_.block_rows / 2;
+    if (over < options_.block_rows) return {};
+    const int turn = wait * (layer * geometry_.num_kv_heads + kv_head) / geometry_.num_heads();
+    if (over < options_.block_rows + wait && (end_position(layer) - turn) % wait != 0) return {};
+    std::vector<int> rows(static_cast<std::size_t>(over / options_.block_rows * options_.block_rows));
+    std::iota(rows.begin(), rows.end(), 0);
+    return rows;
+  }
+
   Head& head(int layer, int kv_head) noexcept {
     return heads_[static_cast<std::size_t>(layer * geometry_.num_kv_heads + kv_head)];
   }
@@ -815,6 +844,7 @@ class KvCache {
   Codec codec_;
   Geometry geometry_;
   CacheOptions options_;
+  std::mutex lock_;               // of the memory resource, while heads are encoded
   std::pmr::vector<Head> heads_;  // [num_layers, num_kv_heads]
   std::pmr::vector<Layer> layers_;
 };

@@ -111,6 +111,7 @@ class Erased final : public AnyCache {
   Status set_policies(const AnyAllocator& allocator, const AnySelector& selector) noexcept override {
     return cache_.set_policies(allocator, selector);
   }
+  Status encode(int layer, int kv_head) noexcept override { return cache_.encode(layer, kv_head); }
   Status append(int layer, const float* keys, const float* values, std::span<const int> positions) noexcept override {
     return cache_.append(layer, keys, values, positions);
   }

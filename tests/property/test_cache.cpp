@@ -235,6 +235,49 @@ TEST_CASE("drafts that are taken back leave no trace") {
   }
 }
 
+TEST_CASE("heads take turns to encode their blocks, and threads may do it") {
+  std::mt19937 random(6);
+  const CacheOptions options{.sink_rows = 2, .recent_rows = 5, .block_rows = 16};
+  KvCache<Uniform, SinkRecent, Turbo> cache, plain;
+  Counting counting;  // no lock of its own
+  CacheOptions counted = options;
+  counted.memory = &counting;
+  REQUIRE(cache.init(shape, counted).ok());
+  REQUIRE(plain.init(shape, options).ok());
+  int position = -1, most = 0, encoded = 0;
+  for (int token = 0; token < 200; ++token) {
+    // The first is a text, of which several blocks are encoded at once.
+    Rows rows = make_rows(random, token == 0 ? 90 : 1, position);
+    for (int& p : rows.positions) p = cache.end_position(0) + static_cast<int>(&p - rows.positions.data());
+    int turns = 0;
+    std::vector<int> before;
+    for (int h = 0; h < shape.num_heads(); ++h) before.push_back(cache.store(h / 2, h % 2).body_rows());
+    const auto work = [&](int first) {
+      for (int h = first; h < shape.num_heads(); h += 2) CHECK(cache.encode(h / 2, h % 2).ok());
+    };
+    {
+      const std::jthread other(work, 1);
+      work(0);
+    }
+    for (int h = 0; h < shape.num_heads(); ++h) {
+      const auto& store = cache.store(h / 2, h % 2);
+      turns += store.body_rows() > before[static_cast<std::size_t>(h)] ? 1 : 0;
+      REQUIRE(store.recent().rows() < (token <= 1 ? 90 : options.recent_rows + options.block_rows * 3 / 2));
+      for (const auto& block : store.blocks()) REQUIRE(block.rows == options.block_rows);
+    }
+    REQUIRE(append(cache, rows).ok());
+    REQUIRE(append(plain, rows).ok());
+    REQUIRE(state(cache) == state(plain));
+    REQUIRE(cache.memory().total() == counting.outstanding);
+    if (token > 1) most = std::max(most, turns);
+    encoded += turns;
+  }
+  CHECK(most == 1);  // four heads, eight tokens
+  CHECK(encoded >= 40);
+  CHECK(cache.encode(0, 2).code == Errc::bad_shape);
+  CHECK(cache.encode(2, 0).code == Errc::bad_shape);
+}
+
 TEST_CASE("bad input is one sentence and changes nothing") {
   std::mt19937 random(5);
   KvCache<Adaptive, SnapKv, Turbo> cache;

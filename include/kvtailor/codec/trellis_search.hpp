@@ -19,6 +19,7 @@
 #pragma once
 
 #include <algorithm>
+#include <array>
 #include <cmath>
 #include <cstdint>
 #include <cstring>
@@ -61,11 +62,8 @@ class TrellisSearch {
   float closed_path(const float* x, int dim, const float* table, int group, std::uint8_t* from, State* state) {
     std::fill_n(least_, num_groups, 1e30f);
     least_[group] = 0;
-    extend(x[dim - 1], table);
-    for (int i = dim - 2; i >= 0; --i) {
-      choose(from + i * num_groups);
-      extend(x[i], table);
-    }
+    for (int i = dim - 1; i > 0; --i) advance(x[i], table, from + (i - 1) * num_groups);
+    extend(x[0], table);
     int s = group;
     for (int k = 1; k < fan; ++k) {
       if (cost_[k * num_groups + group] < cost_[s]) s = k * num_groups + group;
@@ -227,15 +225,9 @@ class TrellisSearch {
   int closing_group(const float* x, int dim, const float* table, std::uint8_t* from) {
     const int half = std::min(overlap, dim / 2);
     std::fill_n(least_, num_groups, 0.f);
-    extend(x[half - 1], table);
-    for (int i = half - 2; i >= 0; --i) {
-      choose(from);
-      extend(x[i], table);
-    }
-    for (int i = 0; i < half; ++i) {
-      choose(from + i * num_groups);
-      extend(x[dim - 1 - i], table);
-    }
+    for (int i = half - 1; i >= 0; --i) advance(x[i], table, from);
+    for (int i = 1; i < half; ++i) advance(x[dim - i], table, from + i * num_groups);
+    extend(x[dim - half], table);
     int s = static_cast<int>(std::min_element(cost_, cost_ + num_states) - cost_);
     for (int i = half - 1; i > 0; --i) s = before(s, from + i * num_groups);
     return s / fan;
@@ -250,6 +242,40 @@ class TrellisSearch {
   using Float = float;
   using Int = std::int32_t;
 #endif
+  // extend() by x, and choose().
+  void advance(float x, const float* table, std::uint8_t* from) {
+#if defined(KVT_HOST_AVX512)
+    if constexpr (num_groups % 16 == 0) {
+      static constexpr auto group_of = [] {
+        std::array<int, 16> of{};
+        for (int i = 0; i < 16; ++i) of[static_cast<std::size_t>(i)] = i / fan;
+        return of;
+      }();
+      const __m512i spread = _mm512_loadu_si512(group_of.data());
+      const __m512 element = _mm512_set1_ps(x);
+      __m512 after[num_groups / 16];
+      for (int g = 0; g < num_groups; g += 16) {
+        __m512 least;
+        __m512i which = _mm512_setzero_si512();
+        for (int k = 0; k < fan; ++k) {
+          const int s = k * num_groups + g;
+          const __m512 before = _mm512_maskz_permutexvar_ps(0xffff, spread, _mm512_loadu_ps(least_ + s / fan));
+          const __m512 apart = _mm512_sub_ps(element, _mm512_loadu_ps(table + s));
+          const __m512 cost = _mm512_fmadd_ps(apart, apart, before);
+          const __mmask16 less = k == 0 ? 0xffff : _mm512_cmp_ps_mask(cost, least, _CMP_LT_OQ);
+          least = k == 0 ? cost : _mm512_mask_mov_ps(least, less, cost);
+          which = k == 0 ? which : _mm512_mask_mov_epi32(which, less, _mm512_set1_epi32(k));
+        }
+        after[g / 16] = least;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(from + g), _mm512_cvtepi32_epi8(which));
+      }
+      for (int g = 0; g < num_groups; g += 16) _mm512_store_ps(least_ + g, after[g / 16]);
+      return;
+    }
+#endif
+    extend(x, table);
+    choose(from);
+  }
   // least_ of each group from the costs of its states; from[group] = the upper bits of the best.
   void choose(std::uint8_t* from) {
     constexpr int lanes = sizeof(Float) / sizeof(float);
@@ -299,8 +325,8 @@ class TrellisSearch {
     }
   }
 
-  alignas(32) float cost_[num_states];
-  alignas(32) float least_[num_groups + 4];  // the last are read, not used
+  alignas(64) float cost_[num_states];
+  alignas(64) float least_[num_groups + 16] = {};  // the last are read, not used
 };
 
 }  // namespace kvt::inline v0

@@ -82,7 +82,7 @@ struct OutputProjection {
 // The arrays must outlive the cache.
 struct CacheOptions {
   int sink_rows = 4;     // first rows of the text: dense, never dropped
-  int recent_rows = 32;  // newest rows: dense, never dropped. The dense zone grows by a block before its oldest is encoded
+  int recent_rows = 32;  // newest rows: dense, never dropped. There are up to a block and a half more before some are encoded
   int block_rows = 128;  // rows encoded together, 1 .. 512
   std::pmr::memory_resource* memory = nullptr;  // null: the default resource; must outlive the cache
   // What only some policies need to know of the model; see their heads.

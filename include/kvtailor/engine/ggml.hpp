@@ -4,7 +4,8 @@
 // GgmlAttention: a kvtailor cache inside a ggml graph.
 //
 // build() adds two custom nodes for a layer: one stores keys and values, shows the cache the queries if a policy wants them,
-// and plans; one attends, on all of ggml's threads. The engine's own cache is not needed. ggml does not report errors from
+// and plans; one attends, on all of ggml's threads. Before the first of them all threads encode what is due in any layer. The
+// engine's own cache is not needed. ggml does not report errors from
 // inside a graph, so the first one is kept: after computing, finish() tells it, and has then dropped the rows of this graph
 // again.
 //
@@ -20,6 +21,7 @@
 #include <ggml.h>
 
 #include <algorithm>
+#include <atomic>
 #include <deque>
 #include <span>
 
@@ -41,6 +43,8 @@ class GgmlAttention {
   void begin(std::span<const int> positions) {
     positions_.assign(positions.begin(), positions.end());
     start_ = positions.empty() ? 0 : positions.front();
+    next_head_ = 0;
+    encoded_ = nullptr;
     failed_ = false;
     status_ = success();
   }
@@ -54,9 +58,12 @@ class GgmlAttention {
     state.owner = this;
     state.layer = layer;
     state.options = options;
-    ggml_tensor* inputs[] = {ggml_cont(context, k), ggml_cont(context, v), ggml_cont(context, q)};
+    if (encoded_ == nullptr) {
+      encoded_ = ggml_custom_4d(context, GGML_TYPE_F32, 1, 1, 1, 1, &k, 1, &encode, GGML_N_TASKS_MAX, this);
+    }
+    ggml_tensor* inputs[] = {ggml_cont(context, k), ggml_cont(context, v), ggml_cont(context, q), encoded_};
     // One element, so that attention depends on it: ggml runs nodes in order with a barrier between them.
-    ggml_tensor* const stored = ggml_custom_4d(context, GGML_TYPE_F32, 1, 1, 1, 1, inputs, 3, &store, 1, &state);
+    ggml_tensor* const stored = ggml_custom_4d(context, GGML_TYPE_F32, 1, 1, 1, 1, inputs, 4, &store, 1, &state);
     ggml_tensor* parts[] = {inputs[2], stored};
     state.output = ggml_custom_4d(context, GGML_TYPE_F32, q->ne[0] * q->ne[1], q->ne[2], 1, 1, parts, 2, &attend,
                                   GGML_N_TASKS_MAX, &state);
@@ -93,6 +100,17 @@ class GgmlAttention {
   void fail(const Status& status) {
     if (!failed_) status_ = status;
     failed_ = true;
+  }
+
+  // Head by head, so that threads have equal shares whatever a layer has. What fails is tried again by append(), which tells.
+  static void encode(ggml_tensor* dst, int ith, int, void* data) {
+    GgmlAttention& self = *static_cast<GgmlAttention*>(data);
+    if (ith == 0) static_cast<float*>(dst->data)[0] = 0;
+    const Geometry& shape = self.cache_->geometry();
+    const auto next = [&] { return std::atomic_ref<int>(self.next_head_).fetch_add(1, std::memory_order_relaxed); };
+    for (int head = next(); head < shape.num_heads(); head = next()) {
+      (void)self.cache_->encode(head / shape.num_kv_heads, head % shape.num_kv_heads);
+    }
   }
 
   // ggml may run it on more threads than it was asked to.
@@ -139,6 +157,8 @@ class GgmlAttention {
   Cache* cache_ = nullptr;
   std::vector<int> positions_;
   int start_ = 0;
+  int next_head_ = 0;               // that no thread has encoded
+  ggml_tensor* encoded_ = nullptr;  // of the graph that is built
   bool failed_ = false;
   Status status_;
   std::deque<Layer> layers_;  // addresses stay: graphs point at them

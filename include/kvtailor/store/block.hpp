@@ -9,6 +9,7 @@
 #include <cstddef>
 #include <cstring>
 #include <memory_resource>
+#include <mutex>
 #include <span>
 #include <vector>
 
@@ -55,6 +56,26 @@ struct BlockRef {
   void free(std::pmr::memory_resource* memory) const noexcept {
     memory->deallocate(data, static_cast<std::size_t>(allocated_bytes), storage_alignment);
   }
+};
+
+// A memory resource that one thread uses at a time.
+class LockedResource : public std::pmr::memory_resource {
+ public:
+  LockedResource(std::pmr::memory_resource* memory, std::mutex& lock) noexcept : memory_(memory), lock_(lock) {}
+
+ private:
+  void* do_allocate(std::size_t bytes, std::size_t alignment) override {
+    const std::lock_guard held(lock_);
+    return memory_->allocate(bytes, alignment);
+  }
+  void do_deallocate(void* p, std::size_t bytes, std::size_t alignment) override {
+    const std::lock_guard held(lock_);
+    memory_->deallocate(p, bytes, alignment);
+  }
+  bool do_is_equal(const std::pmr::memory_resource& other) const noexcept override { return this == &other; }
+
+  std::pmr::memory_resource* memory_;
+  std::mutex& lock_;
 };
 
 // Room for a block before its size is known. Codecs are promised blocks that begin at a multiple of 64 bytes.
