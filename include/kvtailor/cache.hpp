@@ -649,13 +649,12 @@ class KvCache {
     replace(layers_, std::move(other.layers_));
   }
 
-  // The recent rows of a head that are encoded before others come: whole blocks of the oldest. One that is full waits for its
-  // head's turn, half a block at most, so that no token has to wait for the blocks of all heads.
+  // The recent rows of a head that are encoded before others come: whole blocks of the oldest.
   std::vector<int> due_rows(int layer, int kv_head) const {
     const int over = head(layer, kv_head).recent().rows() - options_.recent_rows, wait = options_.block_rows / 2;
     if (over < options_.block_rows) return {};
     const int turn = wait * (layer * geometry_.num_kv_heads + kv_head) / geometry_.num_heads();
-    if (over < options_.block_rows + wait && (end_position(layer) - turn) % wait != 0) return {};
+    if (options_.staggered && over < options_.block_rows + wait && (end_position(layer) - turn) % wait != 0) return {};
     std::vector<int> rows(static_cast<std::size_t>(over / options_.block_rows * options_.block_rows));
     std::iota(rows.begin(), rows.end(), 0);
     return rows;

@@ -45,7 +45,9 @@ struct Twin {
     REQUIRE(cache.init(device, pool, shape<Codec>(), {sink_rows, recent_rows, 600, 4096}, {}, codecs).ok());
     init(host);
   }
-  void init(Host& other) const { REQUIRE(other.init(shape<Codec>(), {sink_rows, recent_rows, 128, nullptr}, codecs).ok()); }
+  void init(Host& other) const {
+    REQUIRE(other.init(shape<Codec>(), {.sink_rows = sink_rows, .recent_rows = recent_rows, .staggered = false}, codecs).ok());
+  }
 
   void append(int n) {
     std::normal_distribution<float> normal;
@@ -219,7 +221,7 @@ void check_policy(double ratio, std::vector<Codec> codecs = {}) {
   KvCache<Budget, Selector, Codec> host;
   REQUIRE(pool.init(device, 300).ok());
   REQUIRE(cache.init(device, pool, shape<Codec>(), {sink_rows, recent_rows, 600, 4096}, {}, {}, {}, codecs).ok());
-  REQUIRE(host.init(shape<Codec>(), {sink_rows, recent_rows, 128, nullptr}, codecs).ok());
+  REQUIRE(host.init(shape<Codec>(), {.sink_rows = sink_rows, .recent_rows = recent_rows, .staggered = false}, codecs).ok());
   std::mt19937 random(11);
   std::normal_distribution<float> normal;
   int next = 0;
@@ -244,7 +246,7 @@ void check_policy(double ratio, std::vector<Codec> codecs = {}) {
   REQUIRE(cache.compress(Retain::ratio(ratio)).ok());
   CHECK(cache.memory().total() < before);
   KvCache<Budget, Selector, Codec> copy;
-  REQUIRE(copy.init(shape<Codec>(), {sink_rows, recent_rows, 128, nullptr}, codecs).ok());
+  REQUIRE(copy.init(shape<Codec>(), {.sink_rows = sink_rows, .recent_rows = recent_rows, .staggered = false}, codecs).ok());
   REQUIRE(cache.download(copy).ok());
   int all = 0, other = 0;
   for (int layer = 0; layer < layers; ++layer) {

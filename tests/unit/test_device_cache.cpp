@@ -48,7 +48,7 @@ struct Twin {
   Twin(SimulatedDevice& device, Pool<Codec>& pool, const Geometry& g, const Budget& budget = {}, const Selector& selector = {})
       : geometry(g), host_cache(budget, selector), next(static_cast<std::size_t>(g.num_layers)) {
     REQUIRE(device_cache.init(device, pool, g, {sink_rows, recent_rows, 300, 4096}, budget, selector).ok());
-    REQUIRE(host_cache.init(g, {sink_rows, recent_rows, 128, nullptr}).ok());
+    REQUIRE(host_cache.init(g, {.sink_rows = sink_rows, .recent_rows = recent_rows, .staggered = false}).ok());
   }
   void append(int n, std::mt19937& random) {
     std::normal_distribution<float> normal;
@@ -698,7 +698,7 @@ double attention_error(SimulatedDevice& device, const Twin<Codec>& twin, std::mt
   const Geometry& geometry = twin.geometry;
   const auto width = static_cast<std::size_t>(geometry.num_q_heads * dim);
   KvCache<Uniform, KeyDiff, Codec> rows;
-  REQUIRE(rows.init(geometry, {sink_rows, recent_rows, 128, nullptr}).ok());
+  REQUIRE(rows.init(geometry, {.sink_rows = sink_rows, .recent_rows = recent_rows, .staggered = false}).ok());
   REQUIRE(twin.device_cache.download(rows).ok());
   DecodePlan<Codec, SimulatedDevice, float> plan;
   const Cache<Codec>* const all[] = {&twin.device_cache};

@@ -385,7 +385,7 @@ TEST_CASE("the caches may have other policies, and queries stay behind") {
   Cache<Codec> cache;
   init(cache, device, pool);
   KvCache<Adaptive, SnapKv, Codec> host;
-  REQUIRE(host.init(shape<Codec>(), {sink_rows, recent_rows, 128, nullptr}).ok());
+  REQUIRE(host.init(shape<Codec>(), {.sink_rows = sink_rows, .recent_rows = recent_rows, .staggered = false}).ok());
   const Rows<Codec> rows(290, -1, 8);
   for (int layer = 0; layer < 2; ++layer) {
     REQUIRE(host.append(layer, rows.keys.data(), rows.values.data(), rows.positions).ok());
@@ -437,13 +437,13 @@ TEST_CASE("what does not fit says so and changes nothing") {
   };
   Host<Codec> shaped;
   refused(shaped, Errc::bad_shape, 0, 0);
-  REQUIRE(shaped.init({2, 2, 4, 64}, {sink_rows, recent_rows, 128, nullptr}).ok());
+  REQUIRE(shaped.init({2, 2, 4, 64}, {.sink_rows = sink_rows, .recent_rows = recent_rows, .staggered = false}).ok());
   refused(shaped, Errc::bad_shape, 0, 0);
   CHECK(cache.download(shaped).code == Errc::bad_shape);
-  REQUIRE(shaped.init(shape<Codec>(), {sink_rows + 1, recent_rows, 128, nullptr}).ok());
+  REQUIRE(shaped.init(shape<Codec>(), {.sink_rows = sink_rows + 1, .recent_rows = recent_rows, .staggered = false}).ok());
   refused(shaped, Errc::bad_shape, sink_rows + 1, sink_rows);
   CHECK(cache.download(shaped).code == Errc::bad_shape);
-  REQUIRE(shaped.init(shape<Codec>(), {sink_rows, recent_rows - 1, 128, nullptr}).ok());
+  REQUIRE(shaped.init(shape<Codec>(), {.sink_rows = sink_rows, .recent_rows = recent_rows - 1, .staggered = false}).ok());
   refused(shaped, Errc::bad_shape, recent_rows - 1, recent_rows);
   CHECK(cache.download(shaped).code == Errc::bad_shape);
 

@@ -60,6 +60,7 @@ struct Both {
       : geometry(shape), host({&scores[0]}, selector), random(seed) {
     device_options.sink_rows = options.sink_rows = sink_rows;
     device_options.recent_rows = options.recent_rows = recent_rows;
+    options.staggered = false;
     device_options.max_rows = 4096;
     REQUIRE(pool.init(device, 400).ok());
     const Status status = on_device.init(device, pool, geometry, device_options, {&scores[1]}, selector);
@@ -124,7 +125,7 @@ struct Both {
       if (!(error <= worst)) worst = error;
     }
     KvCache<Uniform, SinkRecent, Codec> copy;
-    REQUIRE(copy.init(geometry, {sink_rows, recent_rows, 128, nullptr}).ok());
+    REQUIRE(copy.init(geometry, {.sink_rows = sink_rows, .recent_rows = recent_rows, .staggered = false}).ok());
     REQUIRE(on_device.download(copy).ok());
     for (int h = 0; h < geometry.num_heads(); ++h) {
       const int layer = h / geometry.num_kv_heads, head = h % geometry.num_kv_heads;

@@ -78,7 +78,7 @@ void run() {
   REQUIRE(pool.init(device, 200).ok());
   REQUIRE(cache.init(device, pool, geometry, {5, 20, 300, 4096}).ok());
   REQUIRE(child.init(device, pool, geometry, {5, 20, 300, 4096}).ok());
-  REQUIRE(host.init(geometry, {5, 20, 128, nullptr}).ok());
+  REQUIRE(host.init(geometry, {.sink_rows = 5, .recent_rows = 20, .staggered = false}).ok());
   std::mt19937 random(dim);
   std::normal_distribution<float> normal;
   const auto append = [&](int n) {
@@ -93,7 +93,7 @@ void run() {
   };
   const auto compare = [&](const DeviceCache<Codec, SimulatedDevice>& on_device) {
     KvCache<Budget, Selector, Codec> stored;
-    REQUIRE(stored.init(geometry, {5, 20, 128, nullptr}).ok());
+    REQUIRE(stored.init(geometry, {.sink_rows = 5, .recent_rows = 20, .staggered = false}).ok());
     REQUIRE(on_device.download(stored).ok());
     // Where two codes or two scales are as near, rounding decides, and the device's row is as good as the host's.
     int rows = 0, others = 0;

@@ -217,9 +217,9 @@ struct IntegerRows {
       }
     }
   };
-  static constexpr int most_divisor(int of, int most) {
-    int d = std::max(1, most);
-    while (of % d != 0) --d;
+  static constexpr int largest_divisor(int n, int limit) {
+    int d = std::max(1, limit);
+    while (n % d != 0) --d;
     return d;
   }
   KVT_INLINE static void add_weighted(__m512i& sum, __m512i x, __m512i weights) {
@@ -230,7 +230,7 @@ struct IntegerRows {
   template <int part, int many>
   [[gnu::noinline]] static void group_sums(const R& rows, int first, int n, const Weights& weights, int j, int, float* acc,
                                            Ahead ahead) requires fours {
-    constexpr int some = most_divisor(part_columns, 16 / (weight_planes * many));
+    constexpr int some = largest_divisor(part_columns, 16 / (weight_planes * many));
     for (int w = 0; w < R::period; w += 4) {
       each<4>([&]<int step>() KVT_INLINE_LAMBDA { ahead.ask(w + step); });
       each<part_columns / some>([&]<int s>() KVT_INLINE_LAMBDA {

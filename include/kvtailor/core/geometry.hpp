@@ -82,12 +82,15 @@ struct OutputProjection {
 // The arrays must outlive the cache.
 struct CacheOptions {
   int sink_rows = 4;     // first rows of the text: dense, never dropped
-  int recent_rows = 32;  // newest rows: dense, never dropped. There are up to a block and a half more before some are encoded
+  int recent_rows = 32;  // newest rows: dense, never dropped. A block or, staggered, one and a half more may be dense
   int block_rows = 128;  // rows encoded together, 1 .. 512
   std::pmr::memory_resource* memory = nullptr;  // null: the default resource; must outlive the cache
   // What only some policies need to know of the model; see their heads.
   std::span<const Rope> ropes = {};                           // one for all layers, or one a layer
   std::span<const OutputProjection> output_projections = {};  // one a layer
+  // Full blocks wait for their head's turn, half a block at most, so that no token has to wait for those of all heads. Without,
+  // they are encoded at once, as a device does.
+  bool staggered = true;
 };
 
 // Bytes a cache holds from its memory resource right now; total() is exactly what it asked for and has not given back.
