@@ -75,9 +75,8 @@ inline std::vector<float> random_rows(int n, int heads, int dim) {
 }
 
 // Fills a cache of one layer with rows [n, heads, dim], encoded.
-template <class Codec>
-kvt::Status fill(Cache<Codec>& cache, const kvt::Geometry& shape, const std::vector<float>& keys,
-                 const std::vector<float>& values) {
+template <class Filled>
+kvt::Status fill(Filled& cache, const kvt::Geometry& shape, const std::vector<float>& keys, const std::vector<float>& values) {
   KVT_TRY(cache.init(shape));
   const auto wide = static_cast<std::size_t>(shape.num_kv_heads * shape.head_dim);
   constexpr int step = 1024;

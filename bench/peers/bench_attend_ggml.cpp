@@ -59,15 +59,26 @@ struct Rows {
   // The answer for keys and values [n, head_dim] of each KV head.
   template <class Decode>
   std::vector<double> exact(const Decode& decode) const {
+    return exact(decode, [&](int) { return n; });
+  }
+  // The same where KV heads have `count(head)` rows.
+  template <class Decode, class Count>
+  std::vector<double> exact(const Decode& decode, const Count& count) const {
     const auto dim = static_cast<std::size_t>(shape.head_dim);
     std::vector<double> out;
-    std::vector<float> k(static_cast<std::size_t>(n) * dim), v(k.size());
-    std::vector<int> positions(static_cast<std::size_t>(n));
-    std::iota(positions.begin(), positions.end(), 0);
+    std::vector<float> k, v;
+    std::vector<int> positions;
     for (int h = 0; h < shape.num_q_heads; ++h) {
-      if (h % shape.group_size() == 0) decode(h / shape.group_size(), k.data(), v.data());
+      const auto rows = static_cast<std::size_t>(count(h / shape.group_size()));
+      if (h % shape.group_size() == 0) {
+        k.resize(rows * dim);
+        v.resize(rows * dim);
+        positions.resize(rows);
+        std::iota(positions.begin(), positions.end(), 0);
+        decode(h / shape.group_size(), k.data(), v.data());
+      }
       const float* const query = queries.data() + static_cast<std::size_t>(h) * dim;
-      const auto head = reference::attend(query, n - 1, k, v, positions, shape.head_dim, {});
+      const auto head = reference::attend(query, static_cast<int>(rows) - 1, k, v, positions, shape.head_dim, {});
       out.insert(out.end(), head.begin(), head.end());
     }
     return out;
@@ -242,41 +253,65 @@ class Stock final : public Method {
   }
 };
 
-template <class Codec>
-std::unique_ptr<bench::Cache<Codec>> filled(const Rows& rows) {
-  auto cache = std::make_unique<bench::Cache<Codec>>();
-  if (!bench::fill(*cache, rows.shape, rows.keys, rows.values).ok()) fail("a cache was not filled");
+// Shares of heads from eight down to one.
+struct Ragged {
+  static constexpr kvt::EvidenceSet needs = {};
+  kvt::Status allocate(const kvt::BudgetRequest& want, std::span<int> keep) const noexcept {
+    std::vector<double> share;
+    for (std::size_t h = 0; h < keep.size(); ++h) {
+      share.push_back(8 - 7 * static_cast<double>(h) / static_cast<double>(std::max<std::size_t>(1, keep.size() - 1)));
+    }
+    kvt::apportion(want, share, keep);
+    return kvt::success();
+  }
+};
+
+template <class Codec, class Budget>
+using BudgetCache = kvt::KvCache<Budget, kvt::SinkRecent, Codec>;
+
+template <class Codec, class Budget>
+std::unique_ptr<BudgetCache<Codec, Budget>> filled(const Rows& rows) {
+  auto cache = std::make_unique<BudgetCache<Codec, Budget>>();
+  const bool equal = std::is_same_v<Budget, kvt::Uniform>;
+  const Rows more(rows.shape, equal ? 0 : 2 * rows.n);  // so that the longest head has enough
+  auto status = bench::fill(*cache, rows.shape, equal ? rows.keys : more.keys, equal ? rows.values : more.values);
+  if (status.ok() && !equal) status = cache->compress(kvt::Retain::rows(rows.n));
+  if (status.ok() && !equal) status = cache->flush();
+  if (!status.ok()) fail("a cache was not filled: " + status.message());
   return cache;
 }
 
-template <class Codec>
+template <class Codec, class Budget>
 class Ours final : public Method {
  public:
-  explicit Ours(const Rows& rows) : Ours(rows, filled<Codec>(rows)) {}
+  explicit Ours(const Rows& rows) : Ours(rows, filled<Codec, Budget>(rows)) {}
 
  private:
   static constexpr bool dense = std::is_same_v<typename Codec::key_type, typename Codec::near_type>;
+  using Cache = BudgetCache<Codec, Budget>;
   struct Layer {
-    std::unique_ptr<bench::Cache<Codec>> cache;
+    std::unique_ptr<Cache> cache;
     ggml_tensor *queries, *out;
     int position;
     kvt::AttendPlan plan;
   };
 
-  Ours(const Rows& rows, std::unique_ptr<bench::Cache<Codec>> first)
+  Ours(const Rows& rows, std::unique_ptr<Cache> first)
       : Method(rows, static_cast<double>(first->memory().payload_bytes), bench::error_bound(dense)), layers_(wanted()) {
-    auto exact = rows.exact([&](int head, float* keys, float* values) { first->decode(0, head, keys, values); });
+    auto exact = rows.exact([&](int head, float* keys, float* values) { first->decode(0, head, keys, values); },
+                            [&](int head) { return first->num_rows(0, head); });
     for (std::size_t i = 1; i < wanted(); ++i) {
-      layers_[i].cache = std::make_unique<bench::Cache<Codec>>();
+      layers_[i].cache = std::make_unique<Cache>();
       if (!first->fork(*layers_[i].cache).ok()) fail("a cache was not copied");
     }
+    const int position = first->end_position(0) - 1;
     layers_[0].cache = std::move(first);
     build(rows, std::move(exact), [&](std::size_t i) {
       Layer& layer = layers_[i];
       ggml_tensor* inputs[] = {queries(), nullptr};
       inputs[1] = ggml_custom_4d(graph(), GGML_TYPE_F32, 1, 1, 1, 1, inputs, 1, &plan, 1, &layer);
       layer.queries = queries();
-      layer.position = rows.n - 1;
+      layer.position = position;
       return layer.out = ggml_custom_4d(graph(), GGML_TYPE_F32, static_cast<std::int64_t>(rows.outputs()), 1, 1, 1, inputs, 2,
                                         &attend, GGML_N_TASKS_MAX, &layer);
     });
@@ -303,11 +338,11 @@ struct Named {
   std::function<std::unique_ptr<Method>(const Rows&)> make;
 };
 
-template <template <int> class Keys, template <int> class Values = Keys>
+template <template <int> class Keys, template <int> class Values = Keys, class Budget = kvt::Uniform>
 Named ours(const std::string& name) {
   return {name, false, false, [](const Rows& rows) -> std::unique_ptr<Method> {
-            if (rows.shape.head_dim == 64) return std::make_unique<Ours<kvt::KvCodec<Keys<64>, Values<64>>>>(rows);
-            return std::make_unique<Ours<kvt::KvCodec<Keys<128>, Values<128>>>>(rows);
+            if (rows.shape.head_dim == 64) return std::make_unique<Ours<kvt::KvCodec<Keys<64>, Values<64>>, Budget>>(rows);
+            return std::make_unique<Ours<kvt::KvCodec<Keys<128>, Values<128>>, Budget>>(rows);
           }};
 }
 Named stock(const std::string& name, ggml_type keys, ggml_type values, bool flash) {
@@ -343,6 +378,7 @@ const std::vector<Named> all = {
     ours<Turbo4>("turbo4"),
     ours<Turbo3, Turbo2>("turbo3/turbo2"),
     ours<Turbo2>("turbo2"),
+    ours<Turbo2, Turbo2, Ragged>("turbo2 8:1"),
     ours<Trellis2>("trellis2"),
     ours<LowRankTurbo2>("low_rank_turbo2"),
     ours<LowRankTrellis2>("low_rank_trellis2"),
