@@ -12,7 +12,8 @@
 //
 // Shapes:  keys, values [n, num_kv_heads, head_dim]; queries, out [n, num_q_heads, head_dim]; positions [n].
 // Failure: every call that returns a Status other than success leaves the cache as it was.
-// Threads: calls that change a cache are for one thread; any number may attend at the same time between them.
+// Threads: calls that change a cache are for one thread, but for encode(), which may be called for different heads at the same
+//          time; any number may attend between them.
 // Memory:  everything a cache keeps comes from CacheOptions::memory. A cut takes little more than is there before it: rows that
 //          are encoded by it and a block. A cache may be moved, but not while a plan is in use.
 #pragma once
