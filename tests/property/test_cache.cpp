@@ -238,8 +238,8 @@ TEST_CASE("drafts that are taken back leave no trace") {
 TEST_CASE("heads take turns to encode their blocks, and threads may do it") {
   std::mt19937 random(6);
   const CacheOptions options{.sink_rows = 2, .recent_rows = 5, .block_rows = 16};
-  KvCache<Uniform, SinkRecent, Turbo> cache, plain;
   Counting counting;  // no lock of its own
+  KvCache<Uniform, SinkRecent, Turbo> cache, plain;
   CacheOptions counted = options;
   counted.memory = &counting;
   REQUIRE(cache.init(shape, counted).ok());
