@@ -169,8 +169,8 @@ class KvCache {
   // Whether observe() has anything to do.
   bool wants_queries() const noexcept { return (needs().bits & query_evidence.bits) != 0; }
 
-  // Encodes the oldest rows of a head if its dense zone is over-full, as append() would do first. Threads may do
-  // so for different heads at once, whatever the memory resource, as long as nothing else happens to the cache.
+  // Encodes the oldest rows of a head if its dense zone is over-full, as append() would do first. Threads may do so for
+  // different heads at once, whatever the memory resource, as long as nothing else happens to the cache.
   Status encode(int layer, int kv_head) noexcept {
     KVT_TRY(check_layer(layer));
     if (kv_head < 0 || kv_head >= geometry_.num_kv_heads) {

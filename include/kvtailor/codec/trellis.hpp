@@ -14,7 +14,8 @@
 //          head_dim 64: .279 / .072 / .0187 / .0050 at 1 .. 4 bits, window 8; .285 / .075 / .0205 at 1 .. 3 bits, window 6.
 //          At head_dim 128 up to 4 % more. Of any other row up to 1: see Rotated.
 // Cost:    head_dim * bits / 8 + sizeof(Scale) bytes a row: a ring has no beginning to be stored. Encoding takes eight times
-//          as long as that of LloydMax at window 8, four times at window 6; reading a third longer with AVX2.
+//          as long as that of LloydMax at window 8, four times at window 6; reading a third longer with AVX2. With AVX-512
+//          encoding takes thirteen times as long, since LloydMax gains more.
 // Source:  trellis-coded quantization: M. W. Marcellin and T. R. Fischer, IEEE Trans. Commun. 38, 1990; the bit-shift trellis,
 //          closed to a ring: QTIP, arXiv 2406.11235. Differs from QTIP: sizes and signs are numbered by parities of a state's
 //          bits, as by a convolutional code (G. Ungerboeck, IEEE Trans. Inf. Theory 28, 1982), trained with the encoder.
