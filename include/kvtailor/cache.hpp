@@ -101,8 +101,8 @@ class KvCache {
                    geometry.num_heads());
     }
     KVT_TRY(detail::check_model(geometry, options, needs()));
-    if constexpr (requires { selector_.check(); }) KVT_TRY(selector_.check());
-    if constexpr (requires { budget_.check(geometry); }) KVT_TRY(budget_.check(geometry));
+    KVT_TRY(check_policy(selector_, geometry));
+    KVT_TRY(check_policy(budget_, geometry));
     KVT_TRY(codec_.validate());
     for (const Codec& each : head_codecs) KVT_TRY(each.validate());
     return guarded([&] {
@@ -130,8 +130,8 @@ class KvCache {
     KVT_TRY(check_layer(0));
     const EvidenceSet wanted = needs_of(budget) | needs_of(selector);
     KVT_TRY(detail::check_model(geometry_, options_, wanted));
-    if constexpr (requires { selector.check(); }) KVT_TRY(selector.check());
-    if constexpr (requires { budget.check(geometry_); }) KVT_TRY(budget.check(geometry_));
+    KVT_TRY(check_policy(selector, geometry_));
+    KVT_TRY(check_policy(budget, geometry_));
     return guarded([&] {
       const bool keeps = wanted.has(Evidence::window_queries);
       const auto window = keeps ? static_cast<std::size_t>(window_of(selector)) : 0;

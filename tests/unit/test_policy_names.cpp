@@ -265,7 +265,7 @@ TEST_CASE("no allocator and no selector say so") {
   CHECK(AnyAllocator{}.active_needs().empty());
   std::vector<float> score(1);
   CHECK(AnySelector{}.score({}, score).message() == "no token selector was chosen");
-  CHECK(AnySelector{}.check().code == Errc::bad_policy);
+  CHECK(AnySelector{}.check({1, 1, 1, 64}).code == Errc::bad_policy);
   CHECK(AnySelector{}.join({}).code == Errc::bad_policy);
   CHECK(AnySelector{}.attention({}, score).code == Errc::bad_policy);
   CHECK(AnySelector{}.active_needs().empty());
@@ -352,7 +352,7 @@ TEST_CASE("a selector's name with its parameters is that selector") {
     const AnySelector parsed = selector_of(text);
     const std::vector<float> want = e.scores(policy);
     CHECK(e.scores(parsed) == want);
-    CHECK(parsed.check().ok());
+    CHECK(parsed.check({30, 3, 9, 64}).ok());
     CHECK(parsed.window == window);
     CHECK(parsed.active_needs() == needs_of(policy));
     using Policy = std::remove_cvref_t<decltype(policy)>;

@@ -28,6 +28,7 @@ void add_bench(CLI::App& app);
 void add_sensitivity(CLI::App& app);
 void add_retrieve(CLI::App& app);
 void add_profile(CLI::App& app);
+void add_train(CLI::App& app);
 
 struct Common {
   std::string model;

@@ -36,6 +36,7 @@ int main(int argc, char** argv) try {
   kvt_llm::add_sensitivity(app);
   kvt_llm::add_retrieve(app);
   kvt_llm::add_profile(app);
+  kvt_llm::add_train(app);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

@@ -67,7 +67,10 @@ struct Wording {
 };
 constexpr Wording all_wordings[] = {
     {"magic", "The special magic number for ", " is ", "What is the special magic number for ", "?"},
-    {"badge", "Agent ", " carries the badge ", "Which badge does agent ", " carry?"}};
+    {"badge", "Agent ", " carries the badge ", "Which badge does agent ", " carry?"},
+    {"locker", "The locker of ", " opens with ", "With which number does the locker of ", " open?"},
+    {"ticket", "The ticket for the ", " has the number ", "Which number has the ticket for the ", "?"},
+    {"score", "In the final team ", " scored ", "How much did team ", " score in the final?"}};
 
 // What one task is made of.
 struct Draft {

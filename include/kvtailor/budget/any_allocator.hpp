@@ -10,6 +10,7 @@
 #include "kvtailor/budget/curve.hpp"
 #include "kvtailor/budget/global.hpp"
 #include "kvtailor/budget/lava.hpp"
+#include "kvtailor/budget/learned.hpp"
 #include "kvtailor/budget/pyramid.hpp"
 #include "kvtailor/budget/squeeze_attention.hpp"
 #include "kvtailor/budget/streaming_heads.hpp"
@@ -49,10 +50,7 @@ class AnyAllocator {
   struct Holder final : Interface {
     explicit Holder(Policy given) : policy(std::move(given)) {}
     EvidenceSet needs() const noexcept override { return needs_of(policy); }
-    Status check([[maybe_unused]] const Geometry& shape) const noexcept override {
-      if constexpr (requires { policy.check(shape); }) return policy.check(shape);
-      return success();
-    }
+    Status check(const Geometry& shape) const noexcept override { return check_policy(policy, shape); }
     Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept override {
       return policy.allocate(want, keep);
     }
@@ -71,17 +69,9 @@ static_assert(BudgetAllocator<AnyAllocator>);
 
 inline constexpr const char* known_allocators =
     "uniform, pyramid[:beta=20], adaptive[:safeguard=0.2], global[:safeguard=0.2], lava[:even=0.5], "
-    "squeeze_attention[:share=0.35], streaming_heads:file=GATES[,rows=384], curve:file=TABLE";
+    "squeeze_attention[:share=0.35], streaming_heads:file=GATES[,rows=384], curve:file=TABLE, learned:file=POLICY";
 
 namespace detail {
-
-// An empty message is success.
-template <class Read>
-std::string from_file(std::string_view policy, const std::string& path, Read&& read) {
-  if (path.empty()) return std::string(policy) + " needs a file: " + std::string(policy) + ":file=PATH";
-  const Status status = read();
-  return status.ok() ? std::string() : path + ": " + status.message();
-}
 
 inline std::string parse_allocator(std::string_view text, AnyAllocator& out) {
   Spec spec(text);
@@ -111,6 +101,10 @@ inline std::string parse_allocator(std::string_view text, AnyAllocator& out) {
   } else if (spec.name == "squeeze_attention") {
     made("share=0..1", SqueezeAttention{},
          [](SqueezeAttention& p, auto key, auto value) { return key == "share" && read_number(value, 0.0, 1.0, p.share); });
+  } else if (spec.name == "learned") {
+    LearnedPolicy policy;
+    wrong = learned_from_file(spec, policy);
+    if (wrong.empty()) out = AnyAllocator(LearnedShares{std::move(policy.shares), policy.num_kv_heads});
   } else if (spec.name == "streaming_heads" || spec.name == "curve") {
     const bool streams = spec.name == "streaming_heads";
     StreamingHeads heads;

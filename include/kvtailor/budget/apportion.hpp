@@ -65,4 +65,36 @@ inline void apportion(const BudgetRequest& want, std::span<const double> weight,
   std::copy(share.begin(), share.end(), keep.begin());
 }
 
+// Rows of a request that are not protected. Those that an earlier cut dropped count: what a cut of what it left leaves is to be
+// what one cut would have.
+struct FreeRows {
+  std::vector<double> ever;  // [heads]
+  double all = 0;            // of all heads
+  std::int64_t total = 0;    // to keep
+
+  explicit FreeRows(const BudgetRequest& want) : ever(want.seen.size()), total(want.total) {
+    for (std::size_t h = 0; h < ever.size(); ++h) {
+      const auto layer = h / static_cast<std::size_t>(want.num_kv_heads);
+      const std::int64_t seen = want.seen[h];
+      const std::int64_t rows = want.appended.empty() ? seen : std::max<std::int64_t>(seen, want.appended[layer]);
+      ever[h] = static_cast<double>(rows - want.floor[h]);
+      all += ever[h];
+      total -= want.floor[h];
+    }
+  }
+  // The share of them that may stay.
+  double retention() const { return all > 0 ? static_cast<double>(total) / all : 1; }
+  // Each head keeps its protected rows, and of the others in proportion to kept [heads] times those it ever had.
+  void apportion(const BudgetRequest& want, std::span<const double> kept, std::span<int> keep) const {
+    std::vector<double> weight(keep.size());
+    std::vector<std::int64_t> lower(keep.size(), 0), upper(keep.size()), share(keep.size());
+    for (std::size_t h = 0; h < keep.size(); ++h) {
+      weight[h] = std::max(1e-9, ever[h] * kept[h]);
+      upper[h] = want.seen[h] - want.floor[h];
+    }
+    v0::apportion(total, weight, lower, upper, share);
+    for (std::size_t h = 0; h < keep.size(); ++h) keep[h] = static_cast<int>(want.floor[h] + share[h]);
+  }
+};
+
 }  // namespace kvt::inline v0

@@ -50,30 +50,17 @@ struct Curve {
   }
   Status allocate(const BudgetRequest& want, std::span<int> keep) const noexcept try {
     const std::size_t heads = keep.size(), steps = dropped.size() / heads;
-    std::vector<double> weight(heads);
-    std::vector<std::int64_t> lower(heads, 0), upper(heads), share(heads);
-    std::int64_t total = want.total;
-    double rows = 0;
-    for (std::size_t h = 0; h < heads; ++h) {
-      const std::int64_t seen = want.seen[h], floor = want.floor[h];
-      const auto layer = h / static_cast<std::size_t>(want.num_kv_heads);
-      const std::int64_t ever = want.appended.empty() ? seen : std::max<std::int64_t>(seen, want.appended[layer]);
-      upper[h] = seen - floor;
-      weight[h] = static_cast<double>(ever - floor);
-      total -= floor;
-      rows += weight[h];
-    }
-    const double at = rows > 0 ? (1 - static_cast<double>(total) / rows) * static_cast<double>(steps + 1) : 0;
-    const auto step = std::min(static_cast<std::size_t>(std::max(0.0, at)), steps);
+    const FreeRows free(want);
+    const double at = std::max(0.0, (1 - free.retention()) * static_cast<double>(steps + 1));
+    const auto step = std::min(static_cast<std::size_t>(at), steps);
+    std::vector<double> kept(heads);
     for (std::size_t h = 0; h < heads; ++h) {
       // Nothing is dropped before the first step, and all after the last.
       const auto row = [&](std::size_t s) { return static_cast<double>(dropped[(s - 1) * heads + h]); };
       const double before = step == 0 ? 0 : row(step), after = step == steps ? 1 : row(step + 1);
-      weight[h] *= 1 - std::lerp(before, after, std::max(0.0, at) - static_cast<double>(step));
-      weight[h] = std::max(1e-9, weight[h]);
+      kept[h] = 1 - std::lerp(before, after, at - static_cast<double>(step));
     }
-    apportion(total, weight, lower, upper, share);
-    for (std::size_t h = 0; h < heads; ++h) keep[h] = static_cast<int>(want.floor[h] + share[h]);
+    free.apportion(want, kept, keep);
     return success();
   } catch (const std::bad_alloc&) {
     return error(Errc::out_of_memory, "out of memory while sharing out a budget");

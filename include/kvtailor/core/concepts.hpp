@@ -78,6 +78,19 @@ constexpr EvidenceSet needs_of(const Policy& policy) {
   }
 }
 
+// Whether the fields of a policy are what they may be, and fit a model. One with fields that may not has a function check() or
+// check(geometry), which caches ask before they take a policy.
+template <class Policy>
+Status check_policy(const Policy& policy, [[maybe_unused]] const Geometry& shape) {
+  if constexpr (requires { policy.check(shape); }) {
+    return policy.check(shape);
+  } else if constexpr (requires { policy.check(); }) {
+    return policy.check();
+  } else {
+    return success();
+  }
+}
+
 // How many rows each head keeps: sum(keep) == min(want.total, sum(seen)) and floor[h] <= keep[h] <= seen[h].
 template <class B>
 concept BudgetAllocator = requires(const B b, const BudgetRequest& want, std::span<int> keep) {

@@ -1,19 +1,26 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// read_curve, write_curve: what was learned of a model, in a file. A safetensors file with
+// What was learned of a model, in a file.
+// read_curve, write_curve: a safetensors file with
 //   tensor    dropped [steps, num_layers, num_kv_heads], see budget/curve.hpp
 //   metadata  format "kvtailor curve 1", selector (see full_name() in select/any_selector.hpp), and what its maker says of
 //             model, data and method
 // or a table as others publish it (.npy, or lines of text), which says nothing of what it was made for.
+// read_learned, write_learned: a safetensors file with
+//   tensors   scores.*, shares.*: see detail::each_learned_tensor(), learn/token_scorer.hpp and learn/budget_head.hpp
+//   metadata  format "kvtailor learned 1", and what its maker says
 #pragma once
 
 #include <map>
 #include <string>
 
 #include "kvtailor/budget/curve.hpp"
+#include "kvtailor/core/spec.hpp"
 #include "kvtailor/io/file.hpp"
 #include "kvtailor/io/table.hpp"
+#include "kvtailor/learn/budget_head.hpp"
+#include "kvtailor/learn/token_scorer.hpp"
 #if __has_include(<nlohmann/json.hpp>)
 #include "kvtailor/io/safetensors.hpp"
 #define KVT_HAVE_SAFETENSORS
@@ -84,5 +91,175 @@ inline Status write_curve(const std::string& path, const Curve& curve,
 } catch (const std::bad_alloc&) {
   return error(Errc::out_of_memory, "out of memory while writing a curve");
 }
+
+// What `kvt-llm train` finds out: scores of rows, and shares of heads.
+struct LearnedPolicy {
+  int num_layers = 0, num_kv_heads = 0;
+  TokenScorer<float> scores;
+  BudgetHead<float> shares;
+};
+
+inline constexpr const char* learned_format = "kvtailor learned 1";
+
+namespace detail {
+
+// f(name, shape, numbers) of each tensor of a policy in turn; numbers is a function of an index, since those of heads lie
+// apart.
+template <class Policy, class F>
+Status each_learned_tensor(Policy& policy, F&& f) {
+  using Shape = std::vector<std::size_t>;
+  const auto size = [](int n) { return static_cast<std::size_t>(n); };
+  const std::size_t layers = size(policy.num_layers), heads = size(policy.num_kv_heads);
+  const TokenScorerLayout at = policy.scores.layout();
+  const std::size_t features = size(at.features()), hidden = size(at.hidden), stride = size(at.size());
+  const auto of_heads = [&](const char* name, int first, Shape shape) -> Status {
+    std::size_t own = 1;
+    for (const std::size_t extent : shape) own *= extent;
+    shape.insert(shape.begin(), {layers, heads});
+    auto* const numbers = policy.scores.numbers().data() + first;
+    return f(
+        name, shape, [=](std::size_t i) -> auto& { return numbers[i / own * stride + i % own]; });
+  };
+  KVT_TRY(of_heads("scores.mean", at.mean(), {features}));
+  KVT_TRY(of_heads("scores.scale", at.scale(), {features}));
+  KVT_TRY(of_heads("scores.inner", at.matrix(), {hidden, features}));
+  KVT_TRY(of_heads("scores.linear", at.matrix() + at.hidden * at.features(), {features}));
+  KVT_TRY(of_heads("scores.inner_bias", at.bias(), {hidden}));
+  KVT_TRY(of_heads("scores.bias", at.bias() + at.hidden, {}));
+  KVT_TRY(of_heads("scores.outer", at.outer(), {hidden}));
+  auto* own = policy.shares.parameters().data();
+  const auto of_all = [&](const char* name, Shape shape) -> Status {
+    auto* const numbers = own;
+    std::size_t count = 1;
+    for (const std::size_t extent : shape) count *= extent;
+    own += count;
+    return f(
+        name, shape, [=](std::size_t i) -> auto& { return numbers[i]; });
+  };
+  const std::size_t width = size(policy.shares.width()), inner = size(policy.shares.hidden());
+  KVT_TRY(of_all("shares.embedding", {layers, heads, width}));
+  KVT_TRY(of_all("shares.slope", {layers, heads}));
+  KVT_TRY(of_all("shares.start", {layers, heads}));
+  KVT_TRY(of_all("shares.inner", {inner, width + 1}));
+  KVT_TRY(of_all("shares.bias", {inner}));
+  return of_all("shares.outer", {inner});
+}
+
+}  // namespace detail
+
+#if defined(KVT_HAVE_SAFETENSORS)
+// On failure the policy is as it was. bad_value: not of this format, or a number that is not finite; bad_shape: tensors that
+// are missing, too many or do not fit one another.
+inline Status read_learned(const std::string& path, LearnedPolicy& out) noexcept try {
+  TensorFile file;
+  KVT_TRY(read_safetensors(path, file));
+  if (file.metadata["format"] != learned_format) {
+    return error(Errc::bad_value, "the file does not say that it is a learned policy of this format: kvtailor learned 1");
+  }
+  // Sizes are those of three tensors, and all others have to fit.
+  const auto shape_of = [&](const char* name, std::size_t dims) {
+    const auto found = file.tensors.find(name);
+    return found != file.tensors.end() && found->second.shape.size() == dims ? found->second.shape
+                                                                             : std::vector<std::size_t>(dims, 0);
+  };
+  const auto inner = shape_of("scores.inner", 4), embedding = shape_of("shares.embedding", 3),
+             outer = shape_of("shares.outer", 1);
+  constexpr std::size_t most = 1 << 20;
+  for (const std::size_t extent : {inner[0], inner[1], inner[2], inner[3], embedding[2], outer[0]}) {
+    if (extent < 1 || extent > most) {
+      return error(Errc::bad_shape,
+                   "scores.inner, shares.embedding and shares.outer of a learned policy have 4, 3 and 1 "
+                   "dimensions, each of 1 to {}",
+                   static_cast<double>(most));
+    }
+  }
+  if (inner[3] % 2 != 0 || inner[3] < 4) {
+    return error(Errc::bad_shape, "a learned policy has {} features; they are two rows and two lengths",
+                 static_cast<double>(inner[3]));
+  }
+  // What the file holds bounds what is allocated.
+  const auto count_of = [&](const char* name) { return file.tensors[name].numbers.size(); };
+  if (inner[0] * inner[1] > count_of("scores.bias") || embedding[2] + 1 > count_of("shares.inner")) {
+    return error(Errc::bad_shape, "the tensors of a learned policy do not fit one another");
+  }
+  const auto whole = [](std::size_t n) { return static_cast<int>(n); };
+  const int heads = whole(inner[0] * inner[1]);
+  LearnedPolicy made{whole(inner[0]), whole(inner[1]), TokenScorer<float>(heads, whole(inner[3] / 2 - 1), whole(inner[2])),
+                     BudgetHead<float>(heads, whole(embedding[2]), whole(outer[0]))};
+  std::size_t met = 0;
+  KVT_TRY(detail::each_learned_tensor(made, [&](const char* name, const std::vector<std::size_t>& shape, auto&& number) {
+    const Table& table = file.tensors[name];
+    if (table.shape != shape) {
+      return error(Errc::bad_shape, "tensor {} of a learned policy is missing, or does not fit the others",
+                   static_cast<double>(met + 1));
+    }
+    for (std::size_t i = 0; i < table.numbers.size(); ++i) {
+      if (!std::isfinite(table.numbers[i])) {
+        return error(Errc::bad_value, "tensor {} of a learned policy has {}", static_cast<double>(met + 1),
+                     static_cast<double>(table.numbers[i]));
+      }
+      number(i) = table.numbers[i];
+    }
+    ++met;
+    return success();
+  }));
+  if (file.tensors.size() != met) {
+    return error(Errc::bad_shape, "a learned policy has {} tensors; this file has {}", static_cast<double>(met),
+                 static_cast<double>(file.tensors.size()));
+  }
+  out = std::move(made);
+  return success();
+} catch (const std::bad_alloc&) {
+  return error(Errc::out_of_memory, "out of memory while reading a learned policy");
+}
+
+// `told`: what else the file is to say.
+inline Status write_learned(const std::string& path, const LearnedPolicy& policy, std::map<std::string, std::string> told,
+                            FloatType type = FloatType::fp16) noexcept try {
+  TensorFile file;
+  file.metadata = std::move(told);
+  file.metadata["format"] = learned_format;
+  KVT_TRY(detail::each_learned_tensor(policy, [&](const char* name, const std::vector<std::size_t>& shape, auto&& number) {
+    Table& table = file.tensors[name];
+    table.shape = shape;
+    std::size_t count = 1;
+    for (const std::size_t extent : shape) count *= extent;
+    for (std::size_t i = 0; i < count; ++i) table.numbers.push_back(number(i));
+    return success();
+  }));
+  return write_safetensors(path, file, type);
+} catch (const std::bad_alloc&) {
+  return error(Errc::out_of_memory, "out of memory while writing a learned policy");
+}
+#endif
+
+namespace detail {
+
+// An empty message is success.
+template <class Read>
+std::string from_file(std::string_view policy, const std::string& path, Read&& read) {
+  if (path.empty()) return std::string(policy) + " needs a file: " + std::string(policy) + ":file=PATH";
+  const Status status = read();
+  return status.ok() ? std::string() : path + ": " + status.message();
+}
+
+// What "learned:file=PATH" names; an empty message is success.
+inline std::string learned_from_file(Spec& spec, LearnedPolicy& policy) {
+  std::string path;
+  std::string wrong = read_parameters(spec, "file=PATH", [&](auto key, auto value) {
+    if (key == "file") path = value;
+    return key == "file";
+  });
+  if (!wrong.empty()) return wrong;
+  return from_file(spec.name, path, [&]() -> Status {
+#if defined(KVT_HAVE_SAFETENSORS)
+    return read_learned(path, policy);
+#else
+    return error(Errc::bad_value, "this program was compiled without nlohmann-json, and reads no safetensors");
+#endif
+  });
+}
+
+}  // namespace detail
 
 }  // namespace kvt::inline v0

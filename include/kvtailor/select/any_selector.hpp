@@ -9,6 +9,7 @@
 #include <memory>
 
 #include "kvtailor/core/spec.hpp"
+#include "kvtailor/io/policy_file.hpp"
 #include "kvtailor/select/caote.hpp"
 #include "kvtailor/select/chunk_kv.hpp"
 #include "kvtailor/select/critical_kv.hpp"
@@ -19,6 +20,7 @@
 #include "kvtailor/select/lag_kv.hpp"
 #include "kvtailor/select/last_query.hpp"
 #include "kvtailor/select/lava_score.hpp"
+#include "kvtailor/select/learned.hpp"
 #include "kvtailor/select/leverage.hpp"
 #include "kvtailor/select/random.hpp"
 #include "kvtailor/select/reconstruction.hpp"
@@ -44,7 +46,7 @@ class AnySelector {
   EvidenceSet active_needs() const noexcept { return policy_ ? policy_->needs() : EvidenceSet(); }
   bool joins_heads() const noexcept { return policy_ && policy_->joins_heads(); }
   bool gives_attention() const noexcept { return policy_ && policy_->gives_attention(); }
-  Status check() const noexcept { return policy_ ? policy_->check() : none(); }
+  Status check(const Geometry& shape) const noexcept { return policy_ ? policy_->check(shape) : none(); }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept {
     return policy_ ? policy_->score(seen, score) : none();
   }
@@ -60,7 +62,7 @@ class AnySelector {
     virtual EvidenceSet needs() const noexcept = 0;
     virtual bool joins_heads() const noexcept = 0;
     virtual bool gives_attention() const noexcept = 0;
-    virtual Status check() const noexcept = 0;
+    virtual Status check(const Geometry& shape) const noexcept = 0;
     virtual Status score(const HeadEvidence& seen, std::span<float> score) const noexcept = 0;
     virtual Status attention(const HeadEvidence& seen, std::span<float> out) const noexcept = 0;
     virtual int first_kept(const HeadEvidence& seen) const noexcept = 0;
@@ -72,10 +74,7 @@ class AnySelector {
     EvidenceSet needs() const noexcept override { return needs_of(policy); }
     bool joins_heads() const noexcept override { return JoinsHeads<Policy>; }
     bool gives_attention() const noexcept override { return AttentionSelector<Policy>; }
-    Status check() const noexcept override {
-      if constexpr (requires { policy.check(); }) return policy.check();
-      return success();
-    }
+    Status check(const Geometry& shape) const noexcept override { return check_policy(policy, shape); }
     Status score(const HeadEvidence& seen, std::span<float> score) const noexcept override { return policy.score(seen, score); }
     Status attention([[maybe_unused]] const HeadEvidence& seen, [[maybe_unused]] std::span<float> out) const noexcept override {
       if constexpr (AttentionSelector<Policy>) return policy.attention(seen, out);
@@ -107,7 +106,7 @@ struct LoneSelector {
   AnySelector base;
 
   EvidenceSet active_needs() const noexcept { return base.active_needs(); }
-  Status check() const noexcept { return base.check(); }
+  Status check(const Geometry& shape) const noexcept { return base.check(shape); }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept { return base.score(seen, score); }
   Status attention(const HeadEvidence& seen, std::span<float> out) const noexcept requires by_attention {
     return base.attention(seen, out);
@@ -120,7 +119,8 @@ struct LoneSelector {
 inline constexpr const char* known_selectors =
     "random[:seed=0], sink_recent[:num_sinks=4], key_norm, key_diff, snap_kv[:window=64,kernel=5,pool=avg], tova, last_query, "
     "heavy_hitter[:over=visible], expected_attention[:future=512,num_sinks=4,epsilon=0,covariance=on,value_norm=on], "
-    "lag_kv[:lag=128,num_sinks=4,cross=off], leverage[:sketch=48,seed=0], lava[:window=32,kernel=7], reconstruction; around "
+    "lag_kv[:lag=128,num_sinks=4,cross=off], leverage[:sketch=48,seed=0], lava[:window=32,kernel=7], reconstruction, "
+    "learned:file=POLICY; around "
     "another: value_norm[:epsilon=0,through=nothing](..), critical_kv[:epsilon=1e-4,first_stage=0.5](..), caote(..), "
     "chunk_kv[:length=20](..)";
 
@@ -255,6 +255,13 @@ inline std::string parse_selector(std::string_view text, AnySelector& out) {
     });
   } else if (spec.name == "lava") {
     made("window=1..4096, kernel=1..4095 and odd", LavaScore{}, window);
+  } else if (spec.name == "learned") {
+    LearnedPolicy policy;
+    wrong = learned_from_file(spec, policy);
+    if (wrong.empty()) {
+      out =
+          AnySelector(OwnedLearned{std::make_shared<const TokenScorer<float>>(std::move(policy.scores)), policy.num_kv_heads});
+    }
   } else if (spec.name == "reconstruction") {
     made("none", Reconstruction{}, none);
   } else if (spec.name == "value_norm" || spec.name == "critical_kv" || spec.name == "caote" || spec.name == "chunk_kv") {

@@ -28,10 +28,7 @@ struct Caote {
   Base base = {};
 
   EvidenceSet active_needs() const noexcept { return needs_of(base) | Evidence::values; }
-  Status check() const noexcept {
-    if constexpr (requires { base.check(); }) return base.check();
-    return success();
-  }
+  Status check(const Geometry& shape) const noexcept { return check_policy(base, shape); }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept try {
     KVT_TRY(base.attention(seen, score));
     const auto kept = static_cast<std::size_t>(base.first_kept(seen)), dim = static_cast<std::size_t>(seen.head_dim);

@@ -27,8 +27,11 @@ struct ChunkKv {
   EvidenceSet active_needs() const noexcept { return needs_of(base) | Evidence::positions; }
   Status check() const noexcept {
     if (length < 1) return error(Errc::bad_value, "length is {}; it must be 1 or more", length);
-    if constexpr (requires { base.check(); }) return base.check();
     return success();
+  }
+  Status check(const Geometry& shape) const noexcept {
+    KVT_TRY(check());
+    return check_policy(base, shape);
   }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept { return base.score(seen, score); }
   Status join(const LayerScores& layer) const noexcept try {

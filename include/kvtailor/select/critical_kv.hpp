@@ -37,8 +37,11 @@ struct CriticalKv {
     if (!(first_stage >= 0 && first_stage <= 1)) {
       return error(Errc::bad_value, "first_stage is {}; it must be between 0 and 1", first_stage);
     }
-    if constexpr (requires { base.check(); }) return base.check();
     return success();
+  }
+  Status check(const Geometry& shape) const noexcept {
+    KVT_TRY(check());
+    return check_policy(base, shape);
   }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept try {
     KVT_TRY(check());

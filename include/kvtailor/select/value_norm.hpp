@@ -37,8 +37,11 @@ struct ValueNorm {
     if (!(epsilon >= 0 && epsilon <= 1e6f)) {
       return error(Errc::bad_value, "epsilon is {}; it must be between 0 and 1e6", static_cast<double>(epsilon));
     }
-    if constexpr (requires { base.check(); }) return base.check();
     return success();
+  }
+  Status check(const Geometry& shape) const noexcept {
+    KVT_TRY(check());
+    return check_policy(base, shape);
   }
   Status score(const HeadEvidence& seen, std::span<float> score) const noexcept try {
     KVT_TRY(check());

@@ -51,8 +51,8 @@ class DeviceKvCache : public DeviceCache<Codec, Device> {
   Status init(Device& device, typename Rows::Pool& pool, const Geometry& geometry, const DeviceCacheOptions& options = {},
               const Budget& budget = {}, const Selector& selector = {}, const Codec& codec = {},
               std::span<const Codec> head_codecs = {}) {
-    if constexpr (requires { selector.check(); }) KVT_TRY(selector.check());
-    if constexpr (requires { budget.check(geometry); }) KVT_TRY(budget.check(geometry));
+    KVT_TRY(check_policy(selector, geometry));
+    KVT_TRY(check_policy(budget, geometry));
     KVT_TRY(Rows::check_shape(geometry, options));
     KVT_TRY(detail::check_model(geometry, options, needs_of(selector)));
     Known known;
