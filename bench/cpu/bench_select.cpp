@@ -42,9 +42,7 @@ kvt::Status fill(Cache& cache) {
   return cache.observe(0, r.queries.data(), std::span(r.positions).last(num_queries));
 }
 
-void select(benchmark::State& state, const std::string& name) {
-  kvt::AnySelector selector;
-  if (!kvt::detail::parse_selector(name, selector).empty()) return state.SkipWithError("no such selector");
+void select_by(benchmark::State& state, const kvt::AnySelector& selector) {
   Cache cache({}, selector), copy;
   if (!fill(cache).ok()) return state.SkipWithError("the cache was not filled");
   bool ok = true;
@@ -56,6 +54,19 @@ void select(benchmark::State& state, const std::string& name) {
   }
   state.counters["row_bytes"] = row_bytes;
   if (!ok || copy.num_rows(0, 0) != rows / 4) return state.SkipWithError("the cut failed");
+}
+
+void select(benchmark::State& state, const std::string& name) {
+  kvt::AnySelector selector;
+  if (!kvt::detail::parse_selector(name, selector).empty()) return state.SkipWithError("no such selector");
+  select_by(state, selector);
+}
+// Of the size that kvt-llm train makes, with any numbers.
+kvt::OwnedLearned learned_selector() {
+  const auto& shape = bench::shape_b;
+  auto scorer = std::make_shared<kvt::TokenScorer<float>>(shape.num_kv_heads, dim, 16);
+  scorer->numbers() = bench::random_floats(scorer->numbers().size());
+  return {std::move(scorer), shape.num_kv_heads};
 }
 
 void attend(benchmark::State& state) {
@@ -89,6 +100,7 @@ const bool added = [] {
     const std::string text = std::string("select/B/") + name;
     benchmark::RegisterBenchmark(text.c_str(), select, std::string(name))->Unit(benchmark::kMillisecond);
   }
+  add("select/B/learned", select_by, kvt::AnySelector(learned_selector()));
   return true;
 }();
 

@@ -11,6 +11,7 @@
 #include "kvtailor/kvtailor.hpp"
 #include "kvtailor/select/critical_kv.hpp"
 #include "kvtailor/select/expected_attention.hpp"
+#include "kvtailor/select/learned.hpp"
 #include "kvtailor/select/leverage.hpp"
 #include "kvtailor/select/value_norm.hpp"
 #include "kvtailor/store/decode_plan.hpp"
@@ -272,6 +273,32 @@ TEST_CASE("keys that others do not make up stay on a device as on the host") {
   CHECK(differences(Leverage{}) <= 1e-4);
   CHECK(differences(Leverage{.sketch = 200, .seed = 3}) <= 1e-4);
 }
+TEST_CASE("learned scores are those of the host on a device") {
+  const auto scorer_of = [](const Geometry& geometry, int hidden) {
+    TokenScorer<float> scorer(geometry.num_heads(), geometry.head_dim, hidden);
+    std::mt19937 random(3);
+    for (float& x : scorer.numbers()) x = .2f * std::normal_distribution<float>()(random);
+    for (int h = 0; h < geometry.num_heads(); ++h) {
+      const auto scale = scorer.of(h).subspan(static_cast<std::size_t>(scorer.layout().scale()));
+      for (int f = 0; f < scorer.layout().features(); ++f) scale[static_cast<std::size_t>(f)] = 1;
+      scorer.of(h)[static_cast<std::size_t>(scorer.layout().bias() + hidden)] = 5;  // sums of both signs are not compared near zero
+    }
+    return scorer;
+  };
+  for (const int hidden : {3, 40}) {
+    CHECK(over_codecs([&]<class Codec>(const Geometry& geometry) {
+            std::vector<float> weights;
+            std::vector<OutputProjection> projections;
+            std::vector<Rope> ropes;
+            CacheOptions options;
+            DeviceCacheOptions device_options;
+            set_model(geometry, weights, projections, ropes, options);
+            set_model(geometry, weights, projections, ropes, device_options);
+            const auto scorer = scorer_of(geometry, hidden);
+            return difference<Codec>(geometry, Learned(scorer, geometry.num_kv_heads), device_options, options);
+          }) <= 1e-4);
+  }
+}
 TEST_CASE("queries to come are expected on a device as on the host") {
   // Moments of few queries are right to 2^-24 times a few; logits of about ten are, and weights by their exponentials.
   CHECK(differences(ExpectedAttention{}) <= 2e-5);
@@ -369,4 +396,8 @@ TEST_CASE("a device asks for what selectors need of the model") {
   CHECK(init(CriticalKv<KeyNorm>{}, options) == Errc::bad_shape);
   options.output_projections = output;
   CHECK(init(CriticalKv<KeyNorm>{}, options) == Errc::ok);
+  const TokenScorer<float> scorer(2, 64, 3), other(2, 40, 3);
+  CHECK(init(Learned(scorer, 1), options) == Errc::ok);
+  CHECK(init(Learned(other, 1), options) == Errc::bad_shape);
+  CHECK(init(Learned{}, options) == Errc::bad_policy);
 }
