@@ -24,10 +24,14 @@
 #include <cstdlib>
 #include <cstring>
 #include <filesystem>
+#include <initializer_list>
+#include <memory>
 #include <new>
 #include <span>
 #include <string>
 #include <string_view>
+#include <system_error>
+#include <vector>
 
 #if defined(__x86_64__)
 #include <cpuid.h>
@@ -37,6 +41,17 @@
 #include "kvtailor/core/simd.hpp"
 #include "kvtailor/io/file.hpp"
 #include "kvtailor/version.hpp"
+
+// Which of kvt::known_cpus this is compiled for, by what the kernels ask for themselves.
+#if !defined(__x86_64__)
+#define KVT_COMPILED_CPU "portable"
+#elif defined(KVT_HOST_AVX512)
+#define KVT_COMPILED_CPU "x86-64-v4"
+#elif defined(KVT_HOST_AVX2) && defined(__F16C__)
+#define KVT_COMPILED_CPU "x86-64-v3"
+#else
+#define KVT_COMPILED_CPU "x86-64"
+#endif
 
 namespace kvt::inline v0 {
 
@@ -50,17 +65,6 @@ inline constexpr auto known_cpus = std::to_array<std::string_view>({
 });
 
 namespace detail {
-
-// Which of them this is compiled for, by what the kernels ask for themselves.
-#if !defined(__x86_64__)
-#define KVT_COMPILED_CPU "portable"
-#elif defined(KVT_HOST_AVX512)
-#define KVT_COMPILED_CPU "x86-64-v4"
-#elif defined(KVT_HOST_AVX2) && defined(__F16C__)
-#define KVT_COMPILED_CPU "x86-64-v3"
-#else
-#define KVT_COMPILED_CPU "x86-64"
-#endif
 
 // What a module says of itself. Read from the file before any of its code runs: constructors may use all instructions too.
 struct CpuModuleTag {
