@@ -25,3 +25,6 @@ execute_process(COMMAND ${work}/build/consumer OUTPUT_VARIABLE output COMMAND_ER
 if(NOT output STREQUAL "kvtailor ${VERSION}\n")
   message(FATAL_ERROR "the consumer printed '${output}', not the version ${VERSION}")
 endif()
+if(WAY STREQUAL package)
+  execute_process(COMMAND ${work}/build/module_consumer COMMAND_ERROR_IS_FATAL ANY)
+endif()

@@ -12,5 +12,6 @@ write_basic_package_version_file(${PROJECT_BINARY_DIR}/kvtailorConfigVersion.cma
 install(TARGETS kvtailor kvtailor_cuda EXPORT kvtailorTargets)
 install(EXPORT kvtailorTargets NAMESPACE kvtailor:: DESTINATION ${package_dir})
 install(DIRECTORY include/kvtailor DESTINATION ${CMAKE_INSTALL_INCLUDEDIR})
-install(FILES ${PROJECT_BINARY_DIR}/kvtailorConfig.cmake ${PROJECT_BINARY_DIR}/kvtailorConfigVersion.cmake
+install(FILES cmake/cpu_modules.cmake
+  ${PROJECT_BINARY_DIR}/kvtailorConfig.cmake ${PROJECT_BINARY_DIR}/kvtailorConfigVersion.cmake
   DESTINATION ${package_dir})

@@ -224,8 +224,19 @@ struct ParsedComposition {
   }
 };
 
+template <class Codec>
+MadeCache make_erased(const AnyAllocator& allocator, const AnySelector& selector, const Codec& codec, const Geometry& geometry,
+                      const CacheOptions& options, std::span<const Codec> head_codecs) {
+  auto erased = std::make_unique<Erased<KvCache<AnyAllocator, AnySelector, Codec>>>(allocator, selector, codec);
+  MadeCache made;
+  made.status = erased->get().init(geometry, options, head_codecs);
+  made.message = made.status.message();
+  if (made.status.ok()) made.cache = std::move(erased);
+  return made;
+}
+
 template <int dim, class DenseType>
-MadeCache make_erased(const ParsedComposition& parsed, const Geometry& geometry, const CacheOptions& options) {
+MadeCache make_any_codec(const ParsedComposition& parsed, const Geometry& geometry, const CacheOptions& options) {
   using Codec = KvCodec<AnyCodec<dim>, AnyCodec<dim>, DenseType>;
   const auto codec_of = [](const KvChoice& choice) {
     Codec codec;
@@ -235,19 +246,14 @@ MadeCache make_erased(const ParsedComposition& parsed, const Geometry& geometry,
   };
   std::vector<Codec> head_codecs;
   for (const KvChoice& choice : parsed.head_codecs) head_codecs.push_back(codec_of(choice));
-  auto erased = std::make_unique<Erased<KvCache<AnyAllocator, AnySelector, Codec>>>(parsed.allocator, parsed.selector,
-                                                                                    codec_of(parsed.codec));
-  MadeCache made;
-  made.status = erased->get().init(geometry, options, head_codecs);
-  made.message = made.status.message();
-  if (made.status.ok()) made.cache = std::move(erased);
-  return made;
+  return make_erased<Codec>(parsed.allocator, parsed.selector, codec_of(parsed.codec), geometry, options, head_codecs);
 }
 
 // The dense zones must hold whatever the codecs can.
 template <int dim>
 MadeCache make_head_dim(const ParsedComposition& parsed, const Geometry& geometry, const CacheOptions& options) {
-  return parsed.wide() ? make_erased<dim, float>(parsed, geometry, options) : make_erased<dim, Half>(parsed, geometry, options);
+  return parsed.wide() ? make_any_codec<dim, float>(parsed, geometry, options)
+                       : make_any_codec<dim, Half>(parsed, geometry, options);
 }
 
 template <int... dims>
@@ -295,6 +301,17 @@ MadeCache make_cache(const Composition& names, const Geometry& geometry, const C
   }
   if (!wrong.empty()) return {nullptr, error(Errc::bad_name, "unknown name or parameter of a policy"), wrong};
   return detail::make_any_head_dim<KVT_HEAD_DIMS>(parsed, geometry, options);
+}
+
+// The same with a codec that the source names, a KvCodec of geometry.head_dim; names.codec is not looked at. Compiles in
+// seconds.
+template <class Codec>
+MadeCache make_cache_of(const Composition& names, const Geometry& geometry, const CacheOptions& options = {}) {
+  const ParsedPolicies policies(names);
+  if (!policies.message.empty()) {
+    return {nullptr, error(Errc::bad_name, "unknown name or parameter of a policy"), policies.message};
+  }
+  return detail::make_erased<Codec>(policies.allocator, policies.selector, {}, geometry, options, {});
 }
 
 // For a program's help.

@@ -4,7 +4,7 @@
 // Everything that compiles without nvcc, but for what costs compile time: what multiplies by Eigen (codec/low_rank.hpp;
 // select/expected_attention.hpp, leverage.hpp, value_norm.hpp and critical_kv.hpp; learn/importance.hpp), make_cache
 // (compose.hpp), policies by name (select/any_selector.hpp, budget/any_allocator.hpp), and what needs more than Eigen:
-// io/safetensors.hpp (nlohmann-json) and the engines (engine/).
+// io/safetensors.hpp (nlohmann-json), modules of host kernels (host/) and the engines (engine/).
 #pragma once
 
 #include "kvtailor/attend/plan.hpp"

@@ -4,11 +4,13 @@
 // See caches.hpp.
 #include "caches.hpp"
 
+#include <cstdio>
 #include <cstdlib>
 #include <stdexcept>
 
 #define KVT_EXTERN_HEAD_DIMS  // see CMakeLists.txt
 #include "kvtailor/compose.hpp"
+#include "kvtailor/host/cpu_module.hpp"
 #include "sensitivity.hpp"
 
 namespace kvt_llm {
@@ -28,7 +30,35 @@ std::vector<std::string> mixed_codecs(const std::string& codec, const kvt::Geome
   return Sensitivities::read(codec.substr(prefix.size(), at - prefix.size())).choose(bits, geometry);
 }
 
+#if defined(KVT_LLM_CPU_MODULES)
+// The best at the first call, unless one was asked for.
+kvt::CpuModule& opened(const std::string& cpu = {}) {
+  static kvt::CpuModule module;
+  if (module.cpu().empty() || !cpu.empty()) {
+    if (!module.open("kvt_llm_caches", cpu).ok()) throw std::runtime_error(module.message());
+    std::fprintf(stderr, "kvt-llm: host kernels for %s\n", std::string(module.cpu()).c_str());
+  }
+  return module;
+}
+#endif
+
 }  // namespace
+
+#if defined(KVT_LLM_CPU_MODULES)
+void choose_kernels(const std::string& cpu) { opened(cpu); }
+std::string kernels() { return std::string(opened().cpu()); }
+std::string known_kernels() {
+  std::string all;
+  for (const auto cpu : kvt::known_cpus) all += std::string(cpu) + ", ";
+  return all + "of which the best that runs is the default, or the environment's KVT_CPU";
+}
+#else
+void choose_kernels(const std::string& cpu) {
+  if (cpu != kernels()) throw std::runtime_error("the host kernels are those for " + known_kernels() + ", not for " + cpu);
+}
+std::string kernels() { return KVT_COMPILED_CPU; }
+std::string known_kernels() { return kernels() + ", which this program was compiled for"; }
+#endif
 
 std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
                                           const kvt::CacheOptions& options, std::vector<std::string> head_codecs) {
@@ -37,7 +67,11 @@ std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const k
     head_codecs = mixed_codecs(names.codec, geometry);
     if (!head_codecs.empty()) resolved.codec = head_codecs.front();
   }
+#if defined(KVT_LLM_CPU_MODULES)
+  auto made = opened().make_cache(resolved, geometry, options, head_codecs);
+#else
   auto made = kvt::make_cache(resolved, geometry, options, head_codecs);
+#endif
   if (!made.status.ok()) throw std::runtime_error(made.message);
   return std::move(made.cache);
 }
@@ -56,9 +90,16 @@ std::pair<std::uint32_t, int> observed_by(const kvt::Composition& names) {
 }
 
 void set_policies(kvt::AnyCache& cache, const kvt::Composition& names) {
+#if defined(KVT_LLM_CPU_MODULES)
+  std::string message;
+  const kvt::Status status = opened().set_policies(cache, names, message);
+  if (!message.empty()) throw std::runtime_error(message);
+  check(status);
+#else
   const kvt::ParsedPolicies policies(names);
   if (!policies.message.empty()) throw std::runtime_error(policies.message);
   check(cache.set_policies(policies.allocator, policies.selector));
+#endif
 }
 
 std::string known_policies() {

@@ -14,6 +14,12 @@
 
 namespace kvt_llm {
 
+// Which host kernels caches run, "x86-64-v3" say. Throws std::runtime_error unless they can: without modules (see
+// KVT_LLM_CPU_MODULES in CMakeLists.txt) there are those that the program was compiled for and no others.
+void choose_kernels(const std::string& cpu);
+std::string kernels();
+std::string known_kernels();
+
 // Throws std::runtime_error with the library's sentence. Codecs may be given for each head, [num_layers, num_kv_heads], or
 // chosen by the composition's codec "mixed:FILE@BITS" (see sensitivity.hpp).
 std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const kvt::Geometry& geometry,

@@ -48,8 +48,10 @@ const std::string& Common::model_path() const {
   return model;
 }
 
-void Common::write(const json& result) const {
+void Common::write(const json& facts) const {
   if (json_path.empty()) return;
+  json result = facts;
+  result["cpu"] = kernels();
   if (json_path == "-") {
     std::printf("%s\n", result.dump(2, ' ', false, json::error_handler_t::replace).c_str());
   } else if (!(std::ofstream(json_path) << result.dump(2, ' ', false, json::error_handler_t::replace) << '\n')) {

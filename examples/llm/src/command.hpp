@@ -38,7 +38,7 @@ struct Common {
 
   void add(CLI::App& app, int default_chunk);
   const std::string& model_path() const;
-  void write(const nlohmann::json& result) const;
+  void write(const nlohmann::json& facts) const;  // and which host kernels ran
   // Human text goes to standard error when JSON has standard output.
   FILE* text() const { return json_path == "-" ? stderr : stdout; }
 };

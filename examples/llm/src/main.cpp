@@ -29,6 +29,7 @@ int main(int argc, char** argv) try {
   kvt_llm::init_engine();
   CLI::App app("A real model on a tailored KV cache.\n\n" + kvt_llm::known_policies());
   app.require_subcommand(1);
+  app.add_option_function<std::string>("--cpu", kvt_llm::choose_kernels, "host kernels of caches: " + kvt_llm::known_kernels());
   kvt_llm::add_generate(app);
   kvt_llm::add_fidelity(app);
   kvt_llm::add_parity(app);

@@ -167,10 +167,11 @@ KVT_HD KVT_INLINE void add_rows(float* to, const float (&w)[4], const float* a, 
 namespace detail {
 
 #if defined(KVT_HOST_VECTORS)
-// Joins the first n / 8 * 8 of n >= 8 numbers eight by eight.
+// Joins the first n / 8 * 8 of n >= 8 numbers eight by eight; join(to, x) changes `to`. By reference, since how a vector is
+// returned depends on what the compiler may use.
 template <class Join>
-KVT_INLINE Float8 join_eights(const float* x, int n, Join join) {
-  Float8 all, a, b, c, d;
+KVT_INLINE void join_eights(const float* x, int n, Float8& all, Join join) {
+  Float8 a, b, c, d;
   load(x, all);
   int i = 8;
   for (; i + 32 <= n; i += 32) {
@@ -178,13 +179,15 @@ KVT_INLINE Float8 join_eights(const float* x, int n, Join join) {
     load(x + i + 8, b);
     load(x + i + 16, c);
     load(x + i + 24, d);
-    all = join(all, join(join(a, b), join(c, d)));
+    join(a, b);
+    join(c, d);
+    join(a, c);
+    join(all, a);
   }
   for (; i + 8 <= n; i += 8) {
     load(x + i, a);
-    all = join(all, a);
+    join(all, a);
   }
-  return all;
 }
 #endif
 
@@ -272,17 +275,18 @@ KVT_INLINE void add_rows(float* to, int stride, const float (&w)[many][4], const
 
 // Of n >= 1 numbers, none of them NaN.
 KVT_INLINE float largest_of(const float* x, int n) {
-  const auto larger = [](const auto& a, const auto& b) { return a > b ? a : b; };
+  const auto larger = [](auto& a, const auto& b) { a = a > b ? a : b; };
   float best = x[0];
   int i = 1;
 #if defined(KVT_HOST_VECTORS)
   if (n >= 8) {
-    const detail::Float8 top = detail::join_eights(x, n, larger);
-    for (int k = 0; k < 8; ++k) best = larger(best, top[k]);
+    detail::Float8 top;
+    detail::join_eights(x, n, top, larger);
+    for (int k = 0; k < 8; ++k) best = best > top[k] ? best : top[k];
     i = n / 8 * 8;
   }
 #endif
-  for (; i < n; ++i) best = larger(best, x[i]);
+  for (; i < n; ++i) larger(best, x[i]);
   return best;
 }
 
@@ -291,7 +295,9 @@ KVT_INLINE float sum_of(const float* x, int n) {
   int i = 0;
 #if defined(KVT_HOST_VECTORS)
   if (n >= 8) {
-    total = detail::sum(detail::join_eights(x, n, [](const detail::Float8& a, const detail::Float8& b) { return a + b; }));
+    detail::Float8 all;
+    detail::join_eights(x, n, all, [](detail::Float8& a, const detail::Float8& b) { a += b; });
+    total = detail::sum(all);
     i = n / 8 * 8;
   }
 #endif
