@@ -14,9 +14,8 @@
 
 #include "command.hpp"
 #include "engine.hpp"
-#include "kvtailor/budget/any_allocator.hpp"
+#include "hindsight.hpp"
 #include "kvtailor/io/policy_file.hpp"
-#include "kvtailor/learn/importance.hpp"
 #include "kvtailor/learn/marginal_utility.hpp"
 #include "kvtailor/select/any_selector.hpp"
 #include "plot.hpp"
@@ -257,55 +256,16 @@ void Profile::save(int done) const {
   check(kvt::write_safetensors(o_.resume, file, kvt::FloatType::fp32));
 }
 
-// [heads, rows of the context]: what rows of a cache that holds the context give to what comes then, each layer divided by what
-// its values are through the output projection.
 std::vector<float> Profile::see_importance(kvt::AnyCache& cache, const Sample& sample) const {
-  const std::size_t rows = sample.context.size(), heads = static_cast<std::size_t>(shape_.num_heads());
-  const auto kv_heads = static_cast<std::size_t>(shape_.num_kv_heads);
-  const kvt::AnyAllocator uniform(kvt::Uniform{});
-  std::vector<float> importance(heads * rows, 0.f), scores;
-  std::vector<double> whole(static_cast<std::size_t>(shape_.num_layers), 0);
-  check(cache.set_policies(uniform, kvt::AnySelector(kvt::OutputNorm{})));
-  check(cache.scores(1, scores));
-  for (std::size_t i = 0; i < scores.size(); ++i) whole[i / (kv_heads * rows)] += static_cast<double>(scores[i]);
-
-  const auto over = o_.mean ? kvt::OverQueries::sum : kvt::OverQueries::largest;
-  check(cache.set_policies(uniform, kvt::AnySelector(kvt::OracleImportance{o_.common.chunk, over})));
-  cache.forget();
-  const auto look = [&] {
-    check(cache.scores(1, scores));
-    const std::size_t now = scores.size() / heads;  // the context's rows and those that came after
-    for (std::size_t i = 0; i < importance.size(); ++i) {
-      const float seen = scores[i / rows * now + i % rows];
-      importance[i] = o_.mean ? importance[i] + seen : std::max(importance[i], seen);
-    }
-    cache.forget();
-  };
-  if (sample.reply.empty()) {
-    repeat_context(*engine_, cache, *tokenizer_, sample.context, o_.common.chunk, look);
-  } else {
-    auto at = static_cast<int>(rows);
-    // The step that makes the first token of the answer is that of the question's last one.
-    const std::span<const int> asked(sample.asked), question = asked.first(asked.size() - 1);
-    in_chunks(static_cast<int>(question.size()), o_.common.chunk, 0, [&](int first, int n) {
-      engine_->eval(cache, question.subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)), at + first,
-                    Engine::Logits::last);
-    });
-    cache.forget();
-    at += static_cast<int>(question.size());
-    std::vector<int> reply = {asked.back()};
-    reply.insert(reply.end(), sample.reply.begin(), sample.reply.end() - 1);
-    in_chunks(static_cast<int>(reply.size()), o_.common.chunk, 0, [&](int first, int n) {
-      engine_->eval(cache, std::span<const int>(reply).subspan(static_cast<std::size_t>(first), static_cast<std::size_t>(n)),
-                    at + first, Engine::Logits::last);
-      look();
-    });
-  }
-  for (std::size_t i = 0; i < importance.size(); ++i) {
-    const double all = whole[i / (kv_heads * rows)];
-    importance[i] = all > 0 ? static_cast<float>(static_cast<double>(importance[i]) / all) : 0.f;
-  }
-  return importance;
+  const int chunk = o_.common.chunk;
+  return kvt_llm::see_importance(cache, chunk, o_.mean ? kvt::OverQueries::sum : kvt::OverQueries::largest,
+                                 [&](const Look& look) {
+                                   if (sample.reply.empty()) {
+                                     repeat_context(*engine_, cache, *tokenizer_, sample.context, chunk, look);
+                                   } else {
+                                     read_answer(*engine_, cache, sample.asked, sample.reply, chunk, look);
+                                   }
+                                 });
 }
 
 void Profile::learn(const Sample& sample) {
