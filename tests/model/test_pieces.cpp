@@ -16,10 +16,10 @@ namespace {
 
 using nlohmann::json;
 
-// The first, the second and the last can be cut from one cache.
-const std::vector<std::string> mixed = {"uniform,key_diff,fp16,0.25", "adaptive,key_norm,fp16,2500000bytes",
-                                        "uniform,snap_kv:window=16,turbo4,0.25", "uniform,reconstruction,fp16,0.5",
-                                        "uniform,sink_recent,fp16,100rows"};
+// The first two and the last two can be cut from one cache.
+const std::vector<std::string> mixed = {
+    "uniform,key_diff,fp16,0.25",      "adaptive,key_norm,fp16,2500000bytes", "uniform,snap_kv:window=16,turbo4,0.25",
+    "uniform,reconstruction,fp16,0.5", "uniform,sink_recent,fp16,100rows",    "global:safeguard=0,oracle,fp16,0.25"};
 
 Outcome fidelity(const std::vector<std::string>& caches, std::vector<std::string> more) {
   std::vector<std::string> arguments = {"fidelity", "--text",   text_path(), "--tokens",  "192",  "--chunk", "64", "--sink",
@@ -79,4 +79,15 @@ TEST_CASE("a cache that is cut from a prefill which others share gives what it g
     for (json* row : {&shared, &alone}) row->erase("seconds");
     CHECK(shared == alone);
   }
+}
+
+TEST_CASE("a continuation is told best by the rows that it looks at") {
+  const json all = results(fidelity({"global:safeguard=0,oracle,fp16,0.25", "uniform,oracle,fp16,0.25", mixed[0],
+                                     "global,oracle,fp16,1", "uniform,key_diff,fp16,1"},
+                                    {"--continuation", "64"}));
+  const auto kl = [&](std::size_t k) { return all[k]["mean_kl"].get<double>(); };
+  CHECK(kl(0) < kl(1));
+  CHECK(2 * kl(1) < kl(2));
+  CHECK(kl(3) == kl(4));  // where all is kept, nobody chooses
+  for (std::size_t k = 0; k < 3; ++k) CHECK(all[k]["rows_share"].get<double>() == doctest::Approx(0.25).epsilon(0.02));
 }

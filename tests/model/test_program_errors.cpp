@@ -153,6 +153,14 @@ TEST_CASE("lengths of fidelity that do not fit, before the long run") {
   refused({"--tokens", "256", "--continuation", "128", "--recent", "16"}, "leaves 12 rows of 128");
 }
 
+TEST_CASE("the oracle where nothing comes later") {
+  check_refused({"fidelity", "--text", text_path(), "--cache", "uniform,oracle,fp16,0.5"}, "give --continuation");
+  check_refused(ask({"--selector", "oracle", "--retain", "0.5"}), "unknown token selector \"oracle\"");
+  const TemporaryFolder folder;
+  check_refused({"profile", "--text", text_path(), "--selector", "oracle", "--out", folder.file("curve.safetensors")},
+                "unknown token selector \"oracle\"");
+}
+
 TEST_CASE("sensitivities that do not fit choose no codecs, and those that do choose") {
   using nlohmann::json;
   const TemporaryFolder folder;

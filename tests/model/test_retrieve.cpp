@@ -129,6 +129,19 @@ TEST_CASE("results go on where they were left, and are those of one run") {
   CHECK(read_all(notes) == "no end of line");
 }
 
+TEST_CASE("rows that the answer will be looked for in are all it takes") {
+  const std::string oracle = "global:safeguard=0,oracle,fp16";
+  const json all = results(
+      succeed(retrieve("niah_single", {"--method", oracle, "--method", "uniform,oracle,fp16", "--method",
+                                       "global,reconstruction,fp16", "--retain", "0.1", "--sink", "4", "--recent", "8"})));
+  REQUIRE(all.size() == 4);
+  CHECK(all[1]["mean"]["rows_share"].get<double>() == doctest::Approx(0.1).epsilon(0.05));
+  CHECK(all[1]["mean"]["exact_match"] == 1);
+  CHECK(all[2]["mean"]["exact_match"] == 1);
+  CHECK(all[1]["mean"]["log_prob"] > all[2]["mean"]["log_prob"]);
+  CHECK(all[2]["mean"]["log_prob"] > all[3]["mean"]["log_prob"]);
+}
+
 TEST_CASE("what cannot be asked is refused before it costs minutes") {
   const auto refused = [](std::vector<std::string> more, const std::string& sentence) {
     more.insert(more.end(), {"--method", snap});
@@ -151,4 +164,8 @@ TEST_CASE("what cannot be asked is refused before it costs minutes") {
   refused({"--retain", "0.5", "--method", "uniform,snap_k,fp16"}, "snap_kv");
   refused({"--retain", "0.5", "--method", "snap_kv,fp16"}, "ALLOCATOR,SELECTOR,CODEC");
   refused({"--retain", "0.5", "--plot", "plot.pdf"}, ".svg or .png");
+  refused({"--retain", "0.5", "--method", "uniform,oracle,fp16", "--question-aware"}, "has read the question anyway");
+  refused({"--retain", "0.5", "--method", "curve:file=curve.npy,oracle,fp16"}, "a curve is of a token selector");
+  refused({"--retain", "0.5", "--method", "uniform,oracle:window=8,fp16"}, "the oracle has no parameters");
+  refused({"--retain", "0.5", "--method", "uniform,chunk_kv(oracle),fp16"}, "unknown token selector \"oracle\"");
 }

@@ -12,6 +12,7 @@
 
 #include "command.hpp"
 #include "engine.hpp"
+#include "hindsight.hpp"
 #include "plot.hpp"
 #include "prefill.hpp"
 #include "reference.hpp"
@@ -36,12 +37,17 @@ struct Candidate {
   std::string text;
   kvt::Composition names;
   Budget budget;
+  bool oracle = false;
 };
 
 Candidate parse_candidate(const std::string& text) {
   const auto part = split_names(text);
   if (part.size() == 1) return {text, {"uniform", "sink_recent", part[0]}, {}};
-  if (part.size() == 4) return {text, {part[0], part[1], part[2]}, Budget::parse(part[3])};
+  if (part.size() == 4) {
+    Candidate candidate{text, {part[0], part[1], part[2]}, Budget::parse(part[3])};
+    candidate.oracle = take_oracle(candidate.names);
+    return candidate;
+  }
   throw std::runtime_error("--cache " + text + " must be CODEC or ALLOCATOR,SELECTOR,CODEC,RETAIN");
 }
 
@@ -254,6 +260,8 @@ void Benchmark::check_candidates() const {
     const auto cache = make_cache(c.names, model_->parameters().geometry(), told_of(*model_, c.names, o_.common.zones));
     if (o_.continuation > 0) {
       c.budget.check_room(before_, o_.common.zones);
+    } else if (c.oracle) {
+      throw std::runtime_error("the oracle knows what comes after the cut: give --continuation");
     } else if (wants_repetition(*cache)) {
       throw std::runtime_error("a token selector lets the model repeat its context before the cut: give --continuation");
     }
@@ -327,13 +335,22 @@ void Benchmark::add(std::size_t row, Outcome outcome) {
 void Benchmark::run_group(const std::vector<std::size_t>& group) {
   std::vector<kvt::Composition> served;
   for (const auto k : group) served.push_back(candidates_[k].names);
-  SharedPrefill whole(*model_, o_.common.zones, served, [&](kvt::AnyCache& cache) {
-    prefill(*engine_, cache, *tokenizer_, piece(0, before_), o_.common.chunk, o_.common.zones.sink_rows,
-            [&](int n) { progress_->advance(n); });
-  });
+  // As a question of one token and its answer: each token of the continuation, the first too, makes the next one.
+  const auto look_ahead = [&](kvt::AnyCache& cache) {
+    return see_importance(cache, o_.common.chunk, kvt::OverQueries::largest, [&](const Look& look) {
+      read_answer(*engine_, cache, piece(before_, 1), piece(before_ + 1, o_.continuation), o_.common.chunk, look);
+    });
+  };
+  SharedPrefill whole(
+      *model_, o_.common.zones, served,
+      [&](kvt::AnyCache& cache) {
+        prefill(*engine_, cache, *tokenizer_, piece(0, before_), o_.common.chunk, o_.common.zones.sink_rows,
+                [&](int n) { progress_->advance(n); });
+      },
+      look_ahead);
   for (const auto k : group) {
     const double start = seconds() - whole.seconds();  // as if the text had been read for this one alone
-    const auto cache = whole.cut(candidates_[k].names, candidates_[k].budget);
+    const auto cache = whole.cut(candidates_[k].names, candidates_[k].budget, candidates_[k].oracle);
     Fidelity fidelity;
     eval_continuation(eval_with(*cache), compare_into(fidelity));
     add(k, outcome(std::move(fidelity), *cache, whole.bytes_of(*cache), start));
@@ -433,10 +450,12 @@ void add_fidelity(CLI::App& app) {
   auto* const command = app.add_subcommand("fidelity", "distance of compositions from the full cache over a text");
   o->common.add(*command, 128);
   command->add_option("--text", o->text, "text file")->required();
-  command->add_option("--cache", o->caches,
-                      "CODEC, or ALLOCATOR,SELECTOR,CODEC,RETAIN; repeat for more. RETAIN is what may be kept, held after each "
-                      "chunk: 0.25 of all rows so far, 200rows a KV head, or 3000000bytes. Join a policy's parameters by +: "
-                      "snap_kv:window=32+kernel=7");
+  command->add_option(
+      "--cache", o->caches,
+      "CODEC, or ALLOCATOR,SELECTOR,CODEC,RETAIN; repeat for more. RETAIN is what may be kept, held after each "
+      "chunk: 0.25 of all rows so far, 200rows a KV head, or 3000000bytes. Join a policy's parameters by +: "
+      "snap_kv:window=32+kernel=7. The selector oracle has read the continuation before the cut: what is left to "
+      "others, and nothing that can be run");
   command->add_option(
       "--peer", o->peers,
       "llama.cpp with a cache of its own, measured in the same way; repeat for more. It reads the rows of a chunk back as "

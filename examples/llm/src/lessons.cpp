@@ -8,7 +8,7 @@
 #include <random>
 #include <stdexcept>
 
-#include "importance.hpp"
+#include "hindsight.hpp"
 #include "kvtailor/budget/any_allocator.hpp"
 #include "kvtailor/select/any_selector.hpp"
 #include "prefill.hpp"
@@ -122,10 +122,14 @@ void read_lesson(Engine& engine, const Tokenizer& tokenizer, const Common& commo
   std::vector<float> scores;
   check(cache->set_policies(kvt::AnyAllocator(kvt::Uniform{}), kvt::AnySelector(Capture{&lesson.context, shape.num_kv_heads})));
   check(cache->scores(1, scores));
-  lesson.importance = importance_of(engine, *cache, tokenizer, lesson.tokens, {}, {}, common.chunk, false);
+  const auto largest = kvt::OverQueries::largest;
+  lesson.importance = see_importance(*cache, common.chunk, largest, [&](const Look& look) {
+    repeat_context(engine, *cache, tokenizer, lesson.tokens, common.chunk, look);
+  });
   if (lesson.reply.empty()) return;
-  lesson.answer_importance =
-      importance_of(engine, *cache, tokenizer, lesson.tokens, lesson.asked, lesson.reply, common.chunk, false);
+  lesson.answer_importance = see_importance(*cache, common.chunk, largest, [&](const Look& look) {
+    read_answer(engine, *cache, lesson.asked, lesson.reply, common.chunk, look);
+  });
 }
 
 }  // namespace kvt_llm

@@ -26,7 +26,7 @@ struct Lesson {
   std::vector<Exercise> exercises;
   std::vector<int> asked, reply;  // of a question
   Context context;
-  // [heads, rows], see importance_of(): while the model repeats the text, and while it answers, if it is asked.
+  // [heads, rows], see see_importance(): while the model repeats the text, and while it answers, if it is asked.
   std::vector<float> importance, answer_importance;
 };
 

@@ -14,8 +14,7 @@
 
 #include "command.hpp"
 #include "engine.hpp"
-#include "importance.hpp"
-#include "kvtailor/budget/any_allocator.hpp"
+#include "hindsight.hpp"
 #include "kvtailor/io/policy_file.hpp"
 #include "kvtailor/learn/marginal_utility.hpp"
 #include "kvtailor/select/any_selector.hpp"
@@ -63,6 +62,7 @@ class Profile {
   json parameters() const;
   void load();
   void save(int done) const;
+  std::vector<float> see_importance(kvt::AnyCache& cache, const Sample& sample) const;
   void learn(const Sample& sample);
   kvt::Table table_of(std::size_t selector) const;
   double predicted_loss(std::size_t selector, const std::vector<float>& dropped) const;
@@ -77,7 +77,7 @@ class Profile {
   std::vector<std::string> tasks_;
   std::optional<Tokenizer> tokenizer_;
   std::optional<Model> model_;
-  std::optional<Engine> engine_;
+  mutable std::optional<Engine> engine_;
   kvt::Geometry shape_;
   std::vector<Plot> plots_;
   std::vector<Sample> samples_;
@@ -256,6 +256,18 @@ void Profile::save(int done) const {
   check(kvt::write_safetensors(o_.resume, file, kvt::FloatType::fp32));
 }
 
+std::vector<float> Profile::see_importance(kvt::AnyCache& cache, const Sample& sample) const {
+  const int chunk = o_.common.chunk;
+  return kvt_llm::see_importance(cache, chunk, o_.mean ? kvt::OverQueries::sum : kvt::OverQueries::largest,
+                                 [&](const Look& look) {
+                                   if (sample.reply.empty()) {
+                                     repeat_context(*engine_, cache, *tokenizer_, sample.context, chunk, look);
+                                   } else {
+                                     read_answer(*engine_, cache, sample.asked, sample.reply, chunk, look);
+                                   }
+                                 });
+}
+
 void Profile::learn(const Sample& sample) {
   const std::size_t rows = sample.context.size(), heads = static_cast<std::size_t>(shape_.num_heads());
   std::vector<std::vector<float>> scores(o_.selectors.size());
@@ -274,8 +286,7 @@ void Profile::learn(const Sample& sample) {
       check(cache->scores(0.2, scores[s]));  // the share matters to selectors that choose in stages; the paper's own
     }
   }
-  std::vector<float> importance =
-      importance_of(*engine_, *cache, *tokenizer_, sample.context, sample.asked, sample.reply, o_.common.chunk, o_.mean);
+  std::vector<float> importance = see_importance(*cache, sample);
   const auto first = static_cast<std::size_t>(first_free()), n = static_cast<std::size_t>(free_rows(rows));
   // The largest of many queries is more than that of few: a text counts as much as any other, repeated or asked about.
   double all = 0;

@@ -11,6 +11,7 @@
 
 #include "command.hpp"
 #include "engine.hpp"
+#include "hindsight.hpp"
 #include "plot.hpp"
 #include "prefill.hpp"
 #include "prompt.hpp"
@@ -36,6 +37,7 @@ struct Options {
 struct Method {
   std::string text;
   kvt::Composition names;
+  bool oracle = false;
 };
 
 struct Retention {
@@ -49,7 +51,9 @@ const Retention everything = {"", {}};
 Method parse_method(const std::string& text) {
   const auto names = split_names(text);
   if (names.size() != 3) throw std::runtime_error("--method " + text + " must be ALLOCATOR,SELECTOR,CODEC");
-  return {text, {names[0], names[1], names[2]}};
+  Method method{text, {names[0], names[1], names[2]}};
+  method.oracle = take_oracle(method.names);
+  return method;
 }
 
 struct Score {
@@ -216,6 +220,8 @@ void Benchmark::read_options() {
   }
   if (o_.methods.empty() != o_.retains.empty()) throw std::runtime_error("--method and --retain need each other");
   for (const auto& text : o_.methods) methods_.push_back(parse_method(text));
+  if (o_.question_aware && std::any_of(methods_.begin(), methods_.end(), [](const Method& m) { return m.oracle; }))
+    throw std::runtime_error("the oracle has read the question anyway: give it no --question-aware");
   for (const auto& text : o_.retains) retentions_.push_back({text, Budget::parse(text)});
 }
 
@@ -280,13 +286,19 @@ std::vector<std::vector<Benchmark::Run>> Benchmark::groups() const {
 void Benchmark::run_group(const Prompt& prompt, const std::vector<Run>& group, Progress& progress) {
   std::vector<kvt::Composition> served;
   for (const auto& run : group) served.push_back(run.method.names);
-  SharedPrefill whole(*model_, o_.common.zones, served,
-                      [&](kvt::AnyCache& cache) { prefill(*engine_, cache, *tokenizer_, prompt.context, o_.common.chunk); });
+  const auto look_ahead = [&](kvt::AnyCache& cache) {
+    return see_importance(cache, o_.common.chunk, kvt::OverQueries::largest, [&](const Look& look) {
+      read_answer(*engine_, cache, prompt.asked, prompt.replies.front().tokens, o_.common.chunk, look);
+    });
+  };
+  SharedPrefill whole(
+      *model_, o_.common.zones, served,
+      [&](kvt::AnyCache& cache) { prefill(*engine_, cache, *tokenizer_, prompt.context, o_.common.chunk); }, look_ahead);
   for (const auto& [method, retentions] : group) {
     for (const auto& retention : retentions) {
       const json name = key(prompt, method, retention);
       if (results_.find(name) == nullptr) {
-        const auto cache = whole.cut(method.names, retention.budget);
+        const auto cache = whole.cut(method.names, retention.budget, method.oracle);
         const double rows = mean_rows(*cache);
         const auto bytes = static_cast<double>(whole.bytes_of(*cache));
         Score score = answer(*engine_, *cache, prompt);
@@ -431,9 +443,11 @@ void add_retrieve(CLI::App& app) {
   std::string known;
   for (const auto& name : Tasks::names()) known += (known.empty() ? "" : ", ") + name;
   command->add_option("--text", o->text, "text file in which things are hidden")->required();
-  command->add_option("--method", o->methods,
-                      "ALLOCATOR,SELECTOR,CODEC; repeat for more; none: the full cache alone. Join a policy's parameters by +: "
-                      "snap_kv:window=32+kernel=7");
+  command->add_option(
+      "--method", o->methods,
+      "ALLOCATOR,SELECTOR,CODEC; repeat for more; none: the full cache alone. Join a policy's parameters by +: "
+      "snap_kv:window=32+kernel=7. The selector oracle has read the question and its answer before the cut: what "
+      "is left to others, and nothing that can be run");
   command
       ->add_option("--retain", o->retains,
                    "what may be kept of the document: shares of its rows, rows a KV head, or bytes; 0.5,200rows")

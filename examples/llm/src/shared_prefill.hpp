@@ -33,16 +33,20 @@ std::vector<std::vector<Item>> sharing_prefill(const std::vector<Item>& items, c
 class SharedPrefill {
  public:
   // `served` are the compositions of one group; read(cache) lets an empty cache read the text, when something is first cut.
+  // look_ahead(cache) says by see_importance() what rows of such a cache matter to what comes then, and is for the oracle.
   SharedPrefill(const Model& model, const kvt::CacheOptions& zones, const std::vector<kvt::Composition>& served,
-                std::function<void(kvt::AnyCache&)> read);
+                std::function<void(kvt::AnyCache&)> read, std::function<std::vector<float>(kvt::AnyCache&)> look_ahead = {});
 
-  // A fork with policies of its own, cut to the budget. Its bytes are counted, so there may be one at a time.
-  std::unique_ptr<kvt::AnyCache> cut(const kvt::Composition& names, const Budget& budget);
+  // A fork with policies of its own, cut to the budget; `oracle` ranks its rows instead of the token selector. Its bytes are
+  // counted, so there may be one at a time.
+  std::unique_ptr<kvt::AnyCache> cut(const kvt::Composition& names, const Budget& budget, bool oracle = false);
   long long bytes_of(const kvt::AnyCache& cut) const { return measured_bytes(cut, memory_, whole_->memory().total()); }
   double seconds() const { return seconds_; }  // that the text took; 0 until it is read
 
  private:
   std::function<void(kvt::AnyCache&)> read_;
+  std::function<std::vector<float>(kvt::AnyCache&)> look_ahead_;
+  std::shared_ptr<const std::vector<float>> importance_;  // once the oracle was asked
   CountingResource memory_;
   std::unique_ptr<kvt::AnyCache> whole_;
   double seconds_ = 0;
