@@ -2,8 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Everything that compiles without nvcc, but for what costs compile time: what multiplies by Eigen (codec/low_rank.hpp;
-// select/expected_attention.hpp, leverage.hpp, value_norm.hpp and critical_kv.hpp; learn/importance.hpp), make_cache
-// (compose.hpp), policies by name (select/any_selector.hpp, budget/any_allocator.hpp), and what needs more than Eigen:
+// select/expected_attention.hpp, learned.hpp, leverage.hpp, value_norm.hpp and critical_kv.hpp; learn/importance.hpp and
+// token_scorer.hpp), make_cache (compose.hpp), policies by name (select/any_selector.hpp, budget/any_allocator.hpp), and what needs more than Eigen:
 // io/safetensors.hpp (nlohmann-json), modules of host kernels (host/) and the engines (engine/).
 #pragma once
 
@@ -13,6 +13,7 @@
 #include "kvtailor/budget/curve.hpp"
 #include "kvtailor/budget/global.hpp"
 #include "kvtailor/budget/lava.hpp"
+#include "kvtailor/budget/learned.hpp"
 #include "kvtailor/budget/pyramid.hpp"
 #include "kvtailor/budget/squeeze_attention.hpp"
 #include "kvtailor/budget/streaming_heads.hpp"
@@ -27,8 +28,11 @@
 #include "kvtailor/codec/turbo_quant_unbiased.hpp"
 #include "kvtailor/core/rope.hpp"
 #include "kvtailor/io/table.hpp"
+#include "kvtailor/learn/adam.hpp"
+#include "kvtailor/learn/budget_head.hpp"
 #include "kvtailor/learn/marginal_utility.hpp"
 #include "kvtailor/learn/option_hull.hpp"
+#include "kvtailor/learn/soft_top_k.hpp"
 #include "kvtailor/select/caote.hpp"
 #include "kvtailor/select/chunk_kv.hpp"
 #include "kvtailor/select/heavy_hitter.hpp"

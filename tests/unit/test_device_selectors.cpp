@@ -281,7 +281,8 @@ TEST_CASE("learned scores are those of the host on a device") {
     for (int h = 0; h < geometry.num_heads(); ++h) {
       const auto scale = scorer.of(h).subspan(static_cast<std::size_t>(scorer.layout().scale()));
       for (int f = 0; f < scorer.layout().features(); ++f) scale[static_cast<std::size_t>(f)] = 1;
-      scorer.of(h)[static_cast<std::size_t>(scorer.layout().bias() + hidden)] = 5;  // sums of both signs are not compared near zero
+      scorer.of(h)[static_cast<std::size_t>(scorer.layout().bias() + hidden)] =
+          5;  // sums of both signs are not compared near zero
     }
     return scorer;
   };
