@@ -270,8 +270,10 @@ template <class Codec, class Budget>
 using BudgetCache = kvt::KvCache<Budget, kvt::SinkRecent, Codec>;
 
 template <class Codec, class Budget>
-std::unique_ptr<BudgetCache<Codec, Budget>> filled(const Rows& rows) {
-  auto cache = std::make_unique<BudgetCache<Codec, Budget>>();
+std::unique_ptr<BudgetCache<Codec, Budget>> filled(const Rows& rows, kvt::Precision precision) {
+  Codec codec;
+  kvt::set_precision(codec, precision);
+  auto cache = std::make_unique<BudgetCache<Codec, Budget>>(Budget{}, kvt::SinkRecent{}, codec);
   const bool equal = std::is_same_v<Budget, kvt::Uniform>;
   const Rows more(rows.shape, equal ? 0 : 2 * rows.n);  // so that the longest head has enough
   auto status = bench::fill(*cache, rows.shape, equal ? rows.keys : more.keys, equal ? rows.values : more.values);
@@ -284,7 +286,9 @@ std::unique_ptr<BudgetCache<Codec, Budget>> filled(const Rows& rows) {
 template <class Codec, class Budget>
 class Ours final : public Method {
  public:
-  explicit Ours(const Rows& rows) : Ours(rows, filled<Codec, Budget>(rows)) {}
+  Ours(const Rows& rows, kvt::Precision precision)
+      : Ours(rows, filled<Codec, Budget>(rows, precision),
+             precision == kvt::Precision::accurate ? 1.5e-4 : bench::error_bound(dense)) {}
 
  private:
   static constexpr bool dense = std::is_same_v<typename Codec::key_type, typename Codec::near_type>;
@@ -296,8 +300,8 @@ class Ours final : public Method {
     kvt::AttendPlan plan;
   };
 
-  Ours(const Rows& rows, std::unique_ptr<Cache> first)
-      : Method(rows, static_cast<double>(first->memory().payload_bytes), bench::error_bound(dense)), layers_(wanted()) {
+  Ours(const Rows& rows, std::unique_ptr<Cache> first, double bound)
+      : Method(rows, static_cast<double>(first->memory().payload_bytes), bound), layers_(wanted()) {
     auto exact = rows.exact([&](int head, float* keys, float* values) { first->decode(0, head, keys, values); },
                             [&](int head) { return first->num_rows(0, head); });
     for (std::size_t i = 1; i < wanted(); ++i) {
@@ -339,10 +343,12 @@ struct Named {
 };
 
 template <template <int> class Keys, template <int> class Values = Keys, class Budget = kvt::Uniform>
-Named ours(const std::string& name) {
-  return {name, false, false, [](const Rows& rows) -> std::unique_ptr<Method> {
-            if (rows.shape.head_dim == 64) return std::make_unique<Ours<kvt::KvCodec<Keys<64>, Values<64>>, Budget>>(rows);
-            return std::make_unique<Ours<kvt::KvCodec<Keys<128>, Values<128>>, Budget>>(rows);
+Named ours(const std::string& name, kvt::Precision precision = kvt::Precision::fast) {
+  return {name, false, false, [=](const Rows& rows) -> std::unique_ptr<Method> {
+            using Small = Ours<kvt::KvCodec<Keys<64>, Values<64>>, Budget>;
+            using Large = Ours<kvt::KvCodec<Keys<128>, Values<128>>, Budget>;
+            if (rows.shape.head_dim == 64) return std::make_unique<Small>(rows, precision);
+            return std::make_unique<Large>(rows, precision);
           }};
 }
 Named stock(const std::string& name, ggml_type keys, ggml_type values, bool flash) {
@@ -376,12 +382,16 @@ const std::vector<Named> all = {
     ours<kvt::Q8_0>("q8_0"),
     ours<kvt::Q4_0>("q4_0"),
     ours<Turbo4>("turbo4"),
+    ours<Turbo4>("turbo4 accurate", kvt::Precision::accurate),
     ours<Turbo3, Turbo2>("turbo3/turbo2"),
     ours<Turbo2>("turbo2"),
+    ours<Turbo2>("turbo2 accurate", kvt::Precision::accurate),
     ours<Turbo2, Turbo2, Ragged>("turbo2 8:1"),
     ours<Trellis2>("trellis2"),
+    ours<Trellis2>("trellis2 accurate", kvt::Precision::accurate),
     ours<LowRankTurbo2>("low_rank_turbo2"),
     ours<LowRankTrellis2>("low_rank_trellis2"),
+    ours<LowRankTrellis2>("low_rank_trellis2 accurate", kvt::Precision::accurate),
 };
 
 double quantile(std::vector<double> x, double share) {
@@ -438,7 +448,7 @@ void measure(const Options& o, const std::string& shape_name, int n, json& resul
     const auto& own = times[t];
     const int f16 = best(own, [&](std::size_t i) { return names[i]->fp16; });
     const int any = best(own, [&](std::size_t i) { return names[i]->stock; });
-    std::printf("\n%s, %d rows, %d thread%s\n%-20s %9s %21s %8s %6s %9s %9s %9s %9s\n", shape_name.c_str(), n, o.threads[t],
+    std::printf("\n%s, %d rows, %d thread%s\n%-26s %9s %21s %8s %6s %9s %9s %9s %9s\n", shape_name.c_str(), n, o.threads[t],
                 o.threads[t] == 1 ? "" : "s", "", "ns/row", "quartiles", "B/row", "GB/s", "rms error", "x f16", "x stock",
                 "x 1 thread");
     for (std::size_t i = 0; i < methods.size(); ++i) {
@@ -461,7 +471,7 @@ void measure(const Options& o, const std::string& shape_name, int n, json& resul
         std::snprintf(buffer, sizeof buffer, "%.2f", line.value(name, 0.0));
         return std::string(line.contains(name) ? buffer : "");
       };
-      std::printf("%-20s %9.2f %10.2f %10.2f %8.0f %6.1f %9.1e %9s %9s %9s\n", names[i]->name.c_str(), middle,
+      std::printf("%-26s %9.2f %10.2f %10.2f %8.0f %6.1f %9.1e %9s %9s %9s\n", names[i]->name.c_str(), middle,
                   line["quartiles"][0].get<double>(), line["quartiles"][1].get<double>(), bytes, bytes / middle,
                   methods[i]->error(), text("over_stock_f16").c_str(), text("over_stock").c_str(),
                   text("over_one_thread").c_str());

@@ -9,6 +9,7 @@
 #pragma once
 
 #include <array>
+#include <optional>
 #include <string_view>
 
 #include "kvtailor/any_cache.hpp"
@@ -66,6 +67,11 @@ using AnyCodec =
 
 static_assert(codec_names.size() == AnyCodec<64>::size);
 
+// Of which the precision can be chosen.
+inline constexpr auto has_precision = []<class... Codecs>(std::type_identity<std::tuple<Codecs...>>) {
+  return std::array{[](Codecs codec) { return set_precision(codec, Precision::fast); }(Codecs{})...};
+}(std::type_identity<AnyCodec<64>::codec_types>{});
+
 // KIVI codes keys along tokens and values along channels; 4-bit values are q4_1.
 inline std::string_view resolve_alias(std::string_view name, bool keys) {
   if (name == "kivi2") return keys ? "kivi2_keys" : "kivi2_values";
@@ -77,6 +83,7 @@ inline std::string_view resolve_alias(std::string_view name, bool keys) {
 struct CodecChoice {
   int index = 0;
   LowRankOptions low_rank;
+  std::optional<Precision> precision;  // if it is named
   // Holds numbers that fp16 does not.
   bool wide() const {
     const auto name = codec_names[static_cast<std::size_t>(index)];
@@ -93,6 +100,7 @@ struct CodecChoice {
   template <class Codec>
   void set(Codec& codec) const {
     if constexpr (std::derived_from<Codec, LowRankOptions>) static_cast<LowRankOptions&>(codec) = low_rank;
+    if (precision.has_value()) set_precision(codec, *precision);
   }
 };
 struct KvChoice {
@@ -166,7 +174,7 @@ inline std::string parse_codec(std::string_view text, bool keys, CodecChoice& ou
     return "unknown storage codec \"" + std::string(spec.name) + "\"; known are " + known_codecs() + ", or two as keys/values";
   }
   out.index = static_cast<int>(found - codec_names.begin());
-  const bool low_rank = spec.name.starts_with("low_rank");
+  const bool low_rank = spec.name.starts_with("low_rank"), precise = has_precision[static_cast<std::size_t>(out.index)];
   LowRankOptions& o = out.low_rank;
   std::string_view key, value;
   while (spec.next(key, value)) {
@@ -174,7 +182,9 @@ inline std::string parse_codec(std::string_view text, bool keys, CodecChoice& ou
       return key == name && value == word;
     };
     bool known = true;
-    if (!low_rank) {
+    if (precise && (is("precision", "fast") || is("precision", "accurate"))) {
+      out.precision = value == "fast" ? Precision::fast : Precision::accurate;
+    } else if (!low_rank) {
       known = false;
     } else if (is("shrink", "none")) {
       o.shrinkage = Shrinkage::none;
@@ -196,9 +206,10 @@ inline std::string parse_codec(std::string_view text, bool keys, CodecChoice& ou
     }
     if (!known) {
       return bad_parameter(spec.name, key, value,
-                           low_rank ? "rank=0..32, loop=closed or open, rule=rate or bbp, per_bit=1.5..20 (of rate), "
-                                      "bits=1..6 or 16 (of bbp), shrink=frobenius, none, operator or nuclear"
-                                    : "none");
+                           std::string(precise ? "precision=fast or accurate" : "none") +
+                               (low_rank ? ", rank=0..32, loop=closed or open, rule=rate or bbp, per_bit=1.5..20 (of rate), "
+                                           "bits=1..6 or 16 (of bbp), shrink=frobenius, none, operator or nuclear"
+                                         : ""));
     }
   }
   return {};

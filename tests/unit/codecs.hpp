@@ -65,32 +65,33 @@ inline double squared_distance(const std::vector<float>& a, const std::vector<fl
   return sum;
 }
 
-// What the host rounds to where rows are bytes (integer_rows.hpp), as shares of a query's largest element and of the largest
+// What the host rounds to where it is fast (integer_rows.hpp), as shares of a query's largest element and of the largest
 // weight; zero elsewhere.
 struct HostUnits {
   double query = 0, weight = 0;
 };
 template <class Codec>
-HostUnits host_units() {
+HostUnits host_units(const Codec& codec = {}) {
 #if defined(KVT_HOST_AVX2)
-  if constexpr (requires { typename Codec::codec_types; }) {  // OneOf
-    return [&]<class... Each>(std::type_identity<std::tuple<Each...>>) {
-      return HostUnits{std::max({host_units<Each>().query...}), std::max({host_units<Each>().weight...})};
-    }(std::type_identity<typename Codec::codec_types>{});
-  } else if constexpr (requires(Codec c) { c.residual; }) {  // LowRank
-    return host_units<decltype(Codec::residual)>();
-  } else if constexpr (requires(Codec c) { c.codec; }) {  // Shifted
-    return host_units<decltype(Codec::codec)>();
-  } else if constexpr (requires { typename Codec::Rows; }) {  // PerChannelInt
-    return {host_units<typename Codec::Rows>().query, 0};     // sums are those of decoded rows
-  } else if constexpr (requires { typename Codec::Integers; }) {
-    if constexpr (!Codec::tiled) return {};
 #if defined(KVT_HOST_AVX512)
-    if (Codec::Integers::coarse) return {0, 1 / 255.0};  // of weights alone
+  constexpr bool words = true;  // of queries
 #else
-    constexpr double more = std::max(1.0, Codec::Integers::most / 64.0);
-    if (Codec::Integers::coarse) return {more / 127, more / 255};
+  constexpr bool words = false;
 #endif
+  if constexpr (requires { codec.codecs; }) {  // OneOf
+    return codec.visit([](const auto& chosen) { return host_units(chosen); });
+  } else if constexpr (requires { codec.residual; }) {  // LowRank
+    return host_units(codec.residual);
+  } else if constexpr (requires { codec.codec; }) {  // Shifted
+    return host_units(codec.codec);
+  } else if constexpr (kvt::HasPrecision<Codec>) {
+    if (codec.precision != kvt::Precision::fast) return {};
+    if constexpr (requires { typename Codec::Rows; }) {  // PerChannelInt, whose sums are those of decoded rows
+      if (Codec::Rows::tiled && !words) return {1 / 127.0, 0};
+    } else if constexpr (Codec::tiled) {
+      constexpr double more = words ? 1 : std::max(1.0, Codec::Integers::most / 64.0);
+      return {words ? 0 : more / 127, more / 255};
+    }
   }
 #endif
   return {};
@@ -118,7 +119,7 @@ void check_attention(const Codec& codec, const std::vector<std::byte>& block, in
   const double unit = std::ldexp(4.0 * (dim + n), -24);
   const auto run = [&](auto lanes) {
     // Elements are rounded this way and that: five times what is expected of a query with elements like normal numbers.
-    const HostUnits units = decltype(lanes)::size == 1 ? host_units<Codec>() : HostUnits{};
+    const HostUnits units = decltype(lanes)::size == 1 ? host_units(codec) : HostUnits{};
     std::vector<float> prepared(static_cast<std::size_t>(m * basis)), logits(static_cast<std::size_t>(m * stride), 7.f);
     std::vector<float> sums(prepared.size(), 0.f), out(static_cast<std::size_t>(m * dim), 1.f);
     for (int j = 0; j < m; ++j) codec.prepare(lanes, queries.data() + j * dim, 0.5f, prepared.data() + j * basis);

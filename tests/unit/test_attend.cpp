@@ -16,14 +16,15 @@ using namespace kvt;
 namespace {
 
 template <class Codec>
-void check_attend(int num_kv_heads, int group, int rows, int queries, AttendOptions options, bool cut) {
+void check_attend(int num_kv_heads, int group, int rows, int queries, AttendOptions options, bool cut,
+                  const Codec& codec = {}) {
   constexpr int dim = Codec::head_dim;
   CAPTURE(dim);
   CAPTURE(group);
   CAPTURE(rows);
   CAPTURE(queries);
   const Geometry shape{1, num_kv_heads, num_kv_heads * group, dim};
-  KvCache<Uniform, SinkRecent, Codec> cache;
+  KvCache<Uniform, SinkRecent, Codec> cache({}, {}, codec);
   REQUIRE(cache.init(shape, {.sink_rows = 4, .recent_rows = 8, .block_rows = 64}).ok());
   std::mt19937 random(static_cast<unsigned>(dim * 1000 + group * 100 + rows));
   std::normal_distribution<float> normal;
@@ -81,24 +82,29 @@ void check_attend(int num_kv_heads, int group, int rows, int queries, AttendOpti
   // A logit of size 6 sums dim products in fp32: 2^-24 * sqrt(dim) * 6 < 6e-6; weights and values of size 4 follow.
   // Where rows are codes, queries and weights are rounded to 16 bits: 2^-17 * 4 * sqrt(dim) / sqrt(dim), three times that; or
   // to bytes: four times what is expected of a logit of size 1, six times that of a weight of 1 beside others.
-  const double rounding =
-      4 * codecs::host_units<typename Codec::key_type>().query + 6 * codecs::host_units<typename Codec::value_type>().weight;
+  const double rounding = 4 * codecs::host_units(codec.keys).query + 6 * codecs::host_units(codec.values).weight;
   CHECK(worst <= (std::is_same_v<typename Codec::key_type, Dense<Half, dim>> ? 2e-5 : 1e-4) + rounding);
 }
 
 template <class Codec>
-void check_all(int group) {
-  for (const int rows : {0, 1, 63, 64, 65, 200}) check_attend<Codec>(2, group, rows, 1, {}, false);
-  check_attend<Codec>(2, group, 300, 7, {}, true);
-  check_attend<Codec>(1, group, 300, 5, {.window = 50}, true);
+void check_all(int group, const Codec& codec = {}) {
+  for (const int rows : {0, 1, 63, 64, 65, 200}) check_attend<Codec>(2, group, rows, 1, {}, false, codec);
+  check_attend<Codec>(2, group, 300, 7, {}, true, codec);
+  check_attend<Codec>(1, group, 300, 5, {.window = 50}, true, codec);
   const float any[1] = {0};
-  check_attend<Codec>(1, group, 150, 3, {.scale = 0.2f, .soft_cap = 5.f, .sink_logits = any}, false);
+  check_attend<Codec>(1, group, 150, 3, {.scale = 0.2f, .soft_cap = 5.f, .sink_logits = any}, false, codec);
 }
 
 // The zones around the blocks are dense rows.
 template <int dim>
 void check_dim(int group) {
-  check_all<KvCodec<TurboQuant<3, dim>, TurboQuant<2, dim>>>(group);
+  KvCodec<TurboQuant<3, dim>, TurboQuant<2, dim>> codec;
+  for (const Precision precision : {Precision::fast, Precision::accurate}) {
+    CHECK(set_precision(codec, precision));
+    CHECK(codec.keys.precision == precision);
+    CHECK(codec.values.precision == precision);
+    check_all(group, codec);
+  }
 }
 
 }  // namespace

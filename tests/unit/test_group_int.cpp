@@ -193,7 +193,7 @@ void check_attention(int n) {
     block.codec.accumulate(lanes, block.data.data(), n, weights.data(), m, n, sums.data());
     for (int j = 0; j < m; ++j) block.codec.finish(lanes, sums.data() + j * dim, out.data() + j * dim);
     // Where rows are multiplied by bytes: see codecs.hpp.
-    const auto units = decltype(lanes)::size == 1 ? codecs::host_units<Codec>() : codecs::HostUnits{};
+    const auto units = decltype(lanes)::size == 1 ? codecs::host_units(block.codec) : codecs::HostUnits{};
     double longest = 0;
     for (int r = 0; r < n; ++r) {
       double square = 0;

@@ -2,9 +2,10 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Attention of many queries on long blocks, which the host does in integers where it can: against double precision, with the
-// errors that rounding to 16 bits or, for coarse codes, to 8 may make, and not more.
+// errors that rounding to 16 bits, or to 8 where a codec is fast, may make, and not more.
 #include "codecs.hpp"
 #include "kvtailor/codec/group_int.hpp"
+#include "kvtailor/codec/kv_codec.hpp"
 #include "kvtailor/codec/lloyd_max.hpp"
 #include "kvtailor/codec/trellis.hpp"
 #include "kvtailor/codec/turbo_quant_unbiased.hpp"
@@ -34,11 +35,10 @@ std::vector<float> rows_of(const std::vector<std::byte>& block, int n) {
 
 // `wide` is what integers times scales may be larger than rows: where levels are not around zero.
 template <class Codec>
-void check(int n, int m, double wide = 1) {
+void check(const Codec& codec, int n, int m, double wide) {
   CAPTURE(Codec::head_dim);
   CAPTURE(n);
   CAPTURE(m);
-  const Codec codec;
   const int basis = basis_dim(codec);
   std::mt19937 random(static_cast<unsigned>(31 * n + m));
   auto input = codecs::normal_rows(random, n, Codec::head_dim);
@@ -62,7 +62,7 @@ void check(int n, int m, double wide = 1) {
   codec.logits(Serial{}, block.data(), n, queries.data(), m, logits.data(), n);
   codec.accumulate(Serial{}, block.data(), n, weights.data(), m, n, sums.data());
   // fp32 sums of products, and half a unit of 16 bits; at large head dims, sums of 32 bits leave a little less than 16.
-  const codecs::HostUnits units = codecs::host_units<Codec>();
+  const codecs::HostUnits units = codecs::host_units(codec);
   const double fp32 = std::ldexp(basis + 8, -24),
                half_unit = units.query > 0 ? .5 * units.query : std::ldexp(basis > 128 ? 4 : 1, -16);
   for (int j = 0; j < m; ++j) {
@@ -115,7 +115,90 @@ void check(int n, int m, double wide = 1) {
 
 template <class Codec>
 void check_sizes(double wide = 1) {
-  for (const int n : {1, 2, 3, 7, 8, 9, 127, 128, 129, 300}) check<Codec>(n, n == 300 ? 37 : 5, wide);
+  Codec accurate;
+  const bool has_choice = set_precision(accurate, Precision::accurate);
+  for (const int n : {1, 2, 3, 7, 8, 9, 127, 128, 129, 300}) {
+    check(Codec{}, n, n == 300 ? 37 : 5, wide);
+    if (has_choice) check(accurate, n, n == 300 ? 37 : 5, wide);
+  }
+}
+
+// Outputs of attention of m queries on one block of n rows, by a codec's integers after a softmax in double precision, for each
+// way in which weights can be spread: rms of their error, as a share of their size.
+enum class Spread { random, peaky, flat, sink };
+template <class Codec>
+double output_error(const Codec& codec, const std::vector<std::byte>& block, int n, int m, Spread spread) {
+  constexpr int dim = Codec::head_dim;
+  std::mt19937 random(static_cast<unsigned>(n + 100 * m));
+  const auto rows = codecs::decode(codec, block, n);
+  auto queries = codecs::normal_rows(random, m, dim);
+  const float size = spread == Spread::peaky ? 6.f : spread == Spread::flat ? 1e-2f : 1.f;
+  for (float& q : queries) q *= size / std::sqrt(static_cast<float>(dim));
+  std::vector<float> logits(static_cast<std::size_t>(m * n)), sums(queries.size(), 0.f);
+  std::vector<double> totals;
+  codec.logits(Serial{}, block.data(), n, queries.data(), m, logits.data(), n);
+  const auto shift = [&](int row) { return spread == Spread::sink && row == 0 ? 5.0 : 0.0; };
+  for (int j = 0; j < m; ++j) {
+    double total = 0;
+    for (int row = 0; row < n; ++row) {
+      float& w = logits[static_cast<std::size_t>(j * n + row)];
+      w = static_cast<float>(std::exp(double(w) + shift(row)));
+      total += double(w);
+    }
+    totals.push_back(total);
+  }
+  codec.accumulate(Serial{}, block.data(), n, logits.data(), m, n, sums.data());
+  double wrong = 0, whole = 0;
+  for (int j = 0; j < m; ++j) {
+    std::vector<double> want(dim);
+    double total = 0;
+    for (int row = 0; row < n; ++row) {
+      const float *const x = &rows[static_cast<std::size_t>(row * dim)], *const q = &queries[static_cast<std::size_t>(j * dim)];
+      double logit = shift(row);
+      for (int d = 0; d < dim; ++d) logit += double(q[d]) * double(x[d]);
+      total += std::exp(logit);
+      for (int d = 0; d < dim; ++d) want[static_cast<std::size_t>(d)] += std::exp(logit) * double(x[d]);
+    }
+    for (int d = 0; d < dim; ++d) {
+      const double exact = want[static_cast<std::size_t>(d)] / total;
+      const double have = double(sums[static_cast<std::size_t>(j * dim + d)]) / totals[static_cast<std::size_t>(j)];
+      wrong += (have - exact) * (have - exact);
+      whole += exact * exact;
+    }
+  }
+  return std::sqrt(wrong / whole);
+}
+
+// Both precisions read what either of them wrote.
+template <class Codec>
+void check_precisions() {
+  CAPTURE(Codec::head_dim);
+  Codec fast, accurate;
+  REQUIRE(set_precision(fast, Precision::fast));
+  REQUIRE(set_precision(accurate, Precision::accurate));
+  std::mt19937 random(17);
+  for (const int n : {63, 301}) {
+    const auto rows = codecs::normal_rows(random, n, Codec::head_dim);
+    const auto block = codecs::encode(fast, rows);
+    CHECK(codecs::encode(accurate, rows) == block);
+    for (const int m : {1, 3, 8}) {
+      for (const Spread spread : {Spread::random, Spread::peaky, Spread::flat, Spread::sink}) {
+        CAPTURE(n);
+        CAPTURE(m);
+        CAPTURE(static_cast<int>(spread));
+        const double coarse = output_error(fast, block, n, m, spread), fine = output_error(accurate, block, n, m, spread);
+        CHECK(fine <= 1.5e-4);
+#if defined(KVT_HOST_AVX512)
+        CHECK(coarse <= .02);
+#else
+        CHECK(coarse <= .03);  // queries are bytes too
+#endif
+#if defined(KVT_HOST_AVX2)
+        if (spread == Spread::random) CHECK(coarse > 1e-3);  // it is not the other
+#endif
+      }
+    }
+  }
 }
 
 }  // namespace
@@ -151,6 +234,14 @@ TEST_CASE("groups") {
 TEST_CASE("codes and a sketch") {
   check_sizes<TurboQuantUnbiased<3, 64>>();
   check_sizes<TurboQuantUnbiased<3, 128>>();  // groups that are read in parts
+}
+
+TEST_CASE("outputs at both precisions, of the same bytes, against double precision") {
+  check_precisions<LloydMax<2, 64>>();
+  check_precisions<LloydMax<4, 128>>();
+  check_precisions<LloydMax<2, 112>>();
+  check_precisions<Trellis<2, 64>>();
+  check_precisions<Trellis<4, 256>>();
 }
 
 TEST_CASE("small weights beside a large one count together") {

@@ -186,7 +186,10 @@ TEST_CASE("attention on low-rank and shifted blocks is that of the rows they dec
     check(codec);
   }
   check(Rotated<LowRank<Short<3, 40>>>{});
-  check(Rotated<LowRank<Trellis<2, 64>>>{});
+  Rotated<LowRank<Trellis<2, 64>>> trellis;
+  check(trellis);
+  CHECK(set_precision(trellis, Precision::accurate));
+  check(trellis);
   check(Rotated<LowRank<Short<1, 256>>>{});
   check(LowRank<Dense<Half, 96>>{});
   check(Rotated<Shifted<Short<2, 64>>>{});

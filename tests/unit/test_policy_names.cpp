@@ -14,7 +14,9 @@
 #include <set>
 #include <string>
 
+#define KVT_EXTERN_HEAD_DIMS
 #include "kvtailor/budget/any_allocator.hpp"
+#include "kvtailor/compose.hpp"
 #include "kvtailor/select/any_selector.hpp"
 #include "unit/files.hpp"
 
@@ -555,4 +557,54 @@ TEST_CASE("selectors go around one another sixteen deep, and a text of any lengt
     CHECK(!detail::parse_selector(open, policy).empty());
     CHECK(!detail::parse_selector(open + std::string(open.size(), ')'), policy).empty());
   }
+}
+
+TEST_CASE("the precision of codecs is chosen by name, where there is a choice") {
+  using Codec = detail::AnyCodec<64>;
+  // Of the codec that is chosen: 0 if there is none, 1 fast, 2 accurate.
+  const auto chosen = [](const detail::CodecChoice& choice) {
+    Codec codec;
+    choice.apply(codec);
+    const auto find = [](const auto& self, const auto& c) -> int {
+      if constexpr (requires { c.residual; }) {
+        return self(self, c.residual);
+      } else if constexpr (requires { c.codec; }) {
+        return self(self, c.codec);
+      } else if constexpr (HasPrecision<std::remove_cvref_t<decltype(c)>>) {
+        return c.precision == Precision::accurate ? 2 : 1;
+      } else {
+        return 0;
+      }
+    };
+    return codec.visit([&](const auto& c) { return find(find, c); });
+  };
+  std::set<std::string> with_choice;
+  for (const std::string_view name : detail::codec_names) {
+    detail::KvChoice choice;
+    REQUIRE(detail::parse_codecs(name, choice).empty());
+    CAPTURE(name);
+    const bool has = chosen(choice.keys) != 0;
+    const std::string precise = std::string(name) + ":precision=accurate";
+    const std::string wrong = detail::parse_codecs(precise + "/" + std::string(name), choice);
+    CHECK(wrong.empty() == has);
+    if (!has) {
+      check_sentence(wrong, std::string(name) + " has no parameter precision=accurate", "it takes none");
+      continue;
+    }
+    with_choice.emplace(name);
+    CHECK(chosen(choice.keys) == 2);
+    CHECK(chosen(choice.values) == 1);
+    REQUIRE(detail::parse_codecs(std::string(name) + ":precision=fast", choice).empty());
+    CHECK(chosen(choice.values) == 1);
+    check_sentence(detail::parse_codecs(std::string(name) + ":precision=2", choice), "has no parameter precision=2",
+                   "precision=fast or accurate");
+  }
+  for (const char* name :
+       {"turbo1", "turbo4", "trellis4", "mean_trellis2", "low_rank_trellis2", "turbo3_gaussian", "kivi2_keys"})
+    CHECK(with_choice.contains(name));
+  for (const char* name : {"fp16", "turbo5", "q4_0", "kivi4_keys", "kivi2_values"}) CHECK(!with_choice.contains(name));
+  detail::KvChoice choice;
+  REQUIRE(detail::parse_codecs("low_rank_trellis2:rank=3,precision=accurate", choice).empty());
+  CHECK(chosen(choice.keys) == 2);
+  CHECK(choice.keys.low_rank.max_rank == 3);
 }

@@ -74,7 +74,10 @@ TEST_CASE("attention on both sketches is that of the decoded rows, also in a cac
     codecs::check_hostile(codec);
   };
   check(TurboQuantUnbiased<1, 40>{});
-  check(TurboQuantUnbiased<3, 64>{});
+  TurboQuantUnbiased<3, 64> codec;
+  check(codec);
+  CHECK(set_precision(codec, Precision::accurate));
+  check(codec);
   check(TurboQuantUnbiased<4, 112>{});
   check(TurboQuantUnbiased<2, 64, Sketch::gaussian>{});
 }

@@ -224,7 +224,7 @@ struct GroupInt
   using TileRows = typename GroupInt::Tiles;
   struct Integers : TileRows {
     static constexpr int size = dim, group = group_size, most = half, offset = half;
-    static constexpr bool has_least = !symmetric, coarse = false;
+    static constexpr bool has_least = !symmetric;
     using TileRows::TileRows;
 
 #if defined(KVT_HOST_AVX512)

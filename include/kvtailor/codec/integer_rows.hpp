@@ -8,7 +8,6 @@
 // Rows are seen through a type R:
 //   size, group            elements of a row, and of those that share a scale; multiples of 8
 //   most                   the largest magnitude an integer has, at most 128
-//   coarse                 its own error allows for queries and weights of a byte (with AVX-512, of weights alone)
 //   tile_bytes             of a tile
 //   tile(row)              rows row .. row + 7, which begin a tile
 //   column<k, plus>(tile)  integers 4 k .. 4 k + 3 of each row, plus `offset`, so that none is below zero, or plus 0
@@ -16,16 +15,17 @@
 //   leasts(row, g)         there. What is added then, if has_least.
 //   offsets                instead of `offset`, if keys have one for each element: int32 [size]
 //
-// Products are of 16 bits, sums of 32. Coarse rows are multiplied by bytes, and added up in 16 bits as long as they fit.
+// Products are of 16 bits, sums of 32; fast ones are of bytes, and added up in 16 bits as long as they fit. See precision.hpp.
 //
 // Error:   queries are rounded to 2^-16 of their largest element, or 2^-31 dim most of their norm where that is more; weights
 //          times scales to 2^-16 of the largest weight of 128 rows, or 2^-32 most of their sum, times the largest scale. Below
 //          1e-30 they count as zero.
-//          Bytes: queries to half a unit of 1/127 of their largest element; weights times scales to a unit of 1/255 of the
+//          Fast: queries to half a unit of 1/127 of their largest element; weights times scales to a unit of 1/255 of the
 //          largest of 128 rows, up or down so that nothing is lost in sum. Where integers are larger than 64, there are
 //          64/most as many units.
 #pragma once
 
+#include "kvtailor/codec/precision.hpp"
 #include "kvtailor/codec/wide_rows.hpp"
 #if defined(KVT_HOST_AVX2) && !defined(KVT_HOST_AVX512)
 
@@ -197,10 +197,10 @@ template <class Factors, int many, int fit>
   }
 }
 
-template <class R>
+template <class R, Precision precision>
 struct IntegerRows {
-  using Factors = std::conditional_t<R::coarse, Bytes, Words>;
-  static constexpr bool bytes = !std::is_same_v<Factors, Words>;
+  static constexpr bool bytes = precision == Precision::fast;
+  using Factors = std::conditional_t<bytes, Bytes, Words>;
   static constexpr int dim = R::size, groups = dim / R::group, columns = dim / 4, group_columns = R::group / 4;
   static constexpr int most_vectors = most_integer_vectors, most_rows = most_integer_rows, batch = 4;
   static_assert(R::group % 8 == 0 && dim % R::group == 0);
@@ -457,6 +457,33 @@ struct IntegerRows {
     return _mm256_movemask_ps(_mm256_cmp_ps(least, _mm256_setzero_ps(), _CMP_LT_OQ)) != 0;
   }
 };
+
+}  // namespace kvt::inline v0::detail
+
+#endif
+#if defined(KVT_HOST_AVX2)
+
+namespace kvt::inline v0::detail {
+
+// IntegerRows at the precision of the codec that rows are of.
+template <class Codec, class Lanes, class R>
+void integer_logits([[maybe_unused]] const Codec& codec, const Lanes& lanes, const R& rows, int n, const float* queries, int m,
+                    float* out, int stride) {
+#if defined(KVT_HOST_AVX512)
+  // Queries are words.
+  IntegerRows<R, Precision::accurate>::logits(lanes, rows, n, queries, m, out, stride);
+#else
+  with_precision(codec, [&]<Precision precision>()
+                            KVT_INLINE_LAMBDA { IntegerRows<R, precision>::logits(lanes, rows, n, queries, m, out, stride); });
+#endif
+}
+template <class Codec, class Lanes, class R>
+void integer_sums(const Codec& codec, const Lanes& lanes, const R& rows, int n, const float* weights, int m, int stride,
+                  float* acc) {
+  with_precision(codec, [&]<Precision precision>() KVT_INLINE_LAMBDA {
+    IntegerRows<R, precision>::accumulate(lanes, rows, n, weights, m, stride, acc);
+  });
+}
 
 }  // namespace kvt::inline v0::detail
 

@@ -9,6 +9,9 @@
 // Value:   scale * unit * whole[code], the levels of codebooks.hpp.
 // Error:   of a row whose elements are spread like those of a random one, relative to its squared norm, on average .36 / .116 /
 //          .034 / .0093 / .0025 / .0007 at 1 .. 6 bits; of any other row up to 1: see Rotated.
+// Host:    attention rounds queries and weights; up to 4 bits a field says to what: outputs off by 1e-2 of their size (fast,
+// the
+//          default) or 1e-4 (accurate, and above 4 bits). See precision.hpp.
 // Cost:    head_dim * bits / 8 + sizeof(Scale) bytes a row.
 // Source:  S. P. Lloyd, IEEE Trans. Inf. Theory 28, 1982; J. Max, IRE Trans. Inf. Theory 6, 1960.
 #pragma once
@@ -30,7 +33,8 @@ enum class NormCorrection {
 };
 
 template <int bits, int dim, NormCorrection correction = NormCorrection::least_squares, class Scale = Half>
-struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_cast<int>(sizeof(Scale)), dim * bits / 8> {
+struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_cast<int>(sizeof(Scale)), dim * bits / 8>,
+                  detail::PrecisionField<bits <= 4> {
   static_assert(bits >= 1 && bits <= 6, "codes have 1 to 6 bits");
   static constexpr int num_levels = 1 << bits;
 
@@ -185,7 +189,7 @@ struct LloydMax : RowCodec<LloydMax<bits, dim, correction, Scale>, dim, static_c
   using TileRows = typename LloydMax::Tiles;
   struct Integers : TileRows {
     static constexpr int size = dim, group = dim, most = level(num_levels - 1), offset = most;
-    static constexpr bool has_least = false, coarse = bits <= 4;
+    static constexpr bool has_least = false;
     using TileRows::TileRows;
 
 #if defined(KVT_HOST_AVX512)

@@ -12,7 +12,9 @@
 // Value:   least[channel] + scale[channel] * code
 // Error:   of an element, half a step, and what fp16 does to the levels: 2^-11 (|least| + largest - least) of its channel and
 //          group, or 2^-25 of each fp16 number, times the code, where that is more.
-// Host:    keys are multiplied as integers, which rounds queries: see integer_rows.hpp.
+// Host:    keys are multiplied as integers, which rounds queries, those of 2 bits with AVX2 alone as the field `precision`
+// says:
+//          see precision.hpp and integer_rows.hpp.
 // Cost:    head_dim * bits / 8 bytes a row, and 4 * head_dim + 2 for each group, however few rows it has left.
 // Source:  KIVI, arXiv 2402.02750. Differs from it: halves round up, not to even.
 #pragma once
@@ -61,7 +63,7 @@ struct ChannelCodes : RowCodec<ChannelCodes<bits, dim>, dim, 0, IntCodes<bits, d
   using TileRows = typename ChannelCodes::Tiles;
   struct Integers : TileRows {
     static constexpr int size = dim, group = dim, most = 2 * half - 1, offset = 0;
-    static constexpr bool has_least = false, coarse = bits == 2;
+    static constexpr bool has_least = false;
     const std::int32_t* offsets;
     Integers(const std::byte* from, int rows, const std::int32_t* zero) : TileRows(from, rows), offsets(zero) {}
 
@@ -86,7 +88,7 @@ struct ChannelCodes : RowCodec<ChannelCodes<bits, dim>, dim, 0, IntCodes<bits, d
 }  // namespace detail
 
 template <int bits, int dim>
-struct PerChannelInt : PlainBasis<dim> {
+struct PerChannelInt : PlainBasis<dim>, detail::PrecisionField<bits == 2> {
   using Rows = detail::ChannelCodes<bits, dim>;
   static constexpr int max_block_rows = 512, group_rows = 32;
 
@@ -265,7 +267,7 @@ struct PerChannelInt : PlainBasis<dim> {
 #if defined(KVT_HOST_AVX2)
   // The scales meet the queries: q (zero + s c) = q zero + (q s) c, the second a product of integers. Codes count from the
   // level nearest to zero, where rows are that an outlier widened the levels of: they feel no rounding.
-  static void group_logits(const std::byte* group, int n, const float* queries, int m, float* out, int stride) {
+  void group_logits(const std::byte* group, int n, const float* queries, int m, float* out, int stride) const {
     constexpr int most_vectors = 8;
     const Lines<1> lines(group, 0);
     alignas(32) std::int32_t code[dim];
@@ -287,7 +289,7 @@ struct PerChannelInt : PlainBasis<dim> {
         for (int d = 0; d < dim; ++d) scaled[j * dim + d] = queries[(first + j) * dim + d] * lines.scale.x[d];
       }
       float* const to = out + first * stride;
-      detail::IntegerRows<typename Rows::Integers>::logits(Serial{}, rows, n, scaled, count, to, stride);
+      detail::integer_logits(*this, Serial{}, rows, n, scaled, count, to, stride);
       for (int j = 0; j < count; ++j) {
         const float shift = dot<dim>(queries + (first + j) * dim, zero);
         for (int row = 0; row < n; ++row) to[j * stride + row] += shift;

@@ -191,7 +191,7 @@ struct RowCodec : PlainBasis<dim> {
     if constexpr (Lanes::size == 1 && Self::tiled && requires { typename Self::Integers; }) {
       using Integers = typename Self::Integers;
       lanes.template reads_tile<scale_bytes * detail::most_integer_rows>(block);
-      return detail::IntegerRows<Integers>::logits(lanes, Integers{block, n}, n, prepared, m, out, stride);
+      return detail::integer_logits(self(), lanes, Integers{block, n}, n, prepared, m, out, stride);
     }
 #endif
     if constexpr (detail::ReadsRows<Lanes, Self>) {
@@ -223,7 +223,7 @@ struct RowCodec : PlainBasis<dim> {
     if constexpr (Lanes::size == 1 && Self::tiled && requires { typename Self::Integers; }) {
       using Integers = typename Self::Integers;
       lanes.template reads_tile<scale_bytes * detail::most_integer_rows>(block);
-      return detail::IntegerRows<Integers>::accumulate(lanes, Integers{block, n}, n, weights, m, stride, acc);
+      return detail::integer_sums(self(), lanes, Integers{block, n}, n, weights, m, stride, acc);
     }
 #endif
     if constexpr (detail::ReadsRows<Lanes, Self>) {

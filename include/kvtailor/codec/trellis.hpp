@@ -13,6 +13,8 @@
 // Error:   of a row whose elements are spread like those of a random one, relative to its squared norm, on average, for
 //          head_dim 64: .279 / .072 / .0187 / .0050 at 1 .. 4 bits, window 8; .285 / .075 / .0205 at 1 .. 3 bits, window 6.
 //          At head_dim 128 up to 4 % more. Of any other row up to 1: see Rotated.
+// Host:    attention rounds queries and weights as the field `precision` says: outputs off by 1e-2 of their size (fast, the
+//          default) or 1e-4 (accurate). See precision.hpp.
 // Cost:    head_dim * bits / 8 + sizeof(Scale) bytes a row: a ring has no beginning to be stored. Encoding takes eight times
 //          as long as that of LloydMax at window 8, four times at window 6; reading a third longer with AVX2. With AVX-512
 //          encoding takes thirteen times as long, since LloydMax gains more.
@@ -32,7 +34,8 @@
 namespace kvt::inline v0 {
 
 template <int bits, int dim, int window = 8, class Scale = LogScale>
-struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<int>(sizeof(Scale)), dim * bits / 8> {
+struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<int>(sizeof(Scale)), dim * bits / 8>,
+                 detail::PrecisionField<> {
   static_assert(bits >= 1 && bits <= 4 && window <= 8, "codes have 1 to 4 bits, and states at most 8");
   using Search = TrellisSearch<bits, window>;
   using Table = TrellisTable<bits, window>;
@@ -144,7 +147,7 @@ struct Trellis : RowCodec<Trellis<bits, dim, window, Scale>, dim, static_cast<in
   using TileRows = typename Trellis::Tiles;
   struct Integers : TileRows {
     static constexpr int size = dim, group = dim, most = *std::max_element(Table::size, std::end(Table::size)), offset = most;
-    static constexpr bool has_least = false, coarse = true;
+    static constexpr bool has_least = false;
     using TileRows::TileRows;
 
 #if defined(KVT_HOST_AVX512)

@@ -3,7 +3,7 @@
 //
 // TurboQuant: rotated rows at 1 to 6 bits an element and one scale a row.
 //
-// Block, error, cost: those of LloydMax, the error for rows of any kind.
+// Block, error, host, cost: those of LloydMax, the error for rows of any kind.
 // Source:  TurboQuant, arXiv 2504.19874, algorithm 1 (mean squared error). Differs from it: the rotation is a Hadamard matrix
 //          with random signs, and the scale is the least-squares one, not the norm (NormCorrection::none is as published).
 #pragma once

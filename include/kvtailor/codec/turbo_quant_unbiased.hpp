@@ -12,6 +12,7 @@
 // Value:   rotation^-1 (scale * level[code] + factor * residual norm * S^T sign), S the sketch; see Sketch.
 // Error:   of a row, relative to its squared norm, on average D times that of the sketch, D the error of bits - 1 bits (1 at
 //          0): .571 with an orthogonal sketch, 1.571 with a Gaussian one.
+// Host:    attention rounds queries and weights, up to 5 bits as the field `precision` says: see precision.hpp.
 // Cost:    head_dim * bits / 8 + 4 bytes a row; queries and sums are twice as long, so attention takes twice the time.
 // Source:  TurboQuant, arXiv 2504.19874, algorithm 2, which has the Gaussian sketch. Of the orthogonal one: QJL, arXiv
 //          2406.03482, section 4.
@@ -141,7 +142,8 @@ struct SketchMatrix<Sketch::gaussian, dim> {
 }  // namespace detail
 
 template <int bits, int dim, Sketch kind = Sketch::orthogonal>
-struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4, dim * bits / 8, 2 * dim> {
+struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4, dim * bits / 8, 2 * dim>,
+                            detail::PrecisionField<bits <= 5> {
   static_assert(bits >= 1 && bits <= 6, "codes have 1 to 6 bits");
   static constexpr bool plain = false;
   static constexpr int max_basis_dim = 2 * dim, scratch_floats = 2 * dim;
@@ -231,7 +233,7 @@ struct TurboQuantUnbiased : RowCodec<TurboQuantUnbiased<bits, dim, kind>, dim, 4
   using TileRows = typename TurboQuantUnbiased::Tiles;
   struct Integers : TileRows {
     static constexpr int size = 2 * dim, group = dim, most = Codes::Integers::most, offset = most;
-    static constexpr bool has_least = false, coarse = Codes::Integers::coarse;
+    static constexpr bool has_least = false;
     using TileRows::TileRows;
 
     template <int plus>

@@ -14,11 +14,12 @@
 //                            HalfTile and TurnedHalf
 //
 // Error:   queries to 2^-16 of their largest element, weights times scales to 2^-16 of the largest of 128 rows, and as there at
-//          large head dims. Weights of coarse rows to a unit of 1/255 of the largest of 128 rows, up or down so that nothing is
-//          lost in sum: outputs of attention differ by 1e-2 of random values.
+//          large head dims. Fast: weights times scales to a unit of 1/255 of the largest of 128 rows, up or down so that
+//          nothing is lost in sum.
 #pragma once
 
 #include "kvtailor/codec/code_tiles.hpp"
+#include "kvtailor/codec/precision.hpp"
 #if defined(KVT_HOST_AVX512)
 
 #include <numeric>
@@ -29,12 +30,12 @@ namespace kvt::inline v0::detail {
 // built-in functions to and fro.
 KVT_INLINE void add_products(__m512i& sum, __m512i x, __m512i y) { asm("vpdpbusd %2, %1, %0" : "+v"(sum) : "v"(x), "v"(y)); }
 
-template <class R>
+template <class R, Precision precision>
 struct IntegerRows {
   static constexpr int dim = R::size, groups = dim / R::group, columns = dim / 4, group_columns = R::group / 4;
   static constexpr int most_vectors = most_integer_vectors, most_rows = most_integer_rows, batch = 4;
   static constexpr int pairs = most_rows / 16, at_once = 2;  // at_once: pairs of tiles for each reading of queries
-  static constexpr bool bytes = R::coarse;
+  static constexpr bool bytes = precision == Precision::fast;
   static constexpr int weight_planes = bytes ? 1 : 2;
 
   template <class Lanes>
