@@ -395,7 +395,8 @@ TEST_CASE("what is no learned policy is refused, and the policy stays as it was"
   };
   refused(Errc::bad_value, [](TensorFile& f) { f.metadata["format"] = "kvtailor curve 1"; });
   refused(Errc::bad_value, [](TensorFile& f) { f.metadata.clear(); });
-  for (const auto& [name, table] : whole.tensors) {
+  for (const auto& tensor : whole.tensors) {
+    const std::string& name = tensor.first;
     CAPTURE(name);
     refused(Errc::bad_shape, [&](TensorFile& f) { f.tensors.erase(name); });
     refused(Errc::bad_shape, [&](TensorFile& f) { f.tensors[name].shape.push_back(1); });

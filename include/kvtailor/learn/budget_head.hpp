@@ -56,7 +56,7 @@ class BudgetHead {
       return error(Errc::bad_shape, "there are {} heads and shares for {}", static_cast<double>(heads_),
                    static_cast<double>(shares.size()));
     }
-    if (!(retention > 0 && retention < 1)) {
+    if (!(retention > T(0) && retention < T(1))) {
       return error(Errc::bad_budget, "a retention of {}; it must be above 0 and below 1", static_cast<double>(retention));
     }
     std::vector<T> hidden(hidden_);
