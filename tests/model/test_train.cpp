@@ -16,10 +16,10 @@ namespace {
 using nlohmann::json;
 
 std::vector<std::string> train(std::vector<std::string> more) {
-  std::vector<std::string> arguments = {"train", "--tokens",  "150",         "--sink",     "4", "--recent",
-                                        "8",     "--samples", "3",           "--held-out", "3", "--batch",
-                                        "2",     "--every",   "2",           "--hidden",   "4", "--continuation",
-                                        "24",    "--tasks",   "niah_single", "--json",     "-"};
+  std::vector<std::string> arguments = {"train", "--sink",  "4",           "--recent", "8", "--samples", "3", "--held-out",
+                                        "3",     "--batch", "2",           "--every",  "2", "--hidden",  "4", "--continuation",
+                                        "24",    "--tasks", "niah_single", "--json",   "-"};
+  if (std::find(more.begin(), more.end(), "--tokens") == more.end()) more.insert(more.end(), {"--tokens", "150"});
   arguments.insert(arguments.end(), more.begin(), more.end());
   return arguments;
 }
@@ -75,16 +75,17 @@ TEST_CASE("a policy is learned and used, alone and beside others, and the same t
 
 TEST_CASE("what cannot be learned from is refused before any work") {
   const TemporaryFolder folder;
-  const std::string out = folder.file("policy.safetensors"), empty = folder.file("empty.txt"), few = folder.file("few.txt");
+  const std::string out = folder.file("policy.safetensors"), empty = folder.file("empty.txt"), few = folder.file("few.txt"),
+                    long_text = folder.file("long.txt");
   std::ofstream(empty).flush();
   std::ofstream(few) << "A text of few words.";
   check_refused({"--text", empty, "--out", out}, "empty");
   check_refused({"--text", few, "--out", out}, "are wanted of it");
   check_refused({"--text", folder.file("none.txt"), "--out", out}, "none.txt");
   check_refused({"--text", text_path(), "--out", out, "--wordings", "nonsense"}, "there is no wording \"nonsense\"");
-  check_refused({"--text", text_path(), "--out", out, "--tasks", "nonsense"}, "there is no task \"nonsense\"");
   check_refused({"--text", text_path(), "--out", out, "--least", "0.5"}, "--least");
-  check_refused({"--text", text_path(), "--out", out, "--tokens", "5000"}, "do not fit its context");
+  std::ofstream(long_text) << read_all(text_path()) << read_all(text_path()) << read_all(text_path());
+  check_refused({"--text", long_text, "--out", out, "--tokens", "5000"}, "does not fit its context");
   check_refused({"--text", text_path(), "--out", out, "--cold", "nan"}, "--cold");
   check_refused({"--text", text_path(), "--out", folder.file("no/folder/policy.safetensors")}, "no/folder");
   CHECK(!std::filesystem::exists(out));

@@ -230,8 +230,9 @@ void Student<T>::gradient(std::span<T> by_mask) {
       Matrix by_share = by_out * values.transpose();
       const Eigen::Matrix<T, Eigen::Dynamic, 1> mean = by_share.cwiseProduct(met).rowwise().sum();
       by_share.colwise() -= mean;
-      Eigen::Map<Row>(by_mask.data() + at, rows) =
-          head.shares.leftCols(rows).cwiseProduct(by_share.leftCols(rows)).colwise().sum();
+      // Into memory of Eigen's own first: the order in which it adds up depends on how the place is aligned.
+      const Row by_rows = head.shares.leftCols(rows).cwiseProduct(by_share.leftCols(rows)).colwise().sum();
+      Eigen::Map<Row>(by_mask.data() + at, rows) = by_rows;
       by_v.middleCols(h * dim, dim).noalias() = met.rightCols(n).transpose() * by_out;
       const Matrix by_logit = scale() * met.cwiseProduct(by_share);
       const Matrix by_query = by_logit * keys;

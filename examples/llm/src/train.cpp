@@ -114,9 +114,9 @@ void Training::run() {
   if (!(o_.train.least <= o_.train.most)) throw std::runtime_error("--least is above --most");
   // Whatever can be refused is refused before minutes are spent.
   for (const std::string& path : {o_.out, o_.resume}) {
+    if (path.empty()) continue;
     const auto folder = std::filesystem::absolute(path).parent_path();
-    if (!path.empty() && !std::filesystem::is_directory(folder))
-      throw std::runtime_error("there is no folder " + folder.string());
+    if (!std::filesystem::is_directory(folder)) throw std::runtime_error("there is no folder " + folder.string());
   }
   const Tokenizer tokenizer(o_.common.model_path());
   const Model model(o_.common.model_path());

@@ -100,7 +100,9 @@ class TokenScorer {
     by_sums.col(many) = by;
     const int first = layout_.matrix();
     Eigen::Map<Matrix>(to.data(), many + 1, layout_.features()).noalias() += by_sums.transpose() * z;
-    Eigen::Map<Eigen::Matrix<T, 1, Eigen::Dynamic>>(to.data() + layout_.bias() - first, many + 1) += by_sums.colwise().sum();
+    // Into memory of Eigen's own first: the order in which it adds up depends on how the place is aligned.
+    const Eigen::Matrix<T, 1, Eigen::Dynamic> sums = by_sums.colwise().sum();
+    Eigen::Map<Eigen::Matrix<T, 1, Eigen::Dynamic>>(to.data() + layout_.bias() - first, many + 1) += sums;
     Eigen::Map<Eigen::Matrix<T, Eigen::Dynamic, 1>>(to.data() + layout_.outer() - first, many).noalias() +=
         hidden.transpose() * by;
   }
