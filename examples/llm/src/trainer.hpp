@@ -16,9 +16,9 @@
 namespace kvt_llm {
 
 struct TrainOptions {
-  int steps = 600, batch = 4;
+  int steps = 400, batch = 4;
   int hidden = 16, width = 16, shared = 32;  // of token scorers; of embeddings of heads, and the layer that heads share
-  double score_rate = 1e-3, share_rate = 0.02;
+  double score_rate = 5e-4, share_rate = 0.02;
   double warm = 0.5, cold = 0.1;    // temperatures of the first and the last step, in units of scores
   double least = 0.08, most = 0.4;  // retention, drawn evenly in its logarithm
   bool keep_scores = false, keep_shares = false;
