@@ -5,6 +5,7 @@
 #include <doctest/doctest.h>
 
 #include <cmath>
+#include <deque>
 #include <random>
 
 #include "kvtailor/codec/low_rank_work.hpp"
@@ -227,8 +228,9 @@ double difference_of_given(const Geometry& geometry, const Selector& selector, c
   CHECK(both.on_device.compress(Retain::rows(100)).code == Errc::no_evidence);
   return worst;
 }
-template <class Selector>
-double differences(const Selector& selector) {
+// selector_of(geometry)
+template <class SelectorOf>
+double differences_of(const SelectorOf& selector_of) {
   return over_codecs([&]<class Codec>(const Geometry& geometry) {
     std::vector<float> weights;
     std::vector<OutputProjection> projections;
@@ -237,8 +239,12 @@ double differences(const Selector& selector) {
     DeviceCacheOptions device_options;
     set_model(geometry, weights, projections, ropes, options);
     set_model(geometry, weights, projections, ropes, device_options);
-    return difference<Codec>(geometry, selector, device_options, options);
+    return difference<Codec>(geometry, selector_of(geometry), device_options, options);
   });
+}
+template <class Selector>
+double differences(const Selector& selector) {
+  return differences_of([&](const Geometry&) { return selector; });
 }
 
 }  // namespace
@@ -287,16 +293,9 @@ TEST_CASE("learned scores are those of the host on a device") {
     return scorer;
   };
   for (const int hidden : {3, 40}) {
-    CHECK(over_codecs([&]<class Codec>(const Geometry& geometry) {
-            std::vector<float> weights;
-            std::vector<OutputProjection> projections;
-            std::vector<Rope> ropes;
-            CacheOptions options;
-            DeviceCacheOptions device_options;
-            set_model(geometry, weights, projections, ropes, options);
-            set_model(geometry, weights, projections, ropes, device_options);
-            const auto scorer = scorer_of(geometry, hidden);
-            return difference<Codec>(geometry, Learned(scorer, geometry.num_kv_heads), device_options, options);
+    std::deque<TokenScorer<float>> scorers;
+    CHECK(differences_of([&](const Geometry& geometry) {
+            return Learned(scorers.emplace_back(scorer_of(geometry, hidden)), geometry.num_kv_heads);
           }) <= 2e-6);
   }
 }

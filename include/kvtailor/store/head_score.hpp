@@ -21,8 +21,8 @@
 //   device_table(head_dim)    a vector of floats: rows.evidence.table
 // and, if it needs memory of the device while it works,
 //   device_space(head_dim, rows)    bytes for a head of so many rows: ScoredRows::space()
-// and, if not all it may be told makes sense, check(), which returns a Status. One that scores by HeadEvidence::chosen_before
-// where that is not 0, without queries, says so by `slides`.
+// and, if not all it may be told makes sense, check() or check(geometry), which return a Status. One that scores by
+// HeadEvidence::chosen_before where that is not 0, without queries, says so by `slides`.
 #pragma once
 
 #include <limits>
