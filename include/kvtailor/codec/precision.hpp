@@ -43,9 +43,10 @@ constexpr bool set_precision(Codec& codec, Precision precision) {
   } else if constexpr (requires { codec.codec; }) {  // Shifted
     return set_precision(codec.codec, precision);
   } else if constexpr (requires { codec.codecs; }) {  // OneOf
-    return std::apply([&](auto&... each) { return (set_precision(each, precision) | ...); }, codec.codecs);
+    return std::apply([&](auto&... each) { return (0 + ... + set_precision(each, precision)) > 0; }, codec.codecs);
   } else if constexpr (requires { codec.keys; }) {  // KvCodec
-    return set_precision(codec.keys, precision) | set_precision(codec.values, precision);
+    const bool keys = set_precision(codec.keys, precision);
+    return set_precision(codec.values, precision) || keys;
   } else {
     return false;
   }
