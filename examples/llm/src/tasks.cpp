@@ -23,6 +23,12 @@ constexpr std::array words = {
     "planet",  "pocket", "potato", "rabbit", "ribbon",   "river",   "rocket",  "saddle", "shadow", "silver", "spider",
     "station", "summer", "temple", "tiger",  "tunnel",   "valley",  "velvet",  "violin", "window"};
 
+// What wordings hide that hide no numbers.
+constexpr std::array other_words = {"amber",   "banjo",   "barley",  "cactus",  "canyon", "cobalt", "coral",  "domino",
+                                    "ember",   "fennel",  "galaxy",  "ginger",  "hazel",  "indigo", "ivory",  "jasmine",
+                                    "juniper", "lantern", "lotus",   "maple",   "nectar", "onyx",   "orchid", "pebble",
+                                    "pirate",  "quartz",  "saffron", "sparrow", "tulip",  "walnut", "willow", "zebra"};
+
 // The distributions of <random> differ between libraries; its engines do not.
 class Random {
  public:
@@ -40,9 +46,9 @@ class Random {
     for (std::size_t n = items.size(); n > 1; --n)
       std::swap(items[n - 1], items[static_cast<std::size_t>(below(static_cast<int>(n)))]);
   }
-  // n of the words, all different.
-  std::vector<std::string> pick(int n) {
-    std::vector<std::string> all(words.begin(), words.end());
+  // n of them, all different.
+  std::vector<std::string> pick(int n, std::span<const char* const> from = words) {
+    std::vector<std::string> all(from.begin(), from.end());
     shuffle(all);
     all.resize(static_cast<std::size_t>(n));
     return all;
@@ -62,15 +68,22 @@ class Random {
 
 // The same said otherwise: what was learned from one of them is tried on another.
 struct Wording {
-  const char *name, *before, *after;  // a key and its number, as they are hidden and answered
+  const char *name, *before, *after;  // a key and its number (or word), as they are hidden and answered
   const char *ask, *end;              // before and after the key in a question
+  bool word = false;
 };
 constexpr Wording all_wordings[] = {
     {"magic", "The special magic number for ", " is ", "What is the special magic number for ", "?"},
     {"badge", "Agent ", " carries the badge ", "Which badge does agent ", " carry?"},
     {"locker", "The locker of ", " opens with ", "With which number does the locker of ", " open?"},
     {"ticket", "The ticket for the ", " has the number ", "Which number has the ticket for the ", "?"},
-    {"score", "In the final team ", " scored ", "How much did team ", " score in the final?"}};
+    {"score", "In the final team ", " scored ", "How much did team ", " score in the final?"},
+    {"room", "Visitors of the ", " should go to room ", "To which room should visitors of the ", " go?"},
+    {"phone", "To reach the ", " dial ", "What should one dial to reach the ", "?"},
+    {"price", "For its ", " the museum paid ", "How much did the museum pay for its ", "?"},
+    {"password", "The password of the ", " team is ", "What is the password of the ", " team?", true},
+    {"name", "Long ago the old ", " was renamed ", "What was the old ", " renamed?", true},
+    {"ship", "The cargo of the ship called ", " is ", "What is the cargo of the ship called ", "?", true}};
 
 // What one task is made of.
 struct Draft {
@@ -80,6 +93,9 @@ struct Draft {
   const Wording& wording;
   double where;  // in the text
   Question& out;
+
+  // n that are hidden, all different.
+  std::vector<std::string> values(int n) const { return wording.word ? random.pick(n, other_words) : random.numbers(n); }
 
   // A response of `parts`, of which every other one, from the second on, is an answer.
   void respond(const std::vector<std::string>& parts) const {
@@ -138,35 +154,35 @@ struct Draft {
 };
 
 // All of them are asked in turn.
-void ask(const Draft& d, const std::vector<std::string>& keys, const std::vector<std::string>& numbers) {
+void ask(const Draft& d, const std::vector<std::string>& keys, const std::vector<std::string>& values) {
   std::vector<std::string> parts;
   for (std::size_t i = 0; i < keys.size(); ++i) {
     const char* const blank = i == 0 ? "" : " ";
     d.out.question += blank + (d.wording.ask + keys[i] + d.wording.end);
-    parts.insert(parts.end(), {(i == 0 ? "" : ". ") + (d.wording.before + keys[i] + d.wording.after), numbers[i]});
+    parts.insert(parts.end(), {(i == 0 ? "" : ". ") + (d.wording.before + keys[i] + d.wording.after), values[i]});
   }
   parts.push_back(".");
   d.respond(parts);
 }
 
 std::vector<std::string> sentences(const Draft& d, const std::vector<std::string>& keys,
-                                   const std::vector<std::string>& numbers) {
+                                   const std::vector<std::string>& values) {
   std::vector<std::string> out;
-  for (std::size_t i = 0; i < keys.size(); ++i) out.push_back(d.wording.before + keys[i] + d.wording.after + numbers[i] + ".");
+  for (std::size_t i = 0; i < keys.size(); ++i) out.push_back(d.wording.before + keys[i] + d.wording.after + values[i] + ".");
   return out;
 }
 
 void niah_single(const Draft& d) {
-  const auto key = d.random.pick(1)[0], number = d.random.digits();
-  d.hide(sentences(d, {key}, {number}));
-  ask(d, {key}, {number});
+  const auto keys = d.random.pick(1), values = d.values(1);
+  d.hide(sentences(d, keys, values));
+  ask(d, keys, values);
 }
 
 void niah_multikey(const Draft& d) {
-  const auto keys = d.random.pick(4), numbers = d.random.numbers(4);
-  d.hide(sentences(d, keys, numbers));
+  const auto keys = d.random.pick(4), values = d.values(4);
+  d.hide(sentences(d, keys, values));
   const auto asked = static_cast<std::size_t>(d.random.below(4));
-  ask(d, {keys[asked]}, {numbers[asked]});
+  ask(d, {keys[asked]}, {values[asked]});
 }
 
 void niah_multivalue(const Draft& d) {
@@ -180,13 +196,13 @@ void niah_multivalue(const Draft& d) {
 }
 
 void niah_multiquery(const Draft& d) {
-  auto keys = d.random.pick(2), numbers = d.random.numbers(2);
-  d.hide(sentences(d, keys, numbers));
+  auto keys = d.random.pick(2), values = d.values(2);
+  d.hide(sentences(d, keys, values));
   if (d.random.below(2) == 1) {
     std::swap(keys[0], keys[1]);
-    std::swap(numbers[0], numbers[1]);
+    std::swap(values[0], values[1]);
   }
-  ask(d, keys, numbers);
+  ask(d, keys, values);
 }
 
 // Each of three variables has the value of the one before it.
