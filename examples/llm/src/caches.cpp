@@ -77,7 +77,7 @@ std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const k
 }
 
 kvt::CacheOptions told_of(const Model& model, const kvt::Composition& names, kvt::CacheOptions options) {
-  options.ropes = {&model.rope(), 1};
+  options.ropes = model.ropes();
   if (kvt::needs_of(names).has(kvt::Evidence::output_projection)) options.output_projections = model.output_projections();
   return options;
 }

@@ -28,6 +28,13 @@ void Common::add(CLI::App& app, int default_chunk) {
   app.add_option("--json", json_path, "also write the result as JSON to this file (- for standard output)");
 }
 
+void Common::add_engine(CLI::App& app) {
+  std::map<std::string, EngineKind> kinds;
+  for (const auto kind : {EngineKind::ggml, EngineKind::llama_cpp}) kinds[name_of(kind)] = kind;
+  app.add_option("--engine", engine, "ggml (our own, for the Llama family) or llama.cpp (default: ggml)")
+      ->transform(CLI::CheckedTransformer(kinds).description(""));
+}
+
 void add_question_options(CLI::App& app, Tasks::Options& options) {
   app.add_option("--tokens", options.tokens, "length of a piece of text")
       ->capture_default_str()

@@ -32,11 +32,13 @@ void add_train(CLI::App& app);
 
 struct Common {
   std::string model;
+  EngineKind engine = EngineKind::ggml;
   int threads = 2, chunk = 256;
   kvt::CacheOptions zones;
   std::string json_path;
 
   void add(CLI::App& app, int default_chunk);
+  void add_engine(CLI::App& app);  // --engine
   const std::string& model_path() const;
   void write(const nlohmann::json& facts) const;  // and which host kernels ran
   // Human text goes to standard error when JSON has standard output.

@@ -1,24 +1,22 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Engine: a small Llama-family forward pass. ggml multiplies the matrices; a kvtailor cache holds keys and values.
+// Engine: a model's forward pass over a kvtailor cache that holds its keys and values: a small one of our own for the Llama
+// family, in which ggml multiplies the matrices, or llama.cpp's, for whatever it knows.
 #pragma once
 
-#include <ggml-alloc.h>
-#include <ggml-backend.h>
-
+#include <memory>
 #include <span>
 #include <vector>
 
 #include "kvtailor/any_cache.hpp"
-#include "kvtailor/engine/ggml.hpp"
 #include "model.hpp"
 
 namespace kvt_llm {
 
 class Engine {
  public:
-  Engine(const Model& model, int num_threads);
+  Engine(const Model& model, int num_threads);  // which of the two is the model's choice
   ~Engine();
   Engine(const Engine&) = delete;
   Engine& operator=(const Engine&) = delete;
@@ -30,14 +28,19 @@ class Engine {
 
   const Model& model() const { return model_; }
 
+  // What eval() does with tokens that make sense; logits have room.
+  struct Runner {
+    virtual ~Runner() = default;
+    virtual void run(kvt::AnyCache& cache, std::span<const int> tokens, int first, Logits which, std::span<float> logits) = 0;
+  };
+
  private:
   const Model& model_;
-  ggml_backend_t backend_;
-  ggml_gallocr_t allocator_;
-  std::vector<unsigned char> graph_memory_;
-  std::vector<int> positions_;
+  std::unique_ptr<Runner> runner_;
   std::vector<float> logits_;
-  kvt::GgmlAttention<kvt::AnyCache> attention_;
 };
+
+std::unique_ptr<Engine::Runner> make_ggml_runner(const Model& model, int num_threads);
+std::unique_ptr<Engine::Runner> make_llama_cpp_runner(const Model& model, int num_threads);
 
 }  // namespace kvt_llm

@@ -224,7 +224,7 @@ Benchmark::Benchmark(const Options& o)
   tokenizer_.emplace(o.common.model_path());
   pieces_ = pieces_of(o, *tokenizer_);
   model_path_ = o.weights == "f32" ? dequantised(o.common.model_path()) : o.common.model_path();
-  model_.emplace(model_path_);
+  model_.emplace(model_path_, o.common.engine);
   check_lengths();
   check_candidates();
   make_peers();
@@ -436,6 +436,7 @@ void Benchmark::report() const {
                    {"continuation", o_.continuation},
                    {"chunk", o_.common.chunk},
                    {"weights", o_.weights},
+                   {"engine", name_of(o_.common.engine)},
                    {"results", results}});
   if (!plot_) return;
   plot_->draw(std::filesystem::path(o_.text).filename().string() + ", " + std::to_string(o_.pieces * (o_.tokens - skip_)) +
@@ -449,6 +450,7 @@ void add_fidelity(CLI::App& app) {
   const auto o = std::make_shared<Options>();
   auto* const command = app.add_subcommand("fidelity", "distance of compositions from the full cache over a text");
   o->common.add(*command, 128);
+  o->common.add_engine(*command);
   command->add_option("--text", o->text, "text file")->required();
   command->add_option(
       "--cache", o->caches,

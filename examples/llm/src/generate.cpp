@@ -201,7 +201,7 @@ int generate(const Options& o) {
   const auto document = join(tokenizer.encode(prompt.substr(0, cut), true, true), tokenizer.encode(text, false, false));
   const auto rest = join(tokenizer.encode("\n\n" + o.question, false, false),
                          tokenizer.encode(prompt.substr(cut + marker.size()), false, true));
-  const Model model(o.common.model_path());
+  const Model model(o.common.model_path(), o.common.engine);
   const auto length = static_cast<int>(document.size() + rest.size()) + o.max_tokens;
   if (length > model.parameters().context) {
     throw std::runtime_error("the prompt and the answer take " + std::to_string(length) + " tokens; the model's context is " +
@@ -258,6 +258,7 @@ void add_generate(CLI::App& app) {
   const auto o = std::make_shared<Options>();
   auto* const command = app.add_subcommand("generate", "answer a question about a document");
   o->common.add(*command, 256);
+  o->common.add_engine(*command);
   command->add_option("--document", o->document, "text file")->required();
   command->add_option("--question", o->question, "what to ask")->required();
   command->add_option("--allocator", o->allocator, "budget allocator (default: uniform)");

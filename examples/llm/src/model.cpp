@@ -11,12 +11,14 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdlib>
+#include <cstring>
 #include <filesystem>
 #include <fstream>
 #include <stdexcept>
 #include <vector>
 
 #include "kvtailor/core/rope.hpp"
+#include "kvtailor/engine/llama_cpp.hpp"
 
 namespace kvt_llm {
 
@@ -150,21 +152,53 @@ void Model::check_tensors() {
   }
 }
 
-Model::Model(const std::string& path) : path_(path) {
+Model::Model(const std::string& path, EngineKind engine)
+    : path_(path), file_(nullptr, gguf_free), library_(nullptr, llama_model_free) {
   std::error_code code;
   const auto size = fs::file_size(path, code);
   if (code) fail("cannot read the model " + path + ": " + code.message());
   ggml_context* context = nullptr;
   const gguf_init_params init{true, &context};
-  const std::unique_ptr<gguf_context, void (*)(gguf_context*)> file(gguf_init_from_file(path.c_str(), init), gguf_free);
+  file_.reset(gguf_init_from_file(path.c_str(), init));
   context_.reset(context);
-  if (!file) fail(path + " is not a readable GGUF file: it is damaged, truncated or of another kind");
-  const Metadata meta(file.get(), path);
+  if (!file_) fail(path + " is not a readable GGUF file: it is damaged, truncated or of another kind");
+  if (engine == EngineKind::ggml) read_llama_family();
+  const std::uint64_t start = gguf_get_data_offset(file_.get());
+  for (std::int64_t i = 0; i < gguf_get_n_tensors(file_.get()); ++i) {
+    const std::uint64_t offset = gguf_get_tensor_offset(file_.get(), i), bytes = gguf_get_tensor_size(file_.get(), i);
+    if (start > size || offset > size - start || bytes > size - start - offset) {
+      fail(path + " is truncated: it has " + std::to_string(size) + " bytes, less than its tensor " +
+           gguf_get_tensor_name(file_.get(), i) + " needs");
+    }
+  }
+  auto& p = parameters_;
+  if (engine == EngineKind::ggml) {
+    load_weights();
+  } else {
+    open_library();
+  }
+  if (const ggml_tensor* const factors = tensor("rope_freqs.weight", true)) {
+    const std::vector<char> bytes = read_tensor(factors);
+    rope_factors_.resize(static_cast<std::size_t>(p.rotary_dim / 2));
+    if (factors->type == GGML_TYPE_F32 && bytes.size() == rope_factors_.size() * sizeof(float)) {
+      std::memcpy(rope_factors_.data(), bytes.data(), bytes.size());
+    } else {
+      rope_known_ = false;
+    }
+  }
+  rope_.pairs = p.rope_type == GGML_ROPE_TYPE_NORMAL ? kvt::Rope::Pairs::adjacent : kvt::Rope::Pairs::halves;
+  rope_.scale = p.rope_scale;
+  rope_.factors = rope_factors_;
+  if (const auto status = rope_.validate(p.head_dim); !status.ok() && rope_known_) fail(path + ": " + status.message());
+}
+
+void Model::read_llama_family() {
+  const Metadata meta(file_.get(), path_);
   const std::string kind = meta.text("general.architecture");
   if (kind != "llama" && kind != "qwen2") {
-    fail("the architecture " + kind + " is not supported; it must be llama or qwen2");
+    fail("the architecture " + kind + " is not supported; it must be llama or qwen2 (--engine llama.cpp runs others)");
   }
-  refuse_unsupported(file.get(), meta, path, kind);
+  refuse_unsupported(file_.get(), meta, path_, kind);
   auto& p = parameters_;
   p.num_layers = meta.integer(kind + ".block_count", 1, 4096);
   p.embedding = meta.integer(kind + ".embedding_length", 1, 1 << 20);
@@ -176,61 +210,88 @@ Model::Model(const std::string& path) : path_(path) {
   p.norm_epsilon = meta.positive(kind + ".attention.layer_norm_rms_epsilon", 1e-5f);
   p.rope_base = meta.positive(kind + ".rope.freq_base", 10000.f);
   p.rope_type = kind == "llama" ? GGML_ROPE_TYPE_NORMAL : GGML_ROPE_TYPE_NEOX;
-  if (const auto status = p.geometry().validate(); !status.ok()) fail(path + ": " + status.message());
+  if (const auto status = p.geometry().validate(); !status.ok()) fail(path_ + ": " + status.message());
   rope_ = {.rotary_dim = p.rotary_dim, .base = p.rope_base};
-  if (const auto status = rope_.validate(p.head_dim); !status.ok()) fail(path + ": " + status.message());
+  if (const auto status = rope_.validate(p.head_dim); !status.ok()) fail(path_ + ": " + status.message());
   if (const int value_dim = meta.integer(kind + ".attention.value_length", 1, 1 << 16, p.head_dim); value_dim != p.head_dim) {
-    fail(path + " has values of " + std::to_string(value_dim) + " elements and keys of " + std::to_string(p.head_dim) +
+    fail(path_ + " has values of " + std::to_string(value_dim) + " elements and keys of " + std::to_string(p.head_dim) +
          "; they must be equal");
   }
   // Names are those of llama.cpp: a factor counts unless the type says none, and without a type it is linear.
   const std::string scaling = meta.text(kind + ".rope.scaling.type", "linear");
   if (scaling != "none" && scaling != "linear") {
-    fail(path + " scales RoPE by " + scaling + ", which this engine does not compute; it must be none or linear");
+    fail(path_ + " scales RoPE by " + scaling + ", which this engine does not compute; it must be none or linear");
   }
   if (scaling == "linear") {
     p.rope_scale = 1.f / meta.positive(kind + ".rope.scaling.factor", meta.positive(kind + ".rope.scale_linear", 1.f));
   }
   check_tensors();
+}
 
-  const auto count = gguf_get_n_tensors(file.get());
-  const std::uint64_t start = gguf_get_data_offset(file.get());
-  for (std::int64_t i = 0; i < count; ++i) {
-    const std::uint64_t offset = gguf_get_tensor_offset(file.get(), i), bytes = gguf_get_tensor_size(file.get(), i);
-    if (start > size || offset > size - start || bytes > size - start - offset) {
-      fail(path + " is truncated: it has " + std::to_string(size) + " bytes, less than its tensor " +
-           gguf_get_tensor_name(file.get(), i) + " needs");
-    }
-  }
+void Model::load_weights() {
   backend_.reset(ggml_backend_cpu_init());
   buffer_.reset(backend_ ? ggml_backend_alloc_ctx_tensors(context_.get(), backend_.get()) : nullptr);
-  if (!buffer_) fail("out of memory while loading " + path);
-  std::ifstream stream(path, std::ios::binary);
-  std::vector<char> bytes;
-  for (std::int64_t i = 0; i < count; ++i) {
-    ggml_tensor* const t = ggml_get_tensor(context_.get(), gguf_get_tensor_name(file.get(), i));
-    bytes.resize(ggml_nbytes(t));
-    stream.seekg(static_cast<std::streamoff>(start + gguf_get_tensor_offset(file.get(), i)));
-    if (!stream.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) fail("cannot read " + path + " to its end");
+  if (!buffer_) fail("out of memory while loading " + path_);
+  for (ggml_tensor* t = ggml_get_first_tensor(context_.get()); t != nullptr; t = ggml_get_next_tensor(context_.get(), t)) {
+    const std::vector<char> bytes = read_tensor(t);
     ggml_backend_tensor_set(t, bytes.data(), 0, bytes.size());
   }
-  if (const ggml_tensor* const factors = tensor("rope_freqs.weight", true)) {
-    const float* const from = static_cast<const float*>(factors->data);
-    rope_factors_.assign(from, from + p.rotary_dim / 2);
-  }
-  rope_.pairs = p.rope_type == GGML_ROPE_TYPE_NORMAL ? kvt::Rope::Pairs::adjacent : kvt::Rope::Pairs::halves;
-  rope_.scale = p.rope_scale;
-  rope_.factors = rope_factors_;
-  if (const auto status = rope_.validate(p.head_dim); !status.ok()) fail(path + ": " + status.message());
+}
+
+std::vector<char> Model::read_tensor(const ggml_tensor* t) const {
+  std::ifstream stream(path_, std::ios::binary);
+  std::vector<char> bytes(ggml_nbytes(t));
+  const auto at =
+      gguf_get_data_offset(file_.get()) + gguf_get_tensor_offset(file_.get(), gguf_find_tensor(file_.get(), t->name));
+  stream.seekg(static_cast<std::streamoff>(at));
+  if (!stream.read(bytes.data(), static_cast<std::streamsize>(bytes.size()))) fail("cannot read " + path_ + " to its end");
+  return bytes;
+}
+
+// What its interface tells of a model.
+void Model::open_library() {
+  auto how = llama_model_default_params();
+  how.n_gpu_layers = 0;
+  library_.reset(llama_model_load_from_file(path_.c_str(), how));
+  if (!library_) fail("llama.cpp cannot load " + path_);
+  kvt::Geometry shape;
+  if (const auto status = kvt::llama_geometry(library_.get(), shape); !status.ok()) fail(path_ + ": " + status.message());
+  const Metadata meta(file_.get(), path_);
+  const std::string kind = meta.text("general.architecture");
+  auto& p = parameters_;
+  p.num_layers = shape.num_layers;
+  p.num_kv_heads = shape.num_kv_heads;
+  p.num_q_heads = shape.num_q_heads;
+  p.head_dim = shape.head_dim;
+  p.embedding = llama_model_n_embd(library_.get());
+  p.context = llama_model_n_ctx_train(library_.get());
+  p.vocabulary = llama_vocab_n_tokens(llama_model_get_vocab(library_.get()));
+  p.rotary_dim = meta.integer(kind + ".rope.dimension_count", 2, 1 << 16, p.head_dim);
+  p.rope_base = meta.positive(kind + ".rope.freq_base", 10000.f);
+  p.rope_scale = llama_model_rope_freq_scale_train(library_.get());
+  const llama_rope_type type = llama_model_rope_type(library_.get());
+  p.rope_type = type == LLAMA_ROPE_TYPE_NORM ? GGML_ROPE_TYPE_NORMAL : GGML_ROPE_TYPE_NEOX;
+  const std::string scaling = meta.text(kind + ".rope.scaling.type", "linear");
+  // Layers with windows often have a base of their own, which the interface does not tell.
+  rope_known_ = (type == LLAMA_ROPE_TYPE_NORM || type == LLAMA_ROPE_TYPE_NEOX) && (scaling == "none" || scaling == "linear") &&
+                llama_model_n_swa(library_.get()) == 0;
+  rope_ = {.rotary_dim = p.rotary_dim, .base = p.rope_base};
 }
 
 std::span<const kvt::OutputProjection> Model::output_projections() const {
   for (int l = static_cast<int>(output_projections_.size()); l < parameters_.num_layers; ++l) {
     const ggml_tensor* const t = layer(l, "attn_output.weight");
     const float* weights = static_cast<const float*>(t->data);
-    if (t->type != GGML_TYPE_F32) {
-      auto& own = output_weights_.emplace_back(static_cast<std::size_t>(ggml_nelements(t)));
-      ggml_get_type_traits(t->type)->to_float(t->data, own.data(), ggml_nelements(t));
+    if (t->type != GGML_TYPE_F32 || weights == nullptr) {
+      const std::int64_t count = ggml_nelements(t);
+      auto& own = output_weights_.emplace_back(static_cast<std::size_t>(count));
+      const std::vector<char> bytes = t->data == nullptr ? read_tensor(t) : std::vector<char>();
+      const void* const from = t->data == nullptr ? bytes.data() : t->data;
+      if (t->type == GGML_TYPE_F32) {
+        std::memcpy(own.data(), from, own.size() * sizeof(float));
+      } else {
+        ggml_get_type_traits(t->type)->to_float(from, own.data(), count);
+      }
       weights = own.data();
     }
     output_projections_.push_back({weights, static_cast<int>(t->ne[1])});

@@ -1,8 +1,9 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Model: the weights and hyper-parameters of a Llama-family model from a GGUF file. Weights stay quantised as they are.
-// Failures are std::runtime_error with one sentence.
+// Model: the weights and hyper-parameters of a model from a GGUF file. Weights stay quantised as they are. Those of the Llama
+// family are for the small engine here; llama.cpp loads whatever it knows by itself. Failures are std::runtime_error with one
+// sentence.
 #pragma once
 
 #include <ggml-backend.h>
@@ -16,6 +17,9 @@
 
 #include "kvtailor/core/geometry.hpp"
 
+struct llama_model;
+struct gguf_context;
+
 namespace kvt_llm {
 
 struct HyperParameters {
@@ -28,19 +32,25 @@ struct HyperParameters {
   kvt::Geometry geometry() const { return {num_layers, num_kv_heads, num_q_heads, head_dim}; }
 };
 
+enum class EngineKind { ggml, llama_cpp };
+constexpr const char* name_of(EngineKind kind) { return kind == EngineKind::ggml ? "ggml" : "llama.cpp"; }
+
 class Model {
  public:
-  explicit Model(const std::string& path);
+  explicit Model(const std::string& path, EngineKind engine = EngineKind::ggml);
   Model(const Model&) = delete;
   Model& operator=(const Model&) = delete;
 
   const HyperParameters& parameters() const { return parameters_; }
-  // A tensor by its GGUF name; null when `optional` and absent.
+  EngineKind engine() const { return library_ ? EngineKind::llama_cpp : EngineKind::ggml; }
+  llama_model* library() const { return library_.get(); }  // llama.cpp's, if that is the engine
+
+  // A tensor by its GGUF name; null when `optional` and absent. Of llama.cpp's models it has no data.
   ggml_tensor* tensor(const std::string& name, bool optional = false) const;
   ggml_tensor* layer(int layer, const char* name, bool optional = false) const;
 
-  // What policies may ask of a model; lives as long as it.
-  const kvt::Rope& rope() const { return rope_; }
+  // What policies may ask of a model; lives as long as it. No RoPE where it is not known, or layers differ.
+  std::span<const kvt::Rope> ropes() const { return {&rope_, rope_known_ ? 1u : 0u}; }
   // In fp32: made at the first call where the file has another type.
   std::span<const kvt::OutputProjection> output_projections() const;
 
@@ -50,6 +60,10 @@ class Model {
   void expect(const std::string& name, Kind kind, std::initializer_list<std::int64_t> shape, bool optional = false) const;
   // Whatever a graph takes for granted, so that nothing fails in the middle of one.
   void check_tensors();
+  void read_llama_family();
+  void load_weights();
+  void open_library();
+  std::vector<char> read_tensor(const ggml_tensor* t) const;
 
   template <auto free>
   struct Free {
@@ -60,10 +74,13 @@ class Model {
   };
   std::string path_;
   HyperParameters parameters_;
+  std::unique_ptr<gguf_context, void (*)(gguf_context*)> file_;
   std::unique_ptr<ggml_context, Free<ggml_free>> context_;
   std::unique_ptr<ggml_backend, Free<ggml_backend_free>> backend_;
   std::unique_ptr<ggml_backend_buffer, Free<ggml_backend_buffer_free>> buffer_;
+  std::unique_ptr<llama_model, void (*)(llama_model*)> library_;
   kvt::Rope rope_;
+  bool rope_known_ = true;
   std::vector<float> rope_factors_;
   mutable std::vector<std::vector<float>> output_weights_;
   mutable std::vector<kvt::OutputProjection> output_projections_;

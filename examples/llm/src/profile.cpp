@@ -104,7 +104,7 @@ Profile::Profile(const Options& o) : o_(o) {
   for (const auto& path : o.plots) plots_.emplace_back(path);
   const std::string& path = o.common.model_path();
   tokenizer_.emplace(path);
-  model_.emplace(path);
+  model_.emplace(path, o_.common.engine);
   shape_ = model_->parameters().geometry();
   for (const auto& selector : o.selectors) {
     const kvt::Composition names{"uniform", selector, "fp16"};
@@ -214,6 +214,7 @@ json Profile::parameters() const {
   for (const auto& name : o_.selectors) selectors.push_back(kvt::full_name(name));
   const std::filesystem::path model = o_.common.model_path();
   return {{"model", model.filename().string()},
+          {"engine", name_of(o_.common.engine)},
           {"samples", std::to_string(hash)},
           {"selectors", selectors},
           {"chunk", o_.common.chunk},
@@ -405,6 +406,7 @@ void add_profile(CLI::App& app) {
   const auto o = std::make_shared<Options>();
   auto* const command = app.add_subcommand("profile", "find out how many rows each head should keep, for the allocator curve");
   o->common.add(*command, 256);
+  o->common.add_engine(*command);
   command->add_option("--selector", o->selectors, "token selector by whose scores rows will be kept; repeat for more")
       ->required();
   command->add_option("--out", o->outs, "curve file, safetensors, for the --selector in the same place")->required();

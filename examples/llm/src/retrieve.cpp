@@ -201,7 +201,7 @@ Benchmark::Benchmark(const Options& o) : o_(o) {
   if (!o.plot.empty()) plot_.emplace(o.plot);
   const std::string& path = o.common.model_path();
   text_ = read_file(o.text);
-  model_.emplace(path);
+  model_.emplace(path, o_.common.engine);
   for (const auto& method : methods_) {
     make_cache(method.names, model_->parameters().geometry(), told_of(*model_, method.names, o.common.zones));
   }
@@ -261,6 +261,7 @@ json Benchmark::parameters() const {
   return {{"format", "kvt-llm retrieve 1"},
           {"model", model.filename().string()},
           {"model_bytes", std::filesystem::file_size(model)},
+          {"engine", name_of(o_.common.engine)},
           {"text_hash", digits},
           {"tokens", o_.make.tokens},
           {"seed", o_.make.seed},
@@ -440,6 +441,7 @@ void add_retrieve(CLI::App& app) {
   const auto o = std::make_shared<Options>();
   auto* const command = app.add_subcommand("retrieve", "what is still found in a document whose cache was cut");
   o->common.add(*command, 256);
+  o->common.add_engine(*command);
   std::string known;
   for (const auto& name : Tasks::names()) known += (known.empty() ? "" : ", ") + name;
   command->add_option("--text", o->text, "text file in which things are hidden")->required();

@@ -37,7 +37,7 @@ Weights<float> weights_of(const Model& model) {
   using Row = Weights<float>::Row;
   Weights<float> w;
   w.parameters = model.parameters();
-  w.rope = model.rope();
+  w.rope = model.ropes().front();
   w.embedding = numbers_of<Matrix>(model.tensor("token_embd.weight"));
   w.head = numbers_of<Matrix>(model.tensor("output.weight", true));
   w.output_norm = numbers_of<Row>(model.tensor("output_norm.weight"));

@@ -23,7 +23,8 @@ enum class Errc : int {
   bad_policy,    // a policy broke its contract (a NaN score, counts that do not add up)
   no_evidence,   // a policy needs what the cache was not told
   out_of_memory,
-  device,  // `native` holds the device's own code
+  device,       // `native` holds the device's own code
+  unsupported,  // a model, or what its engine does, that no cache can serve
 };
 
 struct [[nodiscard]] Status {

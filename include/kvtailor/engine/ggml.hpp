@@ -29,24 +29,102 @@
 
 namespace kvt::inline v0 {
 
+namespace detail {
+
+// What the nodes of a graph do with a cache, in any engine on ggml. The first failure is kept: ggml reports none from inside a
+// graph.
 template <class Cache>
-class GgmlAttention {
+class GraphSteps {
  public:
-  GgmlAttention() = default;
-  explicit GgmlAttention(Cache& cache) : cache_(&cache) {}
-  GgmlAttention(const GgmlAttention&) = delete;
-  GgmlAttention& operator=(const GgmlAttention&) = delete;
+  // One layer of a graph.
+  struct Layer {
+    GraphSteps* owner = nullptr;
+    int layer = 0;
+    AttendOptions options;
+  };
 
   void set_cache(Cache& cache) { cache_ = &cache; }
+  Cache& cache() const { return *cache_; }
+  bool failed() const { return failed_; }
+  const std::vector<int>& positions() const { return positions_; }
 
-  // The positions of the tokens the next graph computes; copied.
   void begin(std::span<const int> positions) {
     positions_.assign(positions.begin(), positions.end());
     start_ = positions.empty() ? 0 : positions.front();
     next_head_ = 0;
+    begun_ = true;
+  }
+  // What fails from now on has stored nothing.
+  void end() { begun_ = false; }
+  void fail(const Status& status) {
+    if (!failed_) status_ = status;
+    failed_ = true;
+  }
+  // By all threads, before the first store. Head by head, so that they have equal shares whatever a layer has. What fails is
+  // tried again by append(), which tells.
+  void encode() {
+    const Geometry& shape = cache_->geometry();
+    const auto next = [&] { return std::atomic_ref<int>(next_head_).fetch_add(1, std::memory_order_relaxed); };
+    for (int head = next(); head < shape.num_heads(); head = next()) {
+      (void)cache_->encode(head / shape.num_kv_heads, head % shape.num_kv_heads);
+    }
+  }
+  // By one thread; a barrier has to follow. k and v [n, num_kv_heads, head_dim], q and out [n, num_q_heads, head_dim].
+  void store(Layer& state, const float* k, const float* v, const float* q, float* out) {
+    if (failed_) return;
+    Status status = cache_->append(state.layer, k, v, positions_);
+    if (status.ok()) status = cache_->observe(state.layer, q, positions_, state.options);
+    if (status.ok()) status = cache_->plan(state.layer, q, positions_, state.options, out, plan_);
+    if (!status.ok()) fail(status);
+  }
+  // What was planned last, by all threads; `ith` is this one's number.
+  void attend(ggml_tensor* dst, int ith) {
+    if (failed_) {
+      // Nothing after a failure may read what was never written.
+      if (ith == 0) std::fill_n(static_cast<float*>(dst->data), ggml_nelements(dst), 0.f);
+      return;
+    }
+    for (int task = plan_.take(); task >= 0; task = plan_.take()) plan_.run(task);
+  }
+  // The first failure since the last call, if any; the cache then ends where it ended at begin().
+  Status finish() {
+    const Status status = status_;
+    if (failed_) {
+      failed_ = false;
+      status_ = success();
+      const Status rolled = begun_ ? cache_->truncate(start_) : success();
+      if (!rolled.ok()) return rolled;
+    }
+    end();
+    return status;
+  }
+
+ private:
+  Cache* cache_ = nullptr;
+  std::vector<int> positions_;
+  AttendPlan plan_;  // of one layer after another
+  int start_ = 0;
+  int next_head_ = 0;  // that no thread has encoded
+  bool begun_ = false, failed_ = false;
+  Status status_;
+};
+
+}  // namespace detail
+
+template <class Cache>
+class GgmlAttention {
+ public:
+  GgmlAttention() = default;
+  explicit GgmlAttention(Cache& cache) { set_cache(cache); }
+  GgmlAttention(const GgmlAttention&) = delete;
+  GgmlAttention& operator=(const GgmlAttention&) = delete;
+
+  void set_cache(Cache& cache) { steps_.set_cache(cache); }
+
+  // The positions of the tokens the next graph computes; copied.
+  void begin(std::span<const int> positions) {
+    steps_.begin(positions);
     encoded_ = nullptr;
-    failed_ = false;
-    status_ = success();
   }
 
   // q [head_dim, num_q_heads, n], k and v [head_dim, num_kv_heads, n] in ggml's order, F32, after RoPE.
@@ -55,11 +133,11 @@ class GgmlAttention {
                      const AttendOptions& options) {
     while (layers_.size() <= static_cast<std::size_t>(layer)) layers_.emplace_back();
     Layer& state = layers_[static_cast<std::size_t>(layer)];
-    state.owner = this;
+    state.owner = &steps_;
     state.layer = layer;
     state.options = options;
     if (encoded_ == nullptr) {
-      encoded_ = ggml_custom_4d(context, GGML_TYPE_F32, 1, 1, 1, 1, &k, 1, &encode, GGML_N_TASKS_MAX, this);
+      encoded_ = ggml_custom_4d(context, GGML_TYPE_F32, 1, 1, 1, 1, &k, 1, &encode, GGML_N_TASKS_MAX, &steps_);
     }
     ggml_tensor* inputs[] = {ggml_cont(context, k), ggml_cont(context, v), ggml_cont(context, q), encoded_};
     // One element, so that attention depends on it: ggml runs nodes in order with a barrier between them.
@@ -73,95 +151,51 @@ class GgmlAttention {
   // Shows the cache the hidden states [width, n], F32, before and after a layer's attention was added, if it wants them: null
   // if not, or what has to be a part of the graph.
   ggml_tensor* compare(ggml_context* context, int layer, ggml_tensor* before, ggml_tensor* after) {
-    if (!cache_->needs().has(Evidence::layer_similarity)) return nullptr;
+    if (!steps_.cache().needs().has(Evidence::layer_similarity)) return nullptr;
     ggml_tensor* parts[] = {before, after};
     return ggml_custom_4d(context, GGML_TYPE_F32, 1, 1, 1, 1, parts, 2, &compare_states, 1,
                           &layers_[static_cast<std::size_t>(layer)]);
   }
 
   // The first failure of the graph, if any; the cache then ends where it ended at begin().
-  Status finish() {
-    if (failed_) {
-      const Status rolled = cache_->truncate(start_);
-      if (!rolled.ok()) return rolled;
-    }
-    return status_;
-  }
+  Status finish() { return steps_.finish(); }
 
  private:
-  struct Layer {
-    GgmlAttention* owner = nullptr;
-    int layer = 0;
-    AttendOptions options;
-    AttendPlan plan;
+  using Steps = detail::GraphSteps<Cache>;
+  struct Layer : Steps::Layer {
     ggml_tensor* output = nullptr;  // of the attend node; its memory is known once the graph is allocated
   };
 
-  void fail(const Status& status) {
-    if (!failed_) status_ = status;
-    failed_ = true;
-  }
+  static const float* input(const ggml_tensor* dst, int i) { return static_cast<const float*>(dst->src[i]->data); }
 
-  // Head by head, so that threads have equal shares whatever a layer has. What fails is tried again by append(), which tells.
   static void encode(ggml_tensor* dst, int ith, int, void* data) {
-    GgmlAttention& self = *static_cast<GgmlAttention*>(data);
     if (ith == 0) static_cast<float*>(dst->data)[0] = 0;
-    const Geometry& shape = self.cache_->geometry();
-    const auto next = [&] { return std::atomic_ref<int>(self.next_head_).fetch_add(1, std::memory_order_relaxed); };
-    for (int head = next(); head < shape.num_heads(); head = next()) {
-      (void)self.cache_->encode(head / shape.num_kv_heads, head % shape.num_kv_heads);
-    }
+    static_cast<Steps*>(data)->encode();
   }
 
   // ggml may run it on more threads than it was asked to.
   static void store(ggml_tensor* dst, int ith, int, void* data) {
     if (ith != 0) return;
     Layer& state = *static_cast<Layer*>(data);
-    GgmlAttention& self = *state.owner;
     static_cast<float*>(dst->data)[0] = 0;
-    if (self.failed_) return;
-    const auto input = [&](int i) { return static_cast<const float*>(dst->src[i]->data); };
-    Cache& cache = *self.cache_;
-    Status status = cache.append(state.layer, input(0), input(1), self.positions_);
-    if (status.ok()) status = cache.observe(state.layer, input(2), self.positions_, state.options);
-    if (status.ok()) {
-      status = cache.plan(state.layer, input(2), self.positions_, state.options, static_cast<float*>(state.output->data),
-                          state.plan);
-    }
-    self.failed_ = !status.ok();
-    if (self.failed_) self.status_ = status;
+    state.owner->store(state, input(dst, 0), input(dst, 1), input(dst, 2), static_cast<float*>(state.output->data));
   }
 
-  static void attend(ggml_tensor* dst, int ith, int, void* data) {
-    Layer& state = *static_cast<Layer*>(data);
-    if (state.owner->failed_) {
-      // Nothing after a failure may read what was never written.
-      if (ith == 0) std::fill_n(static_cast<float*>(dst->data), ggml_nelements(dst), 0.f);
-      return;
-    }
-    for (int task = state.plan.take(); task >= 0; task = state.plan.take()) state.plan.run(task);
-  }
+  static void attend(ggml_tensor* dst, int ith, int, void* data) { static_cast<Layer*>(data)->owner->attend(dst, ith); }
 
   static void compare_states(ggml_tensor* dst, int ith, int, void* data) {
     if (ith != 0) return;
-    Layer& state = *static_cast<Layer*>(data);
-    GgmlAttention& self = *state.owner;
+    const Layer& state = *static_cast<Layer*>(data);
     static_cast<float*>(dst->data)[0] = 0;
-    if (self.failed_) return;
-    const auto input = [&](int i) { return static_cast<const float*>(dst->src[i]->data); };
-    const Status status = self.cache_->observe_hidden(state.layer, input(0), input(1), static_cast<int>(dst->src[0]->ne[1]),
-                                                      static_cast<int>(dst->src[0]->ne[0]));
-    if (!status.ok()) self.fail(status);
+    if (state.owner->failed()) return;
+    const Status status = state.owner->cache().observe_hidden(
+        state.layer, input(dst, 0), input(dst, 1), static_cast<int>(dst->src[0]->ne[1]), static_cast<int>(dst->src[0]->ne[0]));
+    if (!status.ok()) state.owner->fail(status);
   }
 
-  Cache* cache_ = nullptr;
-  std::vector<int> positions_;
-  int start_ = 0;
-  int next_head_ = 0;               // that no thread has encoded
+  Steps steps_;
   ggml_tensor* encoded_ = nullptr;  // of the graph that is built
-  bool failed_ = false;
-  Status status_;
-  std::deque<Layer> layers_;  // addresses stay: graphs point at them
+  std::deque<Layer> layers_;        // addresses stay: graphs point at them
 };
 
 }  // namespace kvt::inline v0

@@ -1,0 +1,394 @@
+// SPDX-FileCopyrightText: kvtailor contributors
+// SPDX-License-Identifier: Apache-2.0
+//
+// LlamaCppAttention: a kvtailor cache inside llama.cpp, as its library is; nothing of it is patched or built anew.
+//
+//   kvt::Geometry geometry;
+//   kvt::Status status = kvt::llama_geometry(model, geometry);      // init() the cache with it
+//   kvt::LlamaCppAttention attention(cache);
+//   llama_context_params params = llama_context_default_params();
+//   status = attention.attach(params);                              // before llama_init_from_model()
+//   ...
+//   llama_decode(context, batch);                                   // fails if the cache does
+//   status = attention.finish();                                    // says why
+//
+// llama.cpp shows each node of a graph before it runs. Nodes that store keys and values, and those that attend, become custom
+// operations that do it with the cache, on all of llama.cpp's threads; its own cache is never written, and its memory goes back
+// to the system. Positions, windows, scales, soft caps and sinks are taken from the graph: the mask is looked at, and one that
+// is neither causal nor a sliding window is refused. llama_memory_seq_rm() from a position on, and llama_memory_clear(), are
+// followed, since positions that come again replace what was there; a shift of positions, other sequences, and llama.cpp's own
+// saving of its state are not.
+//
+// One sequence, layers on the CPU that have all the same head dim and keys of their own. The cache and this object must outlive
+// the context. Needs llama.cpp as of late 2025 or newer: nodes are known by the names of the tensors they write
+// ("cache_k_l7") and by their operations.
+#pragma once
+
+#include <llama.h>
+
+#include <array>
+#include <charconv>
+#include <cmath>
+#include <cstring>
+#include <memory>
+#include <string>
+#include <string_view>
+#if defined(__linux__)
+#include <sys/mman.h>
+#include <unistd.h>
+#endif
+
+#include <ggml-backend.h>
+
+#include "kvtailor/core/half.hpp"
+#include "kvtailor/engine/ggml.hpp"
+
+namespace kvt::inline v0 {
+
+// The shape of a model's attention. Errc::bad_shape if layers differ in it, or if no cache has it.
+inline Status llama_geometry(const llama_model* model, Geometry& geometry) {
+  const auto text = [&](const std::string& key) {
+    std::array<char, 128> value{};
+    return llama_model_meta_val_str(model, key.c_str(), value.data(), value.size()) < 0 ? std::string()
+                                                                                        : std::string(value.data());
+  };
+  const std::string kind = text("general.architecture");
+  const int heads = llama_model_n_head(model);
+  if (heads < 1) return error(Errc::bad_shape, "the model has no attention heads");
+  const auto number = [&](const char* key, int otherwise) {
+    const std::string value = text(kind + key);
+    int out = otherwise;
+    std::from_chars(value.data(), value.data() + value.size(), out);
+    return out;
+  };
+  const int dim = number(".attention.key_length", llama_model_n_embd(model) / heads);
+  if (const int values = number(".attention.value_length", dim); values != dim) {
+    return error(Errc::bad_shape, "keys have {} elements and values {}; they must be equal", dim, values);
+  }
+  geometry = {llama_model_n_layer(model), llama_model_n_head_kv(model), heads, dim};
+  return geometry.validate();
+}
+
+template <class Cache>
+class LlamaCppAttention {
+ public:
+  LlamaCppAttention() = default;
+  explicit LlamaCppAttention(Cache& cache) { steps_.set_cache(cache); }
+  LlamaCppAttention(const LlamaCppAttention&) = delete;
+  LlamaCppAttention& operator=(const LlamaCppAttention&) = delete;
+
+  // Another cache for what is decoded next; see advance() for what it holds already.
+  void set_cache(Cache& cache) { steps_.set_cache(cache); }
+
+  // Sets the callbacks of a context that is to be made, and what they need: flash attention, fp16 as llama.cpp's own types,
+  // all layers' windows as long as the context, everything on the CPU. Errc::bad_value if something else of `params` is in the
+  // way: they are then unchanged.
+  Status attach(llama_context_params& params) {
+    if (params.cb_eval != nullptr) return error(Errc::bad_value, "the context's cb_eval is taken by another");
+    if (params.n_seq_max > 1) return error(Errc::bad_value, "n_seq_max is {}; it must be 1", params.n_seq_max);
+    if (params.embeddings) return error(Errc::bad_value, "a context for embeddings does not attend to its cache");
+    params.cb_eval = look;
+    params.cb_eval_user_data = this;
+    abort_too_ = params.abort_callback;
+    abort_data_ = params.abort_callback_data;
+    params.abort_callback = aborts;
+    params.abort_callback_data = this;
+    params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+    params.type_k = params.type_v = GGML_TYPE_F16;
+    params.swa_full = true;
+    params.offload_kqv = params.op_offload = false;
+    return success();
+  }
+
+  // Tells the context that positions from `first` on, as many as there are tokens in the batch, are in the cache already: it
+  // was read from a file, forked, or filled by another context. Nothing is computed, and no logits come of it. At most n_ubatch
+  // tokens that follow one another.
+  Status advance(llama_context* context, const llama_batch& batch) {
+    if (batch.n_tokens < 1 || batch.n_tokens > static_cast<int>(llama_n_ubatch(context)))
+      return error(Errc::bad_value, "the batch has {} tokens; it may have 1 to {}", batch.n_tokens, llama_n_ubatch(context));
+    idle_ = true;
+    const int failed = llama_decode(context, batch);
+    idle_ = false;
+    // The graph may be used again.
+    for (const auto& [node, operation] : stopped_) node->op = operation;
+    stopped_.clear();
+    if (failed != 0) return error(Errc::bad_position, "llama.cpp does not take the tokens: its error is {}", failed);
+    return success();
+  }
+
+  // The first failure since the last call, if any; the cache then ends where it ended before the part of a batch (n_ubatch
+  // tokens at most) that failed.
+  Status finish() { return steps_.finish(); }
+
+ private:
+  using Steps = detail::GraphSteps<Cache>;
+  struct Layer : Steps::Layer {
+    long long graph = 0;  // in which its nodes were shown, and how many of the three: it stores, stores, attends
+    int shown = 0;
+    bool opens = false;         // its graph
+    bool values_first = false;  // of the two stores
+    const ggml_tensor *queries = nullptr, *out = nullptr;
+    LlamaCppAttention* attention = nullptr;
+  };
+
+  static bool aborts(void* data) {
+    const auto& self = *static_cast<LlamaCppAttention*>(data);
+    return self.steps_.failed() || (self.abort_too_ != nullptr && self.abort_too_(self.abort_data_));
+  }
+
+  // "cache_k_l7" -> 'k' and 7; llama.cpp's names.
+  static bool cache_layer(const ggml_tensor* t, char& part, int& layer) {
+    if (t == nullptr) return false;
+    if (t->view_src != nullptr) t = t->view_src;
+    const std::string_view name(t->name);
+    if (!name.starts_with("cache_") || name.size() < 10 || name.substr(7, 2) != "_l") return false;
+    part = name[6];
+    return (part == 'k' || part == 'v') && std::from_chars(name.data() + 9, name.data() + name.size(), layer).ec == std::errc();
+  }
+
+  // Before the nodes of a graph run, all of them are shown.
+  static bool look(ggml_tensor* node, bool ask, void* data) {
+    auto& self = *static_cast<LlamaCppAttention*>(data);
+    if (ask && self.idle_) {
+      self.stopped_.emplace_back(node, node->op);
+      node->op = GGML_OP_NONE;
+    } else if (ask && !self.steps_.failed()) {
+      self.take(node);
+    }
+    return false;
+  }
+
+  void take(ggml_tensor* node) {
+    // A graph that is used again has our operations in it.
+    const bool ours = node->op == GGML_OP_CUSTOM;
+    char part = 0;
+    int l = 0;
+    if (node->op == GGML_OP_ROPE) {
+      if (cache_layer(node->src[0], part, l)) {
+        steps_.end();
+        return steps_.fail(
+            error(Errc::unsupported, "llama.cpp shifts the positions of what is cached, which a cache cannot follow"));
+      }
+      places_ = node->src[1];
+    } else if ((ours || node->op == GGML_OP_SET_ROWS) && cache_layer(node, part, l)) {
+      take_store(node, part, l);
+    } else if (node->op == GGML_OP_FLASH_ATTN_EXT || (ours && cache_layer(node->src[1], part, l))) {
+      take_attention(node);
+    } else if (node->op == GGML_OP_MUL_MAT && cache_layer(node->src[0], part, l)) {
+      steps_.fail(error(Errc::unsupported, "layer {} attends without flash attention, which its architecture lacks", l));
+    }
+  }
+
+  void take_store(ggml_tensor* node, char part, int l) {
+    const Geometry& shape = steps_.cache().geometry();
+    const int width = shape.num_kv_heads * shape.head_dim;
+    const auto count = static_cast<std::size_t>(std::max(l, 0)) + 1;
+    while (layers_.size() < std::min(count, static_cast<std::size_t>(shape.num_layers))) layers_.emplace_back();
+    Layer* const state = count <= layers_.size() ? &layers_[count - 1] : nullptr;
+    // What was complete begins again.
+    const bool opens = opened_ != graph_ || (state != nullptr && state->graph == graph_ && state->shown != 1);
+    if (opens) open(node);
+    const ggml_tensor* const rows = node->src[0];
+    if (state == nullptr) {
+      return steps_.fail(
+          error(Errc::bad_shape, "the model stores keys of layer {}; the cache has {} layers", l, shape.num_layers));
+    }
+    if (rows->type != GGML_TYPE_F32 || rows->ne[0] != width || !ggml_is_contiguous(rows)) {
+      return steps_.fail(error(Errc::bad_shape, "the model stores rows of {} numbers; the cache has {}",
+                               static_cast<double>(rows->ne[0]), width));
+    }
+    if (state->graph != graph_) {
+      state->owner = &steps_;
+      state->attention = this;
+      state->layer = l;
+      state->graph = graph_;
+      state->shown = 0;
+      state->opens = opens;
+      state->values_first = part == 'v';
+      become(node, hold, *state);
+    } else {
+      become(node, store, *state);
+    }
+    ++state->shown;
+    release(node->view_src->buffer);
+  }
+
+  // What a graph is of, when the first of its stores is shown: its inputs are there already.
+  void open(const ggml_tensor* node) {
+    if (opened_ == graph_) ++graph_;
+    opened_ = graph_;
+    masks_.clear();
+    const ggml_tensor* const cells = node->src[1];  // where llama.cpp would store the rows
+    const auto n = static_cast<std::size_t>(node->src[0]->ne[1]);
+    std::vector<int> positions(n);
+    if (places_ != nullptr && places_->type == GGML_TYPE_I32 && static_cast<std::size_t>(places_->ne[0]) >= n) {
+      std::memcpy(positions.data(), places_->data, n * sizeof(int));
+    } else if (cells->type == GGML_TYPE_I64 && static_cast<std::size_t>(cells->ne[0]) >= n) {
+      const auto* const from = static_cast<const std::int64_t*>(cells->data);
+      std::transform(from, from + n, positions.begin(), [](std::int64_t cell) { return static_cast<int>(cell); });
+    }
+    steps_.begin(positions);
+    // The engine's text was cut back, and goes on otherwise.
+    Cache& cache = steps_.cache();
+    if (positions.front() < cache.end_position(0)) {
+      if (const Status status = cache.truncate(positions.front()); !status.ok()) steps_.fail(status);
+    }
+  }
+
+  void take_attention(ggml_tensor* node) {
+    const Geometry& shape = steps_.cache().geometry();
+    char part = 0;
+    int l = 0;
+    const bool found = cache_layer(node->src[1], part, l) && static_cast<std::size_t>(l) < layers_.size();
+    if (!found) return steps_.fail(error(Errc::unsupported, "a layer attends to what is in no cache of its own"));
+    Layer& state = layers_[static_cast<std::size_t>(l)];
+    const ggml_tensor *const q = node->src[0], *const v = node->src[2];
+    if (state.graph != graph_ || state.shown != 2)
+      return steps_.fail(error(Errc::unsupported, "a layer attends to keys of layer {}, which are not its own", l));
+    if (q->type != GGML_TYPE_F32 || q->ne[0] != shape.head_dim || v->ne[0] != shape.head_dim || q->ne[2] != shape.num_q_heads) {
+      return steps_.fail(error(Errc::bad_shape, "the model attends with {} heads of {}, which the cache's are not",
+                               static_cast<double>(q->ne[2]), static_cast<double>(q->ne[0])));
+    }
+    if (q->ne[3] != 1) return steps_.fail(error(Errc::unsupported, "there are {} sequences", static_cast<double>(q->ne[3])));
+    if (!ggml_backend_buffer_is_host(node->buffer))
+      return steps_.fail(error(Errc::unsupported, "layer {} is not on the CPU", l));
+    if (node->op == GGML_OP_FLASH_ATTN_EXT) {
+      float parameters[3];  // scale, slope of ALiBi, soft cap
+      std::memcpy(parameters, node->op_params, sizeof parameters);
+      if (parameters[1] != 0) return steps_.fail(error(Errc::unsupported, "the model biases attention by position (ALiBi)"));
+      state.options.scale = parameters[0];
+      state.options.soft_cap = parameters[2];
+    }
+    state.queries = q;
+    // Made fp16 in the graph, perhaps later than it is wanted here.
+    const ggml_tensor* mask = node->src[3];
+    while (mask != nullptr && mask->op == GGML_OP_CPY) mask = mask->src[0];
+    if (const Status status = read_window(mask, state.options.window); !status.ok()) return steps_.fail(status);
+    if (const ggml_tensor* const sinks = node->src[4]) {
+      state.options.sink_logits = {static_cast<const float*>(sinks->data), static_cast<std::size_t>(shape.num_q_heads)};
+    }
+    state.out = node;
+    state.shown = 3;
+    become(node, attend, state);
+  }
+
+  // The node runs f on all threads instead of what it was made for.
+  void become(ggml_tensor* node, ggml_custom_op_t f, Layer& state) {
+    if (node->op == GGML_OP_CUSTOM) return;
+    // ggml alone knows how it writes down what a custom operation does: one is made, and copied.
+    const ggml_init_params init{2 * ggml_tensor_overhead(), nullptr, true};
+    const std::unique_ptr<ggml_context, void (*)(ggml_context*)> context(ggml_init(init), ggml_free);
+    if (!context) return steps_.fail(error(Errc::out_of_memory, "out of memory while a graph is changed"));
+    const ggml_tensor* const made =
+        ggml_custom_4d(context.get(), GGML_TYPE_F32, 1, 1, 1, 1, nullptr, 0, f, GGML_N_TASKS_MAX, &state);
+    std::memcpy(node->op_params, made->op_params, sizeof node->op_params);
+    node->op = GGML_OP_CUSTOM;
+  }
+
+  // llama.cpp's own cache was filled with zeros when it was made; nobody reads them.
+  void release(ggml_backend_buffer_t buffer) {
+    if (buffer == nullptr || std::find(released_.begin(), released_.end(), buffer) != released_.end()) return;
+    released_.push_back(buffer);
+#if defined(__linux__)
+    if (!ggml_backend_buffer_is_host(buffer)) return;
+    const auto page = static_cast<std::size_t>(sysconf(_SC_PAGESIZE));
+    const auto base = reinterpret_cast<std::uintptr_t>(ggml_backend_buffer_get_base(buffer));
+    const std::uintptr_t from = (base + page - 1) / page * page,
+                         to = (base + ggml_backend_buffer_get_size(buffer)) / page * page;
+    if (to > from) (void)madvise(reinterpret_cast<void*>(from), to - from, MADV_DONTNEED);
+#endif
+  }
+
+  // ---- while a graph runs ----
+
+  static void hold(ggml_tensor* dst, int ith, int, void* data) {
+    Layer& state = *static_cast<Layer*>(data);
+    if (state.owner->failed()) return;
+    if (ith == 0) {
+      const auto* const rows = static_cast<const float*>(dst->src[0]->data);
+      state.attention->held_.assign(rows, rows + ggml_nelements(dst->src[0]));
+    }
+    if (state.opens) state.owner->encode();
+  }
+  static void store(ggml_tensor* dst, int ith, int, void* data) {
+    Layer& state = *static_cast<Layer*>(data);
+    if (ith != 0 || state.owner->failed()) return;
+    if (state.shown != 3) return state.owner->fail(error(Errc::unsupported, "the graph runs in parts, not on the CPU alone"));
+    const auto* const rows = static_cast<const float*>(dst->src[0]->data);
+    const float *const held = state.attention->held_.data(), *k = held, *v = rows;
+    if (state.values_first) std::swap(k, v);
+    state.owner->store(state, k, v, state.attention->queries_of(*state.queries), static_cast<float*>(state.out->data));
+  }
+  static void attend(ggml_tensor* dst, int ith, int, void* data) { static_cast<Layer*>(data)->owner->attend(dst, ith); }
+
+  // A row of a mask is a query; what it sees are zeros. 0 if that is all there is.
+  Status read_window(const ggml_tensor* mask, int& window) {
+    const auto known = std::find_if(masks_.begin(), masks_.end(), [&](const auto& m) { return m.first == mask; });
+    if (known != masks_.end()) {
+      window = known->second;
+      return success();
+    }
+    const std::vector<int>& positions = steps_.positions();
+    if (mask == nullptr || (mask->type != GGML_TYPE_F16 && mask->type != GGML_TYPE_F32) ||
+        mask->ne[1] < static_cast<std::int64_t>(positions.size()) || !ggml_backend_buffer_is_host(mask->buffer)) {
+      return error(Errc::unsupported, "attention has no mask of its queries");
+    }
+    const auto seen_by = [&](std::size_t query) {
+      const auto* const row = static_cast<const char*>(mask->data) + query * mask->nb[1];
+      int count = 0;
+      for (std::int64_t cell = 0; cell < mask->ne[0]; ++cell) {
+        float x = 0;
+        if (mask->type == GGML_TYPE_F32) {
+          std::memcpy(&x, row + cell * 4, 4);
+        } else {
+          Half half;
+          std::memcpy(&half, row + cell * 2, 2);
+          x = to_float(half);
+        }
+        count += x == 0 ? 1 : 0;
+      }
+      return count;
+    };
+    const int first = positions.front() + 1, last = positions.back() + 1, seen = seen_by(positions.size() - 1);
+    window = seen == last ? 0 : seen;
+    if (seen < 1 || seen > last || seen_by(0) != (window == 0 ? first : std::min(first, window))) {
+      return error(Errc::unsupported, "a query at position {} sees {} rows, which is no text and no sliding window over one",
+                   positions.back(), seen);
+    }
+    masks_.emplace_back(mask, window);
+    return success();
+  }
+
+  // Heads of a token side by side, as ggml makes them, or copied so.
+  const float* queries_of(const ggml_tensor& q) {  // [head_dim, n, num_q_heads]
+    const auto dim = static_cast<std::size_t>(q.ne[0]), n = static_cast<std::size_t>(q.ne[1]),
+               heads = static_cast<std::size_t>(q.ne[2]);
+    if (q.nb[0] == sizeof(float) && q.nb[2] == dim * sizeof(float) && (n == 1 || q.nb[1] == heads * dim * sizeof(float)))
+      return static_cast<const float*>(q.data);
+    queries_.resize(n * heads * dim);
+    for (std::size_t i = 0; i < n; ++i) {
+      for (std::size_t h = 0; h < heads; ++h) {
+        const char* const from = static_cast<const char*>(q.data) + i * q.nb[1] + h * q.nb[2];
+        for (std::size_t d = 0; d < dim; ++d)
+          std::memcpy(&queries_[(i * heads + h) * dim + d], from + d * q.nb[0], sizeof(float));
+      }
+    }
+    return queries_.data();
+  }
+
+  Steps steps_;
+  std::deque<Layer> layers_;          // addresses stay: graphs point at them
+  long long graph_ = 1, opened_ = 0;  // the graph that is shown, and the last one that has begun
+  const ggml_tensor* places_ = nullptr;
+  std::vector<std::pair<const ggml_tensor*, int>> masks_;  // of the graph that is shown, and their windows
+  std::vector<ggml_backend_buffer_t> released_;
+  std::vector<float>
+      held_;  // what the first store of a layer would have stored: its memory may be used again before the second
+  std::vector<float> queries_;  // side by side, if they are not
+  bool idle_ = false;
+  std::vector<std::pair<ggml_tensor*, ggml_op>> stopped_;  // nodes of an idle graph, and what they were for
+  ggml_abort_callback abort_too_ = nullptr;
+  void* abort_data_ = nullptr;
+};
+
+}  // namespace kvt::inline v0
