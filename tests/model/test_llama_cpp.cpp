@@ -274,6 +274,9 @@ TEST_CASE("what it cannot serve is refused, and nothing is lost") {
   CHECK(attention.attach(how).code == kvt::Errc::bad_value);
   CHECK((how.cb_eval == nullptr));
   how.n_seq_max = 1;
+  bool stop = false;
+  how.abort_callback = [](void* data) { return *static_cast<bool*>(data); };
+  how.abort_callback_data = &stop;
   REQUIRE(attention.attach(how).ok());
   kvt::LlamaCppAttention second(cache);
   CHECK(second.attach(how).code == kvt::Errc::bad_value);
@@ -292,12 +295,21 @@ TEST_CASE("what it cannot serve is refused, and nothing is lost") {
   CHECK(!decode(context.get(), tokens, 0).empty());
   CHECK(attention.finish().ok());
   CHECK(cache.num_rows(1, 0) == 20);
+  // An engine that stops itself, in the middle of a graph.
+  stop = true;
+  CHECK(decode(context.get(), {1, 2}, 20).empty());
+  CHECK(attention.finish().code == kvt::Errc::stopped);
+  stop = false;
+  CHECK(cache.num_rows(0, 0) == 20);
+  CHECK(cache.num_rows(1, 0) == 20);
+  CHECK(!decode(context.get(), {1, 2}, 20).empty());
+  CHECK(cache.num_rows(1, 0) == 22);
   // What lies before moves: the cache cannot follow, and says so.
   llama_memory_seq_rm(llama_get_memory(context.get()), 0, 4, 10);
   llama_memory_seq_add(llama_get_memory(context.get()), 0, 10, -1, -6);
-  CHECK(decode(context.get(), {3}, 14).empty());
+  CHECK(decode(context.get(), {3}, 16).empty());
   CHECK(attention.finish().code == kvt::Errc::unsupported);
-  CHECK(cache.num_rows(1, 0) == 20);
+  CHECK(cache.num_rows(1, 0) == 22);
 }
 
 TEST_CASE("the program answers with either engine") {

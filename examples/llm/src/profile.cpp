@@ -204,11 +204,9 @@ void Profile::check_sample(const Sample& sample) const {
 }
 
 json Profile::parameters() const {
-  std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+  std::uint64_t hash = fingerprint(std::string());
   for (const Sample& sample : samples_) {
-    for (const auto* part : {&sample.context, &sample.asked, &sample.reply}) {
-      for (const int token : *part) hash = (hash ^ static_cast<std::uint64_t>(token)) * 0x100000001b3;
-    }
+    for (const auto* part : {&sample.context, &sample.asked, &sample.reply}) hash = fingerprint(*part, hash);
   }
   json selectors;
   for (const auto& name : o_.selectors) selectors.push_back(kvt::full_name(name));

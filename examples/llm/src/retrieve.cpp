@@ -253,10 +253,8 @@ void Benchmark::make_prompts() {
 }
 
 json Benchmark::parameters() const {
-  std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
-  for (const char c : text_) hash = (hash ^ static_cast<unsigned char>(c)) * 0x100000001b3;
   char digits[17];
-  std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(hash));
+  std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(fingerprint(text_)));
   const std::filesystem::path model = o_.common.model_path();
   return {{"format", "kvt-llm retrieve 1"},
           {"model", model.filename().string()},

@@ -49,13 +49,10 @@ class Training {
 };
 
 json Training::parameters() const {
-  std::uint64_t hash = 0xcbf29ce484222325;  // FNV-1a
+  std::uint64_t hash = fingerprint(std::string());
   for (const Lesson& lesson : lessons_) {
-    const auto add = [&](const std::vector<int>& tokens) {
-      for (const int token : tokens) hash = (hash ^ static_cast<std::uint64_t>(token)) * 0x100000001b3;
-    };
-    add(lesson.tokens);
-    for (const Exercise& exercise : lesson.exercises) add(exercise.tokens);
+    hash = fingerprint(lesson.tokens, hash);
+    for (const Exercise& exercise : lesson.exercises) hash = fingerprint(exercise.tokens, hash);
   }
   const auto& t = o_.train;
   return {{"model", std::filesystem::path(o_.common.model_path()).filename().string()},

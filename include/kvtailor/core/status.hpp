@@ -25,6 +25,7 @@ enum class Errc : int {
   out_of_memory,
   device,       // `native` holds the device's own code
   unsupported,  // a model, or what its engine does, that no cache can serve
+  stopped,      // by an engine's own wish
 };
 
 struct [[nodiscard]] Status {

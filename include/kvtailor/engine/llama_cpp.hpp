@@ -118,7 +118,10 @@ class LlamaCppAttention {
 
   // The first failure since the last call, if any; the cache then ends where it ended before the part of a batch (n_ubatch
   // tokens at most) that failed.
-  Status finish() { return steps_.finish(); }
+  Status finish() {
+    ++graph_;  // whatever came of the last one
+    return steps_.finish();
+  }
 
  private:
   using Steps = detail::GraphSteps<Cache>;
@@ -132,8 +135,10 @@ class LlamaCppAttention {
   };
 
   static bool aborts(void* data) {
-    const auto& self = *static_cast<LlamaCppAttention*>(data);
-    return self.steps_.failed() || (self.abort_too_ != nullptr && self.abort_too_(self.abort_data_));
+    auto& self = *static_cast<LlamaCppAttention*>(data);
+    if (!self.steps_.failed() && self.abort_too_ != nullptr && self.abort_too_(self.abort_data_))
+      self.steps_.fail(error(Errc::stopped, "decoding was stopped by the context's abort_callback"));
+    return self.steps_.failed();
   }
 
   // "cache_k_l7" -> 'k' and 7; llama.cpp's names.
