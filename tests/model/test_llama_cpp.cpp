@@ -260,6 +260,66 @@ TEST_CASE("both engines agree, also where several caches take turns") {
   }
 }
 
+namespace {
+
+// Attends with a cache of its own, beside llama.cpp or instead of it.
+struct Observer {
+  kvt::KvCache<kvt::Uniform, kvt::SinkRecent, kvt::KvCodec<kvt::Dense<float, 256>>> cache;
+  bool instead = false;
+  double apart = 0, largest = 0;
+  int calls = 0, fails_at = -1;
+
+  const kvt::Geometry& geometry() const { return cache.geometry(); }
+  kvt::Status attended(const kvt::LlamaCppAttended& seen) {
+    if (calls++ == fails_at) return kvt::error(kvt::Errc::bad_value, "seen enough");
+    KVT_TRY(cache.append(seen.layer, seen.keys, seen.values, seen.positions));
+    std::vector<float> own(seen.positions.size() * 4 * 256);
+    KVT_TRY(cache.attend(seen.layer, seen.queries, seen.positions, seen.options, own.data()));
+    apart = std::max(apart, furthest({seen.outputs, seen.outputs + own.size()}, own));
+    largest = std::max(largest, furthest(own, std::vector<float>(own.size(), 0.f)));
+    if (instead) std::copy(own.begin(), own.end(), seen.outputs);
+    return kvt::success();
+  }
+};
+
+}  // namespace
+
+TEST_CASE("an observer sees what each layer attends with, and may change what comes of it") {
+  init_engine();
+  const TemporaryFolder folder;
+  Tiny gemma3 = small("gemma3", 6, 256, {"post_attention_norm", "attn_q_norm", "attn_k_norm", "post_ffw_norm"});
+  gemma3.integers["attention.sliding_window"] = 40;
+  gemma3.write(folder.file("model.gguf"));
+  const LoadedModel model = load(folder.file("model.gguf"));
+  const auto tokens = some_tokens(100, 50);
+  const auto plain = decode(context_of(model, parameters()).get(), tokens, 0);
+  double apart[2];
+  for (const bool instead : {false, true}) {
+    Observer observer;
+    observer.instead = instead;
+    REQUIRE(observer.cache.init({6, 1, 4, 256}).ok());
+    kvt::LlamaCppAttention attention(observer);
+    auto how = parameters();
+    REQUIRE(attention.attach(how).ok());
+    CHECK(how.type_k == GGML_TYPE_F32);
+    const LoadedContext context = context_of(model, how);
+    apart[instead ? 1 : 0] = furthest(plain, decode(context.get(), tokens, 0));
+    REQUIRE(attention.finish().ok());
+    CHECK(observer.calls == 6 * 3);                   // parts of 48 tokens
+    CHECK(observer.apart < 3e-3 * observer.largest);  // llama.cpp's flash attention rounds
+    CHECK(observer.cache.num_rows(5, 0) == 100);
+    observer.fails_at = observer.calls + 2;
+    CHECK(decode(context.get(), {3}, 100).empty());
+    CHECK(attention.finish().message() == "seen enough");
+  }
+  CHECK(apart[1] < tolerance);
+  CHECK(apart[1] < apart[0]);
+  auto how = parameters();
+  how.type_k = GGML_TYPE_Q8_0;
+  Observer observer;
+  CHECK(kvt::LlamaCppAttention(observer).attach(how).code == kvt::Errc::bad_value);
+}
+
 TEST_CASE("what it cannot serve is refused, and nothing is lost") {
   const TemporaryFolder folder;
   const Tiny tiny = small("qwen3", 2, 80, {"attn_q_norm", "attn_k_norm"});

@@ -92,8 +92,10 @@ class GraphSteps {
     if (failed_) {
       failed_ = false;
       status_ = success();
-      const Status rolled = begun_ ? cache_->truncate(start_) : success();
-      if (!rolled.ok()) return rolled;
+      if constexpr (requires { cache_->truncate(start_); }) {
+        const Status rolled = begun_ ? cache_->truncate(start_) : success();
+        if (!rolled.ok()) return rolled;
+      }
     }
     end();
     return status;

@@ -19,6 +19,13 @@
 // followed, since positions that come again replace what was there; a shift of positions, other sequences, and llama.cpp's own
 // saving of its state are not.
 //
+// Instead of a cache there may be an observer: llama.cpp then attends by itself, and shows what it attended with.
+//
+//   struct Observer {
+//     const kvt::Geometry& geometry() const;
+//     kvt::Status attended(const kvt::LlamaCppAttended& seen);    // may change seen.outputs; a failure stops the graph
+//   };
+//
 // One sequence, layers on the CPU that have all the same head dim and keys of their own. The cache and this object must outlive
 // the context. Needs llama.cpp as of late 2025 or newer: nodes are known by the names of the tensors they write
 // ("cache_k_l7") and by their operations.
@@ -69,6 +76,17 @@ inline Status llama_geometry(const llama_model* model, Geometry& geometry) {
   return geometry.validate();
 }
 
+// One layer's attention to a part of a text, as llama.cpp computed it. Valid during the call.
+struct LlamaCppAttended {
+  int layer;
+  std::span<const int> positions;
+  const float *keys, *values;  // [n, num_kv_heads, head_dim], keys after RoPE, as they are stored
+  const float* queries;        // [n, num_q_heads, head_dim], after RoPE, before options.scale
+  AttendOptions options;       // a window is 0 as long as the text is no longer
+  float* outputs;              // [n, num_q_heads, head_dim]: the model goes on with what is here afterwards
+};
+
+// Cache: KvCache, AnyCache, or an observer.
 template <class Cache>
 class LlamaCppAttention {
  public:
@@ -80,13 +98,15 @@ class LlamaCppAttention {
   // Another cache for what is decoded next; see advance() for what it holds already.
   void set_cache(Cache& cache) { steps_.set_cache(cache); }
 
-  // Sets the callbacks of a context that is to be made, and what they need: flash attention, fp16 as llama.cpp's own types,
-  // all layers' windows as long as the context, everything on the CPU. Errc::bad_value if something else of `params` is in the
-  // way: they are then unchanged.
+  // Sets the callbacks of a context that is to be made, and what they need: flash attention, fp16 as llama.cpp's own types
+  // (observers may have fp32), all layers' windows as long as the context, everything on the CPU. Errc::bad_value if something
+  // else of `params` is in the way: they are then unchanged.
   Status attach(llama_context_params& params) {
     if (params.cb_eval != nullptr) return error(Errc::bad_value, "the context's cb_eval is taken by another");
     if (params.n_seq_max > 1) return error(Errc::bad_value, "n_seq_max is {}; it must be 1", params.n_seq_max);
     if (params.embeddings) return error(Errc::bad_value, "a context for embeddings does not attend to its cache");
+    if (observes && (ggml_is_quantized(params.type_k) || ggml_is_quantized(params.type_v)))
+      return error(Errc::bad_value, "llama.cpp rotates what it quantises, and shows it rotated");
     params.cb_eval = look;
     params.cb_eval_user_data = this;
     abort_too_ = params.abort_callback;
@@ -94,7 +114,7 @@ class LlamaCppAttention {
     params.abort_callback = aborts;
     params.abort_callback_data = this;
     params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
-    params.type_k = params.type_v = GGML_TYPE_F16;
+    if (!observes) params.type_k = params.type_v = GGML_TYPE_F16;
     params.swa_full = true;
     params.offload_kqv = params.op_offload = false;
     return success();
@@ -124,6 +144,7 @@ class LlamaCppAttention {
   }
 
  private:
+  static constexpr bool observes = requires(Cache & cache, const LlamaCppAttended& seen) { cache.attended(seen); };
   using Steps = detail::GraphSteps<Cache>;
   struct Layer : Steps::Layer {
     long long graph = 0;  // in which its nodes were shown, and how many of the three: it stores, stores, attends
@@ -151,19 +172,26 @@ class LlamaCppAttention {
     return (part == 'k' || part == 'v') && std::from_chars(name.data() + 9, name.data() + name.size(), layer).ec == std::errc();
   }
 
-  // Before the nodes of a graph run, all of them are shown.
+  // Before the nodes of a graph run, all of them are shown; for an observer those up to the next that it wants to see, which
+  // then come again with their results.
   static bool look(ggml_tensor* node, bool ask, void* data) {
     auto& self = *static_cast<LlamaCppAttention*>(data);
-    if (ask && self.idle_) {
+    if constexpr (observes) {
+      if (!ask) {
+        if (!self.steps_.failed()) self.show(node);
+        return true;  // or the graph would end here, as if it were complete; `aborts` ends it
+      }
+    }
+    if (self.idle_) {
       self.stopped_.emplace_back(node, node->op);
       node->op = GGML_OP_NONE;
-    } else if (ask && !self.steps_.failed()) {
-      self.take(node);
+      return false;
     }
-    return false;
+    return !self.steps_.failed() && self.take(node) && observes;
   }
 
-  void take(ggml_tensor* node) {
+  // Whether it is one of ours.
+  bool take(ggml_tensor* node) {
     // A graph that is used again has our operations in it.
     const bool ours = node->op == GGML_OP_CUSTOM;
     char part = 0;
@@ -171,17 +199,23 @@ class LlamaCppAttention {
     if (node->op == GGML_OP_ROPE) {
       if (cache_layer(node->src[0], part, l)) {
         steps_.end();
-        return steps_.fail(
-            error(Errc::unsupported, "llama.cpp shifts the positions of what is cached, which a cache cannot follow"));
+        steps_.fail(error(Errc::unsupported, "llama.cpp shifts the positions of what is cached, which a cache cannot follow"));
+      } else {
+        places_ = node->src[1];
       }
-      places_ = node->src[1];
-    } else if ((ours || node->op == GGML_OP_SET_ROWS) && cache_layer(node, part, l)) {
-      take_store(node, part, l);
-    } else if (node->op == GGML_OP_FLASH_ATTN_EXT || (ours && cache_layer(node->src[1], part, l))) {
-      take_attention(node);
-    } else if (node->op == GGML_OP_MUL_MAT && cache_layer(node->src[0], part, l)) {
-      steps_.fail(error(Errc::unsupported, "layer {} attends without flash attention, which its architecture lacks", l));
+      return false;
     }
+    if ((ours || node->op == GGML_OP_SET_ROWS) && cache_layer(node, part, l)) {
+      take_store(node, part, l);
+      return true;
+    }
+    if (node->op == GGML_OP_FLASH_ATTN_EXT || (ours && cache_layer(node->src[1], part, l))) {
+      take_attention(node);
+      return true;
+    }
+    if (node->op == GGML_OP_MUL_MAT && cache_layer(node->src[0], part, l))
+      steps_.fail(error(Errc::unsupported, "layer {} attends without flash attention, which its architecture lacks", l));
+    return false;
   }
 
   void take_store(ggml_tensor* node, char part, int l) {
@@ -210,12 +244,12 @@ class LlamaCppAttention {
       state->shown = 0;
       state->opens = opens;
       state->values_first = part == 'v';
-      become(node, hold, *state);
+      if constexpr (!observes) become(node, hold, *state);
     } else {
-      become(node, store, *state);
+      if constexpr (!observes) become(node, store, *state);
     }
     ++state->shown;
-    release(node->view_src->buffer);
+    if constexpr (!observes) release(node->view_src->buffer);
   }
 
   // What a graph is of, when the first of its stores is shown: its inputs are there already.
@@ -233,10 +267,12 @@ class LlamaCppAttention {
       std::transform(from, from + n, positions.begin(), [](std::int64_t cell) { return static_cast<int>(cell); });
     }
     steps_.begin(positions);
-    // The engine's text was cut back, and goes on otherwise.
-    Cache& cache = steps_.cache();
-    if (positions.front() < cache.end_position(0)) {
-      if (const Status status = cache.truncate(positions.front()); !status.ok()) steps_.fail(status);
+    if constexpr (!observes) {
+      // The engine's text was cut back, and goes on otherwise.
+      Cache& cache = steps_.cache();
+      if (positions.front() < cache.end_position(0)) {
+        if (const Status status = cache.truncate(positions.front()); !status.ok()) steps_.fail(status);
+      }
     }
   }
 
@@ -269,12 +305,14 @@ class LlamaCppAttention {
     const ggml_tensor* mask = node->src[3];
     while (mask != nullptr && mask->op == GGML_OP_CPY) mask = mask->src[0];
     if (const Status status = read_window(mask, state.options.window); !status.ok()) return steps_.fail(status);
+    state.options.sink_logits = {};
     if (const ggml_tensor* const sinks = node->src[4]) {
+      if (sinks->type != GGML_TYPE_F32) return steps_.fail(error(Errc::unsupported, "sinks of attention are not fp32"));
       state.options.sink_logits = {static_cast<const float*>(sinks->data), static_cast<std::size_t>(shape.num_q_heads)};
     }
     state.out = node;
     state.shown = 3;
-    become(node, attend, state);
+    if constexpr (!observes) become(node, attend, state);
   }
 
   // The node runs f on all threads instead of what it was made for.
@@ -325,6 +363,22 @@ class LlamaCppAttention {
     state.owner->store(state, k, v, state.attention->queries_of(*state.queries), static_cast<float*>(state.out->data));
   }
   static void attend(ggml_tensor* dst, int ith, int, void* data) { static_cast<Layer*>(data)->owner->attend(dst, ith); }
+
+  // To an observer: keys and values are kept until the attention they belong to.
+  void show(ggml_tensor* node) {
+    char part = 0;
+    int l = 0;
+    if (node->op == GGML_OP_SET_ROWS && cache_layer(node, part, l)) {
+      const auto* const rows = static_cast<const float*>(node->src[0]->data);
+      (part == 'k' ? held_ : values_).assign(rows, rows + ggml_nelements(node->src[0]));
+    } else if (node->op == GGML_OP_FLASH_ATTN_EXT && cache_layer(node->src[1], part, l)) {
+      const Layer& state = layers_[static_cast<std::size_t>(l)];
+      const Status status =
+          steps_.cache().attended({l, steps_.positions(), held_.data(), values_.data(), queries_of(*state.queries),
+                                   state.options, static_cast<float*>(node->data)});
+      if (!status.ok()) steps_.fail(status);
+    }
+  }
 
   // A row of a mask is a query; what it sees are zeros. 0 if that is all there is.
   Status read_window(const ggml_tensor* mask, int& window) {
@@ -389,6 +443,7 @@ class LlamaCppAttention {
   std::vector<ggml_backend_buffer_t> released_;
   std::vector<float>
       held_;  // what the first store of a layer would have stored: its memory may be used again before the second
+  std::vector<float> values_;   // for an observer
   std::vector<float> queries_;  // side by side, if they are not
   bool idle_ = false;
   std::vector<std::pair<ggml_tensor*, ggml_op>> stopped_;  // nodes of an idle graph, and what they were for
