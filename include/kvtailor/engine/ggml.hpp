@@ -5,9 +5,8 @@
 //
 // build() adds two custom nodes for a layer: one stores keys and values, shows the cache the queries if a policy wants them,
 // and plans; one attends, on all of ggml's threads. Before the first of them all threads encode what is due in any layer. The
-// engine's own cache is not needed. ggml does not report errors from
-// inside a graph, so the first one is kept: after computing, finish() tells it, and has then dropped the rows of this graph
-// again.
+// engine's own cache is not needed. ggml does not report errors from inside a graph, so the first one is kept: after computing,
+// finish() tells it, and has then dropped the rows of this graph again.
 //
 //   kvt::GgmlAttention attention(cache);
 //   attention.begin(positions);                                  // before building a graph

@@ -27,19 +27,20 @@
 //   };
 //
 // One sequence, layers on the CPU that have all the same head dim and keys of their own. The cache and this object must outlive
-// the context. Needs llama.cpp as of late 2025 or newer: nodes are known by the names of the tensors they write
-// ("cache_k_l7") and by their operations.
+// the context. Nodes are known by the names of the tensors they write ("cache_k_l7") and by their operations, which no
+// interface promises: tried with llama.cpp as llama-cpp-python 0.3.36 has it.
 #pragma once
 
 #include <llama.h>
 
 #include <array>
 #include <charconv>
-#include <cmath>
 #include <cstring>
 #include <memory>
 #include <string>
 #include <string_view>
+#include <utility>
+#include <vector>
 #if defined(__linux__)
 #include <sys/mman.h>
 #include <unistd.h>
