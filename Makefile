@@ -6,6 +6,7 @@
 #   make bench       the benchmarks
 #   make codecs      every codec's bits and distance from the full cache, beside llama.cpp's caches
 #   make selectors   every token selector and budget allocator at equal rows kept
+#   make report      a page that says which composition to use at which budget
 #   make mutate      deliberate bugs, each of which a test has to catch
 #   make ci          all that has to pass
 
@@ -14,7 +15,7 @@ JOBS ?= $(shell nproc)
 
 sources = git ls-files -z --cached --others --exclude-standard -- '*.hpp' '*.cpp' '*.cu' '*.cuh'
 
-.PHONY: bootstrap demo test bench codecs selectors format check-format tidy mutate ci clean
+.PHONY: bootstrap demo test bench codecs selectors report format check-format tidy mutate ci clean
 
 bootstrap:
 	@tools/bootstrap
@@ -46,6 +47,11 @@ selectors: bootstrap
 	cmake --preset release
 	cmake --build --preset release -j $(JOBS) --target kvt-llm
 	tools/selectors
+
+report: bootstrap
+	cmake --preset release
+	cmake --build --preset release -j $(JOBS) --target kvt-llm
+	tools/report
 
 format:
 	$(sources) | xargs -0 -r clang-format-14 -i

@@ -2,7 +2,7 @@
 # SPDX-License-Identifier: Apache-2.0
 #
 # Each header alone: one generated file a header includes it twice and nothing before it.
-# .hpp compiles as C++ and, where the device may include it, as CUDA; .cuh only as CUDA.
+# .hpp compiles as C++, .cuh as CUDA, kvtailor.cuh with every .hpp that the device may include.
 function(kvt_header_tests)
   set(root ${PROJECT_SOURCE_DIR}/include)
   file(GLOB_RECURSE headers CONFIGURE_DEPENDS RELATIVE ${root} ${root}/kvtailor/*.hpp ${root}/kvtailor/*.cuh)
@@ -14,8 +14,7 @@ function(kvt_header_tests)
     if(header MATCHES "\\.hpp$")
       kvt_include_twice(${header} ${name}.cpp)
       list(APPEND cpp_sources ${name}.cpp)
-    endif()
-    if(KVT_HAVE_CUDA AND NOT header MATCHES "/(engine|host)/")
+    elseif(KVT_HAVE_CUDA)
       kvt_include_twice(${header} ${name}.cu)
       list(APPEND cuda_sources ${name}.cu)
     endif()

@@ -18,6 +18,7 @@
 #include <string>
 #include <vector>
 
+#include "kvtailor/host/region_resource.hpp"
 #include "kvtailor/kvtailor.hpp"
 
 namespace {
@@ -70,8 +71,9 @@ void read_and_go_on(llama_model* model, const llama_context_params& params, std:
 template <int head_dim>
 void with_cache(llama_model* model, llama_context_params params, const kvt::Geometry& geometry, std::vector<llama_token> text,
                 double share) {
+  kvt::RegionResource memory;  // gives back to the system what cuts give back
   kvt::KvCache<kvt::Adaptive, kvt::KeyDiff, kvt::KvCodec<kvt::TurboQuant<4, head_dim>>> cache;
-  check(cache.init(geometry));
+  check(cache.init(geometry, {.memory = &memory}));
   kvt::LlamaCppAttention attention(cache);
   check(attention.attach(params));
   int seen = 0;
@@ -84,9 +86,9 @@ void with_cache(llama_model* model, llama_context_params params, const kvt::Geom
     seen = now;
   };
   read_and_go_on(model, params, std::move(text), cut);
-  const kvt::Memory memory = cache.memory();
-  std::printf("the cache has %.1f MiB instead of %.1f\n", static_cast<double>(memory.total()) / (1 << 20),
-              static_cast<double>(memory.dense_fp16_bytes) / (1 << 20));
+  const kvt::Memory takes = cache.memory();
+  std::printf("the cache has %.1f MiB instead of %.1f\n", static_cast<double>(takes.total()) / (1 << 20),
+              static_cast<double>(takes.dense_fp16_bytes) / (1 << 20));
 }
 
 void run(const std::string& path, const std::string& text_path, double share) {

@@ -412,7 +412,7 @@ class KvCache {
         if (keep[h] < seen[h]) cut({scores.data() + at, n}, keep[h], marks[h]);
         at += n;
       }
-      HeadCut<Codec> heads_cut = prepare_cut(marks, true);
+      HeadCut<Codec> heads_cut = prepare_cut(marks, true, true);
       // Nothing fails from here on.
       for (std::size_t l = 0; l < layers_.size(); ++l) {
         layers_[l].evidence.used_up();
@@ -826,8 +826,8 @@ class KvCache {
   }
 
   // A cut that keeps the marked rows of every head; an empty mark leaves a head alone. Throws, and has changed nothing then.
-  HeadCut<Codec> prepare_cut(std::vector<std::vector<unsigned char>>& marks, bool seal) {
-    HeadCut<Codec> cut(options_.recent_rows, options_.block_rows);
+  HeadCut<Codec> prepare_cut(std::vector<std::vector<unsigned char>>& marks, bool seal, bool move = false) {
+    HeadCut<Codec> cut(options_.recent_rows, options_.block_rows, move);
     for (std::size_t h = 0; h < heads_.size(); ++h) {
       if (!marks[h].empty()) cut.add(heads_[h], marks[h], seal);
     }

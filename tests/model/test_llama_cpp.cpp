@@ -97,37 +97,6 @@ std::vector<int> some_tokens(int n, int vocabulary) {
   return tokens;
 }
 
-// A model of several layers, embedding 64, 4 query heads and 1 KV head.
-Tiny small(const std::string& architecture, int layers, unsigned dim, std::initializer_list<const char*> norms) {
-  Tiny tiny;
-  tiny.architecture = architecture;
-  const unsigned embedding = 64, heads = 4, inner = 96, tokens = 50;
-  tiny.integers = {{"block_count", static_cast<unsigned>(layers)},
-                   {"embedding_length", embedding},
-                   {"feed_forward_length", inner},
-                   {"attention.head_count", heads},
-                   {"attention.head_count_kv", 1},
-                   {"attention.key_length", dim},
-                   {"attention.value_length", dim},
-                   {"rope.dimension_count", dim},
-                   {"vocab_size", tokens},
-                   {"context_length", 1024}};
-  tiny.shapes = {{"token_embd.weight", {embedding, tokens}}, {"output_norm.weight", {embedding}}};
-  for (int l = 0; l < layers; ++l) {
-    const std::string block = "blk." + std::to_string(l) + ".";
-    tiny.shapes[block + "attn_norm.weight"] = tiny.shapes[block + "ffn_norm.weight"] = {embedding};
-    for (const std::string norm : norms) {
-      tiny.shapes[block + norm + ".weight"] = {norm.ends_with("q_norm") || norm.ends_with("k_norm") ? dim : embedding};
-    }
-    tiny.shapes[block + "attn_q.weight"] = {embedding, heads * dim};
-    tiny.shapes[block + "attn_k.weight"] = tiny.shapes[block + "attn_v.weight"] = {embedding, dim};
-    tiny.shapes[block + "attn_output.weight"] = {heads * dim, embedding};
-    tiny.shapes[block + "ffn_gate.weight"] = tiny.shapes[block + "ffn_up.weight"] = {embedding, inner};
-    tiny.shapes[block + "ffn_down.weight"] = {inner, embedding};
-  }
-  return tiny;
-}
-
 // ggml's GELU goes by a table of fp16, where a difference in the last digit can become one of 5e-4; a token more or less in a
 // window makes one ten times as large.
 constexpr double tolerance = 1e-3;
@@ -200,7 +169,7 @@ TEST_CASE("the real model gives the same logits, as near as its numbers are exac
 }
 
 TEST_CASE("windows, one KV head, soft caps, other scales and head dims") {
-  Tiny gemma3 = small("gemma3", 6, 256, {"post_attention_norm", "attn_q_norm", "attn_k_norm", "post_ffw_norm"});
+  Tiny gemma3 = small_model("gemma3", 6, 256, {"post_attention_norm", "attn_q_norm", "attn_k_norm", "post_ffw_norm"});
   gemma3.integers["attention.sliding_window"] = 40;
   check_same<256>(gemma3);
   Tiny other = gemma3;
@@ -212,12 +181,12 @@ TEST_CASE("windows, one KV head, soft caps, other scales and head dims") {
     return decode(context_of(model, parameters()).get(), some_tokens(150, 50), 0);
   };
   CHECK(furthest(logits_of(gemma3), logits_of(other)) > 10 * tolerance);
-  Tiny gemma2 = small("gemma2", 3, 128, {"post_attention_norm", "post_ffw_norm"});
+  Tiny gemma2 = small_model("gemma2", 3, 128, {"post_attention_norm", "post_ffw_norm"});
   gemma2.integers["attention.sliding_window"] = 40;
   gemma2.numbers["attn_logit_softcapping"] = 5;
   gemma2.numbers["final_logit_softcapping"] = 3;
   check_same<128>(gemma2);
-  check_same<80>(small("qwen3", 2, 80, {"attn_q_norm", "attn_k_norm"}));
+  check_same<80>(small_model("qwen3", 2, 80, {"attn_q_norm", "attn_k_norm"}));
 }
 
 TEST_CASE("both engines agree, also where several caches take turns") {
@@ -287,7 +256,7 @@ struct Observer {
 TEST_CASE("an observer sees what each layer attends with, and may change what comes of it") {
   init_engine();
   const TemporaryFolder folder;
-  Tiny gemma3 = small("gemma3", 6, 256, {"post_attention_norm", "attn_q_norm", "attn_k_norm", "post_ffw_norm"});
+  Tiny gemma3 = small_model("gemma3", 6, 256, {"post_attention_norm", "attn_q_norm", "attn_k_norm", "post_ffw_norm"});
   gemma3.integers["attention.sliding_window"] = 40;
   gemma3.write(folder.file("model.gguf"));
   const LoadedModel model = load(folder.file("model.gguf"));
@@ -322,7 +291,7 @@ TEST_CASE("an observer sees what each layer attends with, and may change what co
 
 TEST_CASE("what it cannot serve is refused, and nothing is lost") {
   const TemporaryFolder folder;
-  const Tiny tiny = small("qwen3", 2, 80, {"attn_q_norm", "attn_k_norm"});
+  const Tiny tiny = small_model("qwen3", 2, 80, {"attn_q_norm", "attn_k_norm"});
   tiny.write(folder.file("model.gguf"));
   const LoadedModel model = load(folder.file("model.gguf"));
   kvt::KvCache<kvt::Uniform, kvt::SinkRecent, kvt::KvCodec<kvt::Dense<float, 80>>> cache, narrow;

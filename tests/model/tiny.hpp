@@ -28,12 +28,20 @@ struct Tiny {
       {"blk.0.attn_output.weight", {80, 80}}, {"blk.0.ffn_norm.weight", {80}},    {"blk.0.ffn_gate.weight", {80, 96}},
       {"blk.0.ffn_up.weight", {80, 96}},      {"blk.0.ffn_down.weight", {96, 80}}};
   std::map<std::string, ggml_type> types;
+  std::string tokenizer_of;  // a model file, if it is to have one
 
   void write(const std::string& path) const {
     gguf_context* const file = gguf_init_empty();
     ggml_context* const c = ggml_init({std::size_t{1} << 25, nullptr, false});
+    if (tokenizer_of.empty()) {
+      gguf_set_val_str(file, "tokenizer.ggml.model", "no_vocab");
+    } else {
+      gguf_context* const other = gguf_init_from_file(tokenizer_of.c_str(), {true, nullptr});
+      REQUIRE(other != nullptr);
+      gguf_set_kv(file, other);
+      gguf_free(other);
+    }
     gguf_set_val_str(file, "general.architecture", architecture.c_str());
-    gguf_set_val_str(file, "tokenizer.ggml.model", "no_vocab");
     for (const auto& [key, value] : integers) gguf_set_val_u32(file, (architecture + "." + key).c_str(), value);
     for (const auto& [key, value] : numbers) gguf_set_val_f32(file, (architecture + "." + key).c_str(), value);
     for (const auto& [key, value] : texts) gguf_set_val_str(file, (architecture + "." + key).c_str(), value.c_str());
@@ -53,3 +61,35 @@ struct Tiny {
     gguf_free(file);
   }
 };
+
+// Of several layers, embedding 64, 4 query heads and 1 KV head.
+inline Tiny small_model(const std::string& architecture, int layers, unsigned dim, std::initializer_list<const char*> norms,
+                        unsigned tokens = 50) {
+  Tiny tiny;
+  tiny.architecture = architecture;
+  const unsigned embedding = 64, heads = 4, inner = 96;
+  tiny.integers = {{"block_count", static_cast<unsigned>(layers)},
+                   {"embedding_length", embedding},
+                   {"feed_forward_length", inner},
+                   {"attention.head_count", heads},
+                   {"attention.head_count_kv", 1},
+                   {"attention.key_length", dim},
+                   {"attention.value_length", dim},
+                   {"rope.dimension_count", dim},
+                   {"vocab_size", tokens},
+                   {"context_length", 1024}};
+  tiny.shapes = {{"token_embd.weight", {embedding, tokens}}, {"output_norm.weight", {embedding}}};
+  for (int l = 0; l < layers; ++l) {
+    const std::string block = "blk." + std::to_string(l) + ".";
+    tiny.shapes[block + "attn_norm.weight"] = tiny.shapes[block + "ffn_norm.weight"] = {embedding};
+    for (const std::string norm : norms) {
+      tiny.shapes[block + norm + ".weight"] = {norm.ends_with("q_norm") || norm.ends_with("k_norm") ? dim : embedding};
+    }
+    tiny.shapes[block + "attn_q.weight"] = {embedding, heads * dim};
+    tiny.shapes[block + "attn_k.weight"] = tiny.shapes[block + "attn_v.weight"] = {embedding, dim};
+    tiny.shapes[block + "attn_output.weight"] = {heads * dim, embedding};
+    tiny.shapes[block + "ffn_gate.weight"] = tiny.shapes[block + "ffn_up.weight"] = {embedding, inner};
+    tiny.shapes[block + "ffn_down.weight"] = {inner, embedding};
+  }
+  return tiny;
+}

@@ -45,6 +45,15 @@ void add_question_options(CLI::App& app, Tasks::Options& options) {
       ->check(CLI::IsMember(Tasks::wordings()));
 }
 
+void add_part_option(CLI::App& app, Part& part) {
+  std::map<std::string, Part> parts;
+  for (const auto each : {Part::all, Part::tuning, Part::evaluation}) parts[name_of(each)] = each;
+  app.add_option("--part", part,
+                 "all of a text, or the third of its passages for tuning, or the rest, for evaluation, as report has them "
+                 "(default: all)")
+      ->transform(CLI::CheckedTransformer(parts).description(""));
+}
+
 const std::string& Common::model_path() const {
   if (model.empty()) {
     throw std::runtime_error("no model is given: use --model FILE.gguf or set KVT_MODEL (tools/bootstrap installs one)");
@@ -141,6 +150,12 @@ json to_json(const kvt::Memory& m) {
           {"slack", m.slack_bytes},     {"total", m.total()},     {"dense_fp16", m.dense_fp16_bytes}};
 }
 
+std::string hex(std::uint64_t fingerprint) {
+  char digits[17];
+  std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(fingerprint));
+  return digits;
+}
+
 std::string read_file(const std::string& path) {
   std::ifstream stream(path, std::ios::binary);
   std::stringstream text;
@@ -150,8 +165,9 @@ std::string read_file(const std::string& path) {
   return text.str();
 }
 
-std::vector<int> tokens_from(const Tokenizer& tokenizer, const std::string& path, long long offset, long long least) {
-  const std::string text = read_file(path);
+std::vector<int> tokens_from(const Tokenizer& tokenizer, const std::string& path, long long offset, long long least,
+                             Part part) {
+  const std::string text = read_part(path, part);
   if (offset < 0 || offset >= static_cast<long long>(text.size())) {
     throw std::runtime_error("--offset " + std::to_string(offset) + " is outside the text of " + std::to_string(text.size()) +
                              " bytes");

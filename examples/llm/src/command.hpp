@@ -13,6 +13,7 @@
 #include "caches.hpp"
 #include "measure.hpp"
 #include "model.hpp"
+#include "passages.hpp"
 #include "tasks.hpp"
 #include "tokenizer.hpp"
 
@@ -29,6 +30,7 @@ void add_sensitivity(CLI::App& app);
 void add_retrieve(CLI::App& app);
 void add_profile(CLI::App& app);
 void add_train(CLI::App& app);
+void add_report(CLI::App& app, int argc, char** argv);  // which the page repeats
 
 struct Common {
   std::string model;
@@ -47,6 +49,9 @@ struct Common {
 
 // --tokens, --seed and --wording of questions about texts.
 void add_question_options(CLI::App& app, Tasks::Options& options);
+
+// --part, of the passages of texts.
+void add_part_option(CLI::App& app, Part& part);
 
 // What a cache may keep: everything, or a share of the rows, rows a KV head on average, or bytes.
 class Budget {
@@ -85,10 +90,12 @@ std::uint64_t fingerprint(const Items& items, std::uint64_t before = 0xcbf29ce48
   for (const auto item : items) before = (before ^ static_cast<Unsigned>(item)) * 0x100000001b3;
   return before;
 }
+std::string hex(std::uint64_t fingerprint);
 // The whole file; an error if it is empty.
 std::string read_file(const std::string& path);
-// All tokens from the byte `offset` of a file on; an error if they are fewer than `least`.
-std::vector<int> tokens_from(const Tokenizer& tokenizer, const std::string& path, long long offset, long long least);
+// All tokens from the byte `offset` of a file, or of a part of it, on; an error if they are fewer than `least`.
+std::vector<int> tokens_from(const Tokenizer& tokenizer, const std::string& path, long long offset, long long least,
+                             Part part = Part::all);
 // The first `count` of them.
 std::vector<int> tokens_of(const Tokenizer& tokenizer, const std::string& path, long long offset, int count);
 
@@ -101,6 +108,9 @@ void in_chunks(int total, int chunk, int extra, const Step& step) {
     at += n;
   }
 }
+
+// Another size of chunks, for what rounding alone does.
+inline int other_chunk(int chunk) { return chunk > 1 ? (chunk + 1) / 2 : 2; }
 
 // CLI11's own checks let NaN pass, and name ranges of 300 digits.
 CLI::Validator number_between(double low, double high);

@@ -29,6 +29,7 @@ struct Options {
   std::string text, weights = "f32", plot;
   int pieces = 1, tokens = 1024, skip = 128, continuation = 0;
   long long offset = 0;
+  Part part = Part::all;
   bool flush = false;
   std::vector<std::string> caches, peers;
 };
@@ -156,7 +157,7 @@ Plot::Point Row::point() const {
 // Pieces of a text, each with the token after it: one begins at the offset, the others at equal distances behind it.
 std::vector<std::vector<int>> pieces_of(const Options& o, const Tokenizer& tokenizer) {
   const auto count = static_cast<std::size_t>(o.pieces), length = static_cast<std::size_t>(o.tokens);
-  const auto all = tokens_from(tokenizer, o.text, o.offset, static_cast<long long>(count * length + 1));
+  const auto all = tokens_from(tokenizer, o.text, o.offset, static_cast<long long>(count * length + 1), o.part);
   std::vector<std::vector<int>> pieces;
   for (std::size_t i = 0; i < count; ++i) {
     const auto first = all.begin() + static_cast<std::ptrdiff_t>(i * (all.size() - 1) / count);
@@ -186,10 +187,11 @@ class Benchmark {
   std::span<const int> piece(int first, int n) const;
   long long steps() const;  // tokens that are evaluated for a piece, but for repetitions
   void eval_chunk(int at, int n, const Eval& eval, const Use& use);
-  void eval_context(const Eval& eval, const Use& use);
-  void eval_continuation(const Eval& eval, const Use& use);
+  void eval_context(const Eval& eval, const Use& use, int chunk);
+  void eval_continuation(const Eval& eval, const Use& use, int chunk);
   Eval eval_with(kvt::AnyCache& cache);
 
+  void read_full(int chunk, const Use& use);
   void read_reference();
   Use compare_into(Fidelity& fidelity) const;
   void run_candidates();
@@ -213,6 +215,7 @@ class Benchmark {
   std::optional<Progress> progress_;
   const std::vector<int>* piece_ = nullptr;  // that is run over
   std::vector<float> reference_;             // its logits at the scored positions
+  Fidelity floor_;                           // the full cache in other chunks: what rounding alone does
   std::vector<Row> rows_;                    // of the candidates, then of the peers
   std::size_t printed_ = 0;
 };
@@ -287,12 +290,12 @@ void Benchmark::eval_chunk(int at, int n, const Eval& eval, const Use& use) {
   progress_->advance(n);
 }
 
-void Benchmark::eval_context(const Eval& eval, const Use& use) {
-  in_chunks(before_, o_.common.chunk, o_.common.zones.sink_rows, [&](int at, int n) { eval_chunk(at, n, eval, use); });
+void Benchmark::eval_context(const Eval& eval, const Use& use, int chunk) {
+  in_chunks(before_, chunk, o_.common.zones.sink_rows, [&](int at, int n) { eval_chunk(at, n, eval, use); });
 }
 
-void Benchmark::eval_continuation(const Eval& eval, const Use& use) {
-  in_chunks(o_.continuation, o_.common.chunk, 0, [&](int at, int n) { eval_chunk(before_ + at, n, eval, use); });
+void Benchmark::eval_continuation(const Eval& eval, const Use& use, int chunk) {
+  in_chunks(o_.continuation, chunk, 0, [&](int at, int n) { eval_chunk(before_ + at, n, eval, use); });
 }
 
 Benchmark::Eval Benchmark::eval_with(kvt::AnyCache& cache) {
@@ -300,14 +303,20 @@ Benchmark::Eval Benchmark::eval_with(kvt::AnyCache& cache) {
       [&](std::span<const int> tokens, int first, Engine::Logits which) { return engine_->eval(cache, tokens, first, which); };
 }
 
+void Benchmark::read_full(int chunk, const Use& use) {
+  const auto full = make_cache({"uniform", "sink_recent", "fp32"}, model_->parameters().geometry(), o_.common.zones);
+  eval_context(eval_with(*full), use, chunk);
+  eval_continuation(eval_with(*full), use, chunk);
+}
+
 void Benchmark::read_reference() {
   reference_.resize(static_cast<std::size_t>(o_.tokens - skip_) * width());
-  const auto full = make_cache({"uniform", "sink_recent", "fp32"}, model_->parameters().geometry(), o_.common.zones);
-  const Use keep = [&](std::size_t k, std::span<const float> logits) {
+  read_full(o_.common.chunk, [&](std::size_t k, std::span<const float> logits) {
     std::copy(logits.begin(), logits.end(), reference_.data() + k * width());
-  };
-  eval_context(eval_with(*full), keep);
-  eval_continuation(eval_with(*full), keep);
+  });
+  Fidelity again;
+  read_full(other_chunk(o_.common.chunk), compare_into(again));
+  floor_.add(again);
 }
 
 Benchmark::Use Benchmark::compare_into(Fidelity& fidelity) const {
@@ -352,7 +361,7 @@ void Benchmark::run_group(const std::vector<std::size_t>& group) {
     const double start = seconds() - whole.seconds();  // as if the text had been read for this one alone
     const auto cache = whole.cut(candidates_[k].names, candidates_[k].budget, candidates_[k].oracle);
     Fidelity fidelity;
-    eval_continuation(eval_with(*cache), compare_into(fidelity));
+    eval_continuation(eval_with(*cache), compare_into(fidelity), o_.common.chunk);
     add(k, outcome(std::move(fidelity), *cache, whole.bytes_of(*cache), start));
   }
 }
@@ -369,7 +378,7 @@ Outcome Benchmark::run_alone(const Candidate& candidate) {
         if (!candidate.budget.hold(*cache) && o_.flush) check(cache->flush());
         return logits;
       },
-      compare_into(fidelity));
+      compare_into(fidelity), o_.common.chunk);
   return outcome(std::move(fidelity), *cache, measured_bytes(*cache, memory), start);
 }
 
@@ -381,8 +390,8 @@ Outcome Benchmark::run_peer(Peer& peer) {
     return program.eval(tokens, first, which == Engine::Logits::all);
   };
   Fidelity fidelity;
-  eval_context(eval, compare_into(fidelity));
-  eval_continuation(eval, compare_into(fidelity));
+  eval_context(eval, compare_into(fidelity), o_.common.chunk);
+  eval_continuation(eval, compare_into(fidelity), o_.common.chunk);
   if (!peer.cache.rotate && (program.rotates_keys() || program.rotates_values()))
     throw std::runtime_error("this version of llama.cpp does not let its rotation be switched off");
   return {std::move(fidelity),
@@ -402,7 +411,7 @@ void Benchmark::run_candidates() {
 long long Benchmark::steps() const {
   const auto groups = static_cast<long long>(groups_.size()), all = static_cast<long long>(candidates_.size());
   const long long ours = o_.continuation > 0 ? groups * before_ + all * o_.continuation : all * o_.tokens;
-  return ours + o_.tokens * static_cast<long long>(1 + peers_.size());
+  return ours + o_.tokens * static_cast<long long>(2 + peers_.size());
 }
 
 void Benchmark::run() {
@@ -420,6 +429,8 @@ void Benchmark::run() {
     for (std::size_t k = 0; k < peers_.size(); ++k) add(candidates_.size() + k, run_peer(peers_[k]));
   }
   progress_.reset();
+  std::fprintf(o_.common.text(), "%-44s %22.2e  (the full cache in chunks of %d: what rounding alone does)\n", "noise floor",
+               floor_.mean_kl(), other_chunk(o_.common.chunk));
 }
 
 void Benchmark::report() const {
@@ -437,6 +448,8 @@ void Benchmark::report() const {
                    {"chunk", o_.common.chunk},
                    {"weights", o_.weights},
                    {"engine", name_of(o_.common.engine)},
+                   {"noise_floor", floor_.mean_kl()},
+                   {"part", name_of(o_.part)},
                    {"results", results}});
   if (!plot_) return;
   plot_->draw(std::filesystem::path(o_.text).filename().string() + ", " + std::to_string(o_.pieces * (o_.tokens - skip_)) +
@@ -481,6 +494,7 @@ void add_fidelity(CLI::App& app) {
       ->capture_default_str()
       ->check(CLI::NonNegativeNumber);
   command->add_option("--offset", o->offset, "byte of the file to begin at")->capture_default_str();
+  add_part_option(*command, o->part);
   command->add_flag("--flush", o->flush, "encode after every chunk instead of when a block is full");
   command->add_option("--plot", o->plot, "also draw KL against bits into this file, .svg or .png, with gnuplot");
   command->callback([o] {

@@ -40,7 +40,7 @@ std::vector<Lesson> make_lessons(const Tokenizer& tokenizer, const LessonOptions
   std::string all;
   std::vector<std::vector<int>> texts;
   for (const auto& path : o.texts) {
-    const std::string text = read_file(path);
+    const std::string text = read_part(path, o.part);
     all += text + "\n";
     texts.push_back(tokenizer.encode(text, false, false));
     if (static_cast<int>(texts.back().size()) < piece + o.continuation) {

@@ -33,6 +33,7 @@ struct Lesson {
 struct LessonOptions {
   std::vector<std::string> texts, wordings, tasks;
   int samples = 48, continuation = 128;
+  Part part = Part::all;
   Tasks::Options make;
 };
 

@@ -2,7 +2,8 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // kvt-llm: a real model on a tailored KV cache. generate answers a question about a document; fidelity measures what a
-// composition loses, retrieve what is still found; profile learns budgets; parity and bench compare with llama.cpp itself.
+// composition loses, retrieve what is still found, report both on a page; profile and train learn policies; parity and bench
+// compare with llama.cpp itself.
 #include <unistd.h>
 
 #include <cstdio>
@@ -38,6 +39,7 @@ int main(int argc, char** argv) try {
   kvt_llm::add_retrieve(app);
   kvt_llm::add_profile(app);
   kvt_llm::add_train(app);
+  kvt_llm::add_report(app, argc, argv);
   try {
     app.parse(argc, argv);
   } catch (const CLI::ParseError& e) {

@@ -9,6 +9,8 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdio>
+#include <limits>
+#include <numbers>
 #include <numeric>
 
 namespace kvt_llm {
@@ -33,6 +35,13 @@ Distance compare(std::span<const float> reference, std::span<const float> other,
     d.other_nll = b - static_cast<double>(other[static_cast<std::size_t>(target)]);
   }
   return d;
+}
+
+double log_probability(std::span<const float> logits, int token) {
+  const auto top = static_cast<double>(*std::max_element(logits.begin(), logits.end()));
+  double sum = 0;
+  for (const float x : logits) sum += std::exp(static_cast<double>(x) - top);
+  return static_cast<double>(logits[static_cast<std::size_t>(token)]) - top - std::log(sum);
 }
 
 void Fidelity::add(const Distance& d) {
@@ -75,6 +84,49 @@ Mean Mean::over(const std::vector<Mean>& parts) {
   }
   m.error = std::sqrt(m.error) / static_cast<double>(parts.size());
   return m;
+}
+
+namespace {
+
+constexpr double normal_975 = 1.959963984540054;
+
+// The 97.5 % quantile of Student's t: exact for one and two degrees of freedom, else Abramowitz and Stegun 26.7.5, to .2 %.
+double student_975(double freedom) {
+  if (freedom == 1) return std::tan(0.475 * std::numbers::pi);
+  if (freedom == 2) return 0.95 * std::sqrt(2 / (4 * 0.975 * 0.025));
+  const double z = normal_975, q = z * z, v = freedom;
+  return z * (1 + (q + 1) / (4 * v) + ((5 * q + 16) * q + 3) / (96 * v * v) +
+              (((3 * q + 19) * q + 17) * q - 15) / (384 * v * v * v) +
+              ((((79 * q + 776) * q + 1482) * q - 1920) * q - 945) / (92160 * v * v * v * v));
+}
+
+}  // namespace
+
+Interval Interval::of_mean(const std::vector<double>& x) {
+  const Mean m = Mean::of(x);
+  const double half =
+      x.size() > 1 ? student_975(static_cast<double>(x.size() - 1)) * m.error : std::numeric_limits<double>::infinity();
+  return {m.value, m.value - half, m.value + half};
+}
+
+Interval Interval::of_share(const std::vector<double>& x) {
+  const auto n = static_cast<double>(x.size());
+  const double share = std::accumulate(x.begin(), x.end(), 0.0) / n, q = normal_975 * normal_975;
+  const double middle = (share + q / (2 * n)) / (1 + q / n);
+  const double half = normal_975 / (1 + q / n) * std::sqrt(share * (1 - share) / n + q / (4 * n * n));
+  return {share, std::max(0.0, middle - half), std::min(1.0, middle + half)};
+}
+
+Interval Interval::of_paired_shares(const std::vector<double>& a, const std::vector<double>& b) {
+  const auto n = static_cast<double>(a.size());
+  double first = 0, second = 0;  // samples in which the one alone is 1
+  for (std::size_t i = 0; i < a.size(); ++i) {
+    first += a[i] > b[i];
+    second += b[i] > a[i];
+  }
+  const double middle = (first - second) / (n + 2);
+  const double half = normal_975 / (n + 2) * std::sqrt(first + second + 1 - (first - second) * (first - second) / (n + 2));
+  return {(first - second) / n, std::max(-1.0, middle - half), std::min(1.0, middle + half)};
 }
 
 Progress::Progress(std::string what, long long total)

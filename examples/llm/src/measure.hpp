@@ -1,7 +1,7 @@
 // SPDX-FileCopyrightText: kvtailor contributors
 // SPDX-License-Identifier: Apache-2.0
 //
-// Fidelity: how far one next-token distribution is from another. Mean: of samples. Progress: how far long work is.
+// Fidelity: how far one next-token distribution is from another. Mean, Interval: of samples. Progress: how far long work is.
 #pragma once
 
 #include <chrono>
@@ -19,6 +19,7 @@ struct Distance {
   double reference_nll = 0, other_nll = 0;  // of `target`, if there is one
 };
 Distance compare(std::span<const float> reference, std::span<const float> other, int target = -1);
+double log_probability(std::span<const float> logits, int token);  // nats
 
 struct Fidelity {
   std::vector<double> kl;
@@ -39,6 +40,19 @@ struct Mean {
   static Mean of(const std::vector<double>& x);
   // Of means that do not depend on one another.
   static Mean over(const std::vector<Mean>& parts);
+};
+
+// A mean or a share, and where it is with 95 % confidence.
+struct Interval {
+  double value = 0, low = 0, high = 0;
+
+  // Of a mean: Student's t. From minus to plus infinity if there is but one sample.
+  static Interval of_mean(const std::vector<double>& x);
+  // Of a share: Wilson's score interval, which is none of a point if all samples agree.
+  static Interval of_share(const std::vector<double>& zeros_and_ones);
+  // Of the difference a - b of two shares of the same samples: Agresti and Min (Statistics in Medicine 24, 2005), which adds
+  // half a sample to each of the four cells, so that it too is never a point.
+  static Interval of_paired_shares(const std::vector<double>& a, const std::vector<double>& b);
 };
 
 // A bar on a terminal, a line now and then elsewhere; both on stderr.

@@ -111,6 +111,60 @@ std::string script(const std::string& title, std::vector<Plot::Line> lines, doub
   return out.str();
 }
 
+// Series differ by shape and dashes, so that they can be told apart in black and white.
+std::string script(const Plot::Chart& chart) {
+  constexpr const char* colours[] = {"#2166ac", "#b2182b", "#1b7837", "#762a83", "#e08214", "#4d4d4d", "#01665e", "#c51b7d"};
+  constexpr int shapes[] = {7, 9, 5, 13, 4, 6, 8, 12};
+  std::ostringstream out, plot;
+  out << "set termoption noenhanced\n"
+      << "set title " << quoted(chart.title) << "\nset xlabel " << quoted(chart.x_label) << "\nset ylabel "
+      << quoted(chart.y_label)
+      << "\nset grid xtics ytics linetype 1 linecolor rgb '#dddddd'\nset key tmargin center horizontal\n";
+  double left = HUGE_VAL, right = 0, top = 0;
+  for (const auto& series : chart.series) {
+    for (const auto& p : series.points) {
+      left = std::min(left, p.x);
+      right = std::max(right, p.x);
+      top = std::max({top, p.y, std::min(p.high, 3 * p.y)});
+    }
+  }
+  if (chart.log_x) {
+    out << "set logscale x 2\nset xrange [" << left / 1.2 << ':' << right * 1.2
+        << "]\nset xtics (3, 4, 6, 8, 12, 16, 25, 35, 50, 70, 100)\n";
+  } else {
+    out << "set xrange [" << (chart.bars ? left - 1 : 0) << ':' << (chart.bars ? right + 1 : 100) << "]\n";
+  }
+  if (chart.log_y) {
+    out << "set logscale y\nset format y '%g'\nset yrange [" << chart.bottom << ':' << 1.5 * std::max(top, 2 * chart.bottom)
+        << "]\n";
+  } else {
+    out << "set yrange [0:105]\n";
+  }
+  for (std::size_t i = 0; i < chart.series.size(); ++i) {
+    const auto& series = chart.series[i];
+    auto points = series.points;
+    std::sort(points.begin(), points.end(), [](auto& a, auto& b) { return a.x < b.x; });
+    out << "$data" << i << " << END\n";
+    for (const auto& p : points) {
+      out << p.x << ' ' << std::max(p.y, chart.bottom) << ' ' << std::max(p.low, chart.bottom) << ' '
+          << std::max(std::min(p.high, 10 * top), chart.bottom) << '\n';
+    }
+    out << "END\n";
+    const std::string colour = " linecolor rgb '" + std::string(colours[i % std::size(colours)]) + "'";
+    const std::string name = " title " + quoted(series.name), data = "$data" + std::to_string(i);
+    plot << (i == 0 ? "plot " : ", ");
+    if (chart.bars) {
+      plot << data << " using 1:2 with boxes fill solid .5 border" << colour << name;
+    } else {
+      plot << data << " using 1:2:3:4 with yerrorbars pointsize 0 linewidth 1" << colour << " notitle, " << data
+           << " using 1:2 with linespoints linewidth 2 pointsize 1 dashtype " << 1 + i / 2 % 5 << " pointtype "
+           << shapes[i % std::size(shapes)] << colour << name;
+    }
+  }
+  out << (chart.bars ? "set boxwidth .8\n" : "") << plot.str() << '\n';
+  return out.str();
+}
+
 std::string script(const std::string& title, const kvt::Table& dropped, const std::vector<std::vector<kvt::Option>>& losses) {
   const std::size_t steps = dropped.shape[0], layers = dropped.shape[1], heads = dropped.shape[2];
   const float* const row = dropped.numbers.data() + (steps * 4 / 5) * layers * heads;
@@ -172,6 +226,8 @@ void Plot::draw(const std::string& title, const std::vector<Point>& points) cons
 void Plot::draw(const std::string& title, std::vector<Line> lines, double full) const {
   run(script(title, std::move(lines), full));
 }
+
+void Plot::draw(const Chart& chart) const { run(script(chart)); }
 
 void Plot::draw(const std::string& title, const kvt::Table& dropped,
                 const std::vector<std::vector<kvt::Option>>& losses) const {

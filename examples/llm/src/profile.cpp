@@ -33,6 +33,7 @@ struct Options {
   std::vector<std::string> texts, selectors, outs, plots, tasks;
   std::string questions, resume;
   int samples = 16;
+  Part part = Part::all;
   Tasks::Options make;
   bool mean = false, average = false, per_layer = false;
 };
@@ -160,7 +161,7 @@ std::vector<Sample> Profile::from_texts() const {
   std::string all;
   std::vector<std::vector<int>> texts;
   for (const auto& path : o_.texts) {
-    const std::string text = read_file(path);
+    const std::string text = read_part(path, o_.part);
     all += text + "\n";
     texts.push_back(tokenizer_->encode(text, false, false));
     if (repeats && static_cast<int>(texts.back().size()) < o_.make.tokens) {
@@ -369,6 +370,7 @@ void Profile::report() const {
          {"head_dim", std::to_string(shape_.head_dim)},
          {"num_q_heads", std::to_string(shape_.num_q_heads)},
          {"data", data},
+         {"part", name_of(o_.part)},
          {"importance", importance + (o_.mean ? ", mean over queries" : ", largest over queries")},
          {"samples", std::to_string(samples_.size()) + " of " + std::to_string(tokens / samples_.size()) + " tokens"},
          {"seed", std::to_string(o_.make.seed)},
@@ -421,6 +423,7 @@ void add_profile(CLI::App& app) {
                        repetition + known + " (default: " + repetition + ")")
       ->delimiter(',');
   add_question_options(*command, o->make);
+  add_part_option(*command, o->part);
   command->add_option("--samples", o->samples, "pieces of the texts, or questions")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);

@@ -9,6 +9,7 @@
 #include <filesystem>
 #include <stdexcept>
 
+#include "answers.hpp"
 #include "command.hpp"
 #include "engine.hpp"
 #include "hindsight.hpp"
@@ -30,6 +31,7 @@ struct Options {
   std::string text, plot, resume;
   std::vector<std::string> methods, retains, tasks;
   int samples = 8;
+  Part part = Part::all;
   Tasks::Options make;
   bool question_aware = false;
 };
@@ -56,58 +58,14 @@ Method parse_method(const std::string& text) {
   return method;
 }
 
-struct Score {
-  double exact = 0;     // all tokens of all answers are the most likely ones
-  double partial = 0;   // share of the answers that are; of the tokens if there is one answer
-  double log_prob = 0;  // nats, mean of the answers' tokens
+// Of a question over what was cut.
+struct Cell {
+  Score score;
   double rows_share = 0, bytes = 0;
 
-  json to_json() const { return {exact, partial, log_prob, rows_share, bytes}; }
-  static Score from(const json& j) { return {j.at(0), j.at(1), j.at(2), j.at(3), j.at(4)}; }
+  json to_json() const { return {score.exact, score.partial, score.log_prob, rows_share, bytes}; }
+  static Cell from(const json& j) { return {{j.at(0), j.at(1), j.at(2)}, j.at(3), j.at(4)}; }
 };
-
-double log_probability(std::span<const float> logits, int token) {
-  const auto top = static_cast<double>(*std::max_element(logits.begin(), logits.end()));
-  double sum = 0;
-  for (const float x : logits) sum += std::exp(static_cast<double>(x) - top);
-  return static_cast<double>(logits[static_cast<std::size_t>(token)]) - top - std::log(sum);
-}
-
-// `logits` are those after each token of the reply.
-Score score(const Prompt::Reply& reply, std::span<const float> logits, std::size_t width) {
-  std::vector<bool> right(reply.answers, true);
-  Score score;
-  double right_tokens = 0;
-  for (const auto& target : reply.targets) {
-    const int token = reply.tokens[target.token];
-    const auto here = logits.subspan((target.token - 1) * width, width);
-    const bool most_likely = std::max_element(here.begin(), here.end()) - here.begin() == token;
-    right_tokens += most_likely;
-    if (!most_likely) right[target.answer] = false;
-    score.log_prob += log_probability(here, token) / static_cast<double>(reply.targets.size());
-  }
-  const auto right_answers = static_cast<double>(std::count(right.begin(), right.end(), true));
-  const auto answers = static_cast<double>(reply.answers);
-  score.exact = right_answers == answers ? 1 : 0;
-  score.partial = reply.answers == 1 ? right_tokens / static_cast<double>(reply.targets.size()) : right_answers / answers;
-  return score;
-}
-
-// The cache reads the question and each right reply; the one that the model would rather give counts.
-Score answer(Engine& engine, kvt::AnyCache& cache, const Prompt& prompt) {
-  const int at = static_cast<int>(prompt.context.size() + prompt.asked.size());
-  if (!prompt.asked.empty()) {
-    engine.eval(cache, prompt.asked, static_cast<int>(prompt.context.size()), Engine::Logits::last);
-  }
-  std::optional<Score> best;
-  for (const auto& reply : prompt.replies) {
-    check(cache.truncate(at));
-    const auto logits = engine.eval(cache, reply.tokens, at, Engine::Logits::all);
-    const Score s = score(reply, logits, static_cast<std::size_t>(engine.model().parameters().vocabulary));
-    if (!best || std::pair(s.exact, s.log_prob) > std::pair(best->exact, best->log_prob)) best = s;
-  }
-  return *best;
-}
 
 struct Summary {
   Mean exact, partial, log_prob, rows_share, bytes;
@@ -117,14 +75,14 @@ struct Summary {
                                                                        {"log_prob", &Summary::log_prob},
                                                                        {"rows_share", &Summary::rows_share},
                                                                        {"measured_bytes", &Summary::bytes}};
-  static Summary of(const std::vector<Score>& scores) {
-    constexpr double Score::*parts[] = {&Score::exact, &Score::partial, &Score::log_prob, &Score::rows_share, &Score::bytes};
-    Summary s;
-    for (std::size_t f = 0; f < std::size(fields); ++f) {
-      std::vector<double> x;
-      for (const Score& score : scores) x.push_back(score.*parts[f]);
-      s.*fields[f].second = Mean::of(x);
+  static Summary of(const std::vector<Cell>& cells) {
+    std::vector<double> of_field[std::size(fields)];
+    for (const Cell& c : cells) {
+      const double parts[] = {c.score.exact, c.score.partial, c.score.log_prob, c.rows_share, c.bytes};
+      for (std::size_t f = 0; f < std::size(fields); ++f) of_field[f].push_back(parts[f]);
     }
+    Summary s;
+    for (std::size_t f = 0; f < std::size(fields); ++f) s.*fields[f].second = Mean::of(of_field[f]);
     return s;
   }
   static Summary over(const std::vector<Summary>& summaries) {
@@ -174,8 +132,8 @@ class Benchmark {
   json parameters() const;
   json key(const Prompt& prompt, const Method& method, const Retention& retention) const;
   void run_group(const Prompt& prompt, const std::vector<Run>& group, Progress& progress);
-  std::vector<Score> scores(const std::string& task, const Method& method, const Retention& retention,
-                            std::optional<double> depth = {}) const;
+  std::vector<Cell> cells(const std::string& task, const Method& method, const Retention& retention,
+                          std::optional<double> depth = {}) const;
   Row row(const Method& method, const Retention& retention) const;
   std::vector<Row> rows() const;
   void print_table(FILE* out, const std::vector<Row>& rows, bool of_solved) const;
@@ -200,7 +158,7 @@ Benchmark::Benchmark(const Options& o) : o_(o) {
   read_options();
   if (!o.plot.empty()) plot_.emplace(o.plot);
   const std::string& path = o.common.model_path();
-  text_ = read_file(o.text);
+  text_ = read_part(o.text, o.part);
   model_.emplace(path, o_.common.engine);
   for (const auto& method : methods_) {
     make_cache(method.names, model_->parameters().geometry(), told_of(*model_, method.names, o.common.zones));
@@ -253,14 +211,12 @@ void Benchmark::make_prompts() {
 }
 
 json Benchmark::parameters() const {
-  char digits[17];
-  std::snprintf(digits, sizeof digits, "%016llx", static_cast<unsigned long long>(fingerprint(text_)));
   const std::filesystem::path model = o_.common.model_path();
   return {{"format", "kvt-llm retrieve 1"},
           {"model", model.filename().string()},
           {"model_bytes", std::filesystem::file_size(model)},
           {"engine", name_of(o_.common.engine)},
-          {"text_hash", digits},
+          {"text_hash", hex(fingerprint(text_))},
           {"tokens", o_.make.tokens},
           {"seed", o_.make.seed},
           {"wording", o_.make.wording},
@@ -298,12 +254,11 @@ void Benchmark::run_group(const Prompt& prompt, const std::vector<Run>& group, P
       const json name = key(prompt, method, retention);
       if (results_.find(name) == nullptr) {
         const auto cache = whole.cut(method.names, retention.budget, method.oracle);
-        const double rows = mean_rows(*cache);
-        const auto bytes = static_cast<double>(whole.bytes_of(*cache));
-        Score score = answer(*engine_, *cache, prompt);
-        score.rows_share = rows / static_cast<double>(prompt.context.size());
-        score.bytes = bytes;
-        results_.add(name, score.to_json());
+        Cell cell;
+        cell.rows_share = mean_rows(*cache) / static_cast<double>(prompt.context.size());
+        cell.bytes = static_cast<double>(whole.bytes_of(*cache));
+        cell.score = answer(reader_of(*engine_, *cache), prompt, static_cast<std::size_t>(model_->parameters().vocabulary));
+        results_.add(name, cell.to_json());
       }
       progress.advance(1);
     }
@@ -317,15 +272,15 @@ void Benchmark::run() {
   for (const auto& prompt : prompts_) {
     for (const auto& group : all) run_group(prompt, group, progress);
   }
-  for (const auto& task : tasks_) solved_.push_back(Summary::of(scores(task, full_cache, everything)).exact.value >= 0.5);
+  for (const auto& task : tasks_) solved_.push_back(Summary::of(cells(task, full_cache, everything)).exact.value >= 0.5);
 }
 
-std::vector<Score> Benchmark::scores(const std::string& task, const Method& method, const Retention& retention,
-                                     std::optional<double> depth) const {
-  std::vector<Score> out;
+std::vector<Cell> Benchmark::cells(const std::string& task, const Method& method, const Retention& retention,
+                                   std::optional<double> depth) const {
+  std::vector<Cell> out;
   for (const auto& prompt : prompts_) {
     if (prompt.question.task != task || (depth && prompt.question.depth != depth)) continue;
-    out.push_back(Score::from(*results_.find(key(prompt, method, retention))));
+    out.push_back(Cell::from(*results_.find(key(prompt, method, retention))));
   }
   return out;
 }
@@ -334,7 +289,7 @@ Benchmark::Row Benchmark::row(const Method& method, const Retention& retention) 
   Row row{method, retention, {}, {}};
   std::vector<Summary> solved;
   for (std::size_t t = 0; t < tasks_.size(); ++t) {
-    row.of_task.push_back(Summary::of(scores(tasks_[t], method, retention)));
+    row.of_task.push_back(Summary::of(cells(tasks_[t], method, retention)));
     if (solved_[t]) solved.push_back(row.of_task.back());
   }
   if (!solved.empty()) row.mean = Summary::over(solved);
@@ -386,11 +341,11 @@ json Benchmark::to_json(const Row& row) const {
   for (std::size_t t = 0; t < tasks_.size(); ++t) {
     json task = row.of_task[t].to_json();
     task["task"] = tasks_[t];
-    task["samples"] = scores(tasks_[t], row.method, row.retention).size();
+    task["samples"] = cells(tasks_[t], row.method, row.retention).size();
     task["solved"] = static_cast<bool>(solved_[t]);
     if (tasks_[t] == "passkey") {
       for (const double depth : o_.make.depths) {
-        json at = Summary::of(scores(tasks_[t], row.method, row.retention, depth)).to_json();
+        json at = Summary::of(cells(tasks_[t], row.method, row.retention, depth)).to_json();
         at["depth"] = depth;
         task["depths"].push_back(at);
       }
@@ -454,6 +409,7 @@ void add_retrieve(CLI::App& app) {
       ->delimiter(',');
   command->add_option("--tasks", o->tasks, "of " + known + " (default: all that have the wording)")->delimiter(',');
   add_question_options(*command, o->make);
+  add_part_option(*command, o->part);
   command->add_option("--samples", o->samples, "questions of each task; of passkey, in whole rounds of the depths")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);

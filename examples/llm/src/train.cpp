@@ -83,6 +83,7 @@ std::map<std::string, std::string> Training::told() const {
   return {{"model", std::filesystem::path(o_.common.model_path()).filename().string()},
           {"keys", "before RoPE"},
           {"data", joined(names)},
+          {"part", name_of(o_.lessons.part)},
           {"lessons", std::to_string(lessons_.size() - static_cast<std::size_t>(o_.held_out)) + " of " +
                           std::to_string(o_.lessons.make.tokens) + " tokens: continuation, repetition; " +
                           joined(o_.lessons.tasks) + " in the wordings " + joined(o_.lessons.wordings)},
@@ -210,6 +211,7 @@ void add_train(CLI::App& app) {
   command->add_option("--continuation", o->lessons.continuation, "tokens behind a piece that the policy is trained on")
       ->capture_default_str()
       ->check(CLI::Range(8, 4096));
+  add_part_option(*command, o->lessons.part);
   o->lessons.tasks = {"niah_single", "niah_multikey", "niah_multiquery"};
   command->add_option("--tasks", o->lessons.tasks, "questions that are a third of the lessons")
       ->delimiter(',')

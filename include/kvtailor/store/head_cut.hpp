@@ -20,7 +20,10 @@ class HeadCut {
  public:
   using Head = HeadStore<Codec>;
 
-  HeadCut(int recent_rows, int block_rows) noexcept : recent_rows_(recent_rows), block_rows_(block_rows) {}
+  // With `move`, blocks that lose nothing get new memory too, so that all that is left lies together: a resource can give back
+  // to the system what lay between, and not only to those who ask next.
+  HeadCut(int recent_rows, int block_rows, bool move) noexcept
+      : recent_rows_(recent_rows), block_rows_(block_rows), move_(move) {}
 
   // mark [num_rows]: zero drops a row. With `seal`, all but the newest `recent_rows` rows are encoded too, `block_rows`
   // together. The head must not change before commit(), which uses the mark up. Throws what the resource and operator new
@@ -52,7 +55,7 @@ class HeadCut {
     for (const Part& part : parts_) {
       if (!part.tight) continue;
       try {
-        HeadCut again(recent_rows_, block_rows_);
+        HeadCut again(recent_rows_, block_rows_, false);
         const auto all = part.mark.first(part.head->positions().size());
         std::fill(all.begin(), all.end(), static_cast<unsigned char>(1));
         again.add(*part.head, all, false);
@@ -110,13 +113,31 @@ class HeadCut {
     return {};
   }
 
+  // A block that loses nothing.
+  void keep(Part& part, const BlockRef& block) noexcept {
+    BlockRef next = block;
+    if (move_) {
+      try {
+        next = BlockRef::make(part.head->memory_, block.rows, block.key_bytes, block.value_bytes);
+        next.fill(block.keys(), block.values());
+        block.free(part.head->memory_);
+      } catch (...) {  // it is as good where it is
+      }
+    }
+    part.table.push(&next, 1);
+  }
+
   // Blocks stay apart.
   void erase(Part& part, const BlockRef* block, const unsigned char* mark) noexcept {
     const auto& [keys, values] = part.head->codec_;
     for (const BlockRef* const end = part.blocks.data() + part.blocks.size(); block != end; mark += block++->rows) {
+      if (stays(*block, mark)) {
+        keep(part, *block);
+        continue;
+      }
       const int left = count(mark, block->rows);
       BlockRef next = *block;
-      if (left > 0 && !stays(*block, mark)) {
+      if (left > 0) {
         const int key_bytes = keys.erase(block->keys(), block->rows, mark, keys_.data());
         const int value_bytes = values.erase(block->values(), block->rows, mark, values_.data());
         const BlockRef moved = make(part, left, key_bytes, value_bytes);
@@ -135,7 +156,7 @@ class HeadCut {
     int left = part.head->body_rows();  // as the zones are cut already
     const BlockRef* const end = part.blocks.data() + part.blocks.size();
     while (block != end && block->rows == block_rows_ && stays(*block, mark)) {
-      part.table.push(block, 1);
+      keep(part, *block);
       left -= block->rows;
       mark += block++->rows;
     }
@@ -161,6 +182,7 @@ class HeadCut {
   }
 
   int recent_rows_, block_rows_;
+  bool move_;
   std::vector<Part> parts_;
   AlignedBytes keys_, values_;  // of the largest block
 };
