@@ -48,6 +48,7 @@ struct Method {
   Kind kind;
   kvt::Composition composition;
   bool asked_for = false;  // by name, or of a suite
+  std::string files = {};  // hashes of the policy files it names: another policy under an old name is another method
 
   // As it is written on a command line.
   std::string text() const {
@@ -189,6 +190,8 @@ std::string layer_name(int layer) { return "layer " + std::to_string(layer); }
 Report::Report(const Options& o) : o_(o) {
   for (const auto& task : o.tasks) Tasks::check_name(task, o.make.wording);
   if (o.pieces + o.samples < 1) throw std::runtime_error("give --pieces or --samples, or both");
+  if (o.tuning_pieces + o.tuning_samples < 1)
+    throw std::runtime_error("give --tuning-pieces or --tuning-samples, or both: compositions are chosen by them");
   if (o.continuation >= o.tokens)
     throw std::runtime_error("--continuation " + std::to_string(o.continuation) + " leaves no text before it, of " +
                              std::to_string(o.tokens) + " tokens");
@@ -272,7 +275,13 @@ void Report::choose_methods() {
 
 void Report::add_method(Kind kind, const Selection& rows, const std::string& codec) {
   const std::string name = kind == Kind::rows ? rows.name : kind == Kind::bits ? codec : rows.name + " + " + codec;
-  Method method{name, kind, {rows.allocator, rows.selector, codec}, rows.asked_for};
+  Method method{name, kind, {rows.allocator, rows.selector, codec}, rows.asked_for, {}};
+  const std::string text = method.text();
+  for (std::size_t at = 0; (at = text.find("file=", at)) != text.npos;) {
+    at += 5;
+    const std::string path = text.substr(at, text.find_first_of(",+)", at) - at);
+    if (std::filesystem::is_regular_file(path)) method.files += " " + hex(fingerprint(read_file(path)));
+  }
   for (const Method& m : methods_) {
     if (m.kind == kind && m.text() == method.text()) return;
   }
@@ -362,7 +371,7 @@ Budget Report::budget_of(const Item& item, double share) const {
 std::string Report::name(const Cell& cell) const {
   const Method& m = methods_[cell.method];
   std::ostringstream out;
-  out << m.text();
+  out << m.text() << m.files;
   if (cell.budget != 0) out << "," << cell.budget;
   return out.str();
 }
@@ -438,7 +447,8 @@ void Report::look_at_cells(const Item& item) {
       if (results_.find(place) != nullptr) continue;
       if (method.kind == Kind::both) {
         // Where all rows fit, none has to go.
-        const json& all = *results_.find(key(item, "uniform,sink_recent," + method.composition.codec));
+        const Method coded{"", Kind::bits, {"uniform", "sink_recent", method.composition.codec}};
+        const json& all = *results_.find(key(item, coded.text()));
         if (all.at("bytes_share").get<double>() <= cell.budget) {
           results_.add(place, all);
           continue;
