@@ -20,7 +20,7 @@ function(kvt_add_cpu_modules name)
 
   if(NOT arg_SOURCES)
     if(NOT arg_HEAD_DIMS)
-      set(arg_HEAD_DIMS 40 64 80 96 112 128 192 256)
+      set(arg_HEAD_DIMS 40 64 80 96 112 128 192 256 512)
     endif()
     # A file a head dim, so that they compile side by side.
     foreach(head_dim IN LISTS arg_HEAD_DIMS)

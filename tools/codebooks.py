@@ -11,7 +11,7 @@ bits. That is .6 % more than the best levels have at 5 bits, and 2 % at 6, and a
 """
 import numpy as np
 
-DIMS, BITS = (40, 64, 80, 96, 112, 128, 192, 256), range(1, 7)
+DIMS, BITS = (40, 64, 80, 96, 112, 128, 192, 256, 512), range(1, 7)
 SLACK = 1.0005
 
 

@@ -22,6 +22,11 @@ class AnyCache {
  public:
   virtual ~AnyCache() = default;
   virtual const Geometry& geometry() const noexcept = 0;
+  // Of a layer: all are alike, but for a MixedCache's.
+  virtual LayerShape layer_shape(int layer) const noexcept {
+    (void)layer;
+    return geometry().layer();
+  }
   virtual const CacheOptions& options() const noexcept = 0;
   virtual Status set_policies(const AnyAllocator& allocator, const AnySelector& selector) noexcept = 0;
   virtual Status encode(int layer, int kv_head) noexcept = 0;

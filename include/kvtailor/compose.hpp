@@ -24,7 +24,7 @@
 
 // An engine that knows its models may name fewer.
 #if !defined(KVT_HEAD_DIMS)
-#define KVT_HEAD_DIMS 40, 64, 80, 96, 112, 128, 192, 256
+#define KVT_HEAD_DIMS 40, 64, 80, 96, 112, 128, 192, 256, 512
 #endif
 
 namespace kvt::inline v0 {
@@ -296,6 +296,7 @@ extern KVT_INSTANTIATE_HEAD_DIM(112);
 extern KVT_INSTANTIATE_HEAD_DIM(128);
 extern KVT_INSTANTIATE_HEAD_DIM(192);
 extern KVT_INSTANTIATE_HEAD_DIM(256);
+extern KVT_INSTANTIATE_HEAD_DIM(512);
 #endif
 
 // head_codecs [num_layers * num_kv_heads], or empty: the codec of each head, in the form of names.codec.

@@ -3,8 +3,9 @@
 //
 // Everything that compiles without nvcc, but for what costs compile time: what multiplies by Eigen (codec/low_rank.hpp;
 // select/expected_attention.hpp, learned.hpp, leverage.hpp, value_norm.hpp and critical_kv.hpp; learn/importance.hpp and
-// token_scorer.hpp), make_cache (compose.hpp), policies by name (select/any_selector.hpp, budget/any_allocator.hpp), and what
-// needs more than Eigen: io/safetensors.hpp (nlohmann-json), modules of host kernels (host/) and the engines (engine/).
+// token_scorer.hpp), make_cache (compose.hpp), policies by name (select/any_selector.hpp, budget/any_allocator.hpp) and
+// mixed_cache.hpp, and what needs more than Eigen: io/safetensors.hpp (nlohmann-json), modules of host kernels (host/) and the
+// engines (engine/).
 #pragma once
 
 #include "kvtailor/attend/plan.hpp"

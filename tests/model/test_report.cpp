@@ -201,18 +201,39 @@ TEST_CASE("a model of another architecture, with windows and one KV head, genera
   generate.insert(generate.end(), model.begin(), model.end());
   succeed(generate);
 
-  auto arguments = small_report(folder, model);
-  arguments.insert(arguments.end(), {"--weights", "file"});
-  succeed(arguments);
-  const json report = json::parse(read_all(folder.file("page.json")));
-  CHECK(report["engine"] == "llama.cpp");
-  CHECK(report["layers"]["kl"].size() == 6);
-  CHECK(report["chosen"][1].contains("both"));
-  for (const json& row : report["results"]) CHECK(row["kl"][0].get<double>() >= 0);
-  // Layers differ in their RoPE, of which that selector needs to know.
-  REQUIRE(report["left_out"].size() > 0);
-  CHECK(report["left_out"][0]["name"].get<std::string>().starts_with("ExpectedAttention"));
-  CHECK(read_all(folder.file("page.html")).find("Left out") != std::string::npos);
+  // Layers of two shapes: all of them are cut, by rows and by bytes.
+  Tiny gemma4 = small_gemma4(49152);
+  gemma4.tokenizer_of = gemma3.tokenizer_of;
+  gemma4.write(folder.file("gemma4.gguf"));
+  *std::find(generate.begin(), generate.end(), folder.file("gemma.gguf")) = folder.file("gemma4.gguf");
+  const auto retain = std::find(generate.begin(), generate.end(), "--retain");
+  for (const bool bytes : {false, true}) {
+    *retain = bytes ? "--bytes" : "--retain";
+    *(retain + 1) = bytes ? "90000" : "0.5";
+    auto arguments = generate;
+    arguments.insert(arguments.end(), {"--json", "-"});
+    const std::string output = succeed(arguments).output;
+    const json run = json::parse(output)["tailored"];
+    CHECK(run["max_rows"] < 200);  // of 312
+    if (bytes) CHECK(run["measured_bytes"] <= 90000);
+    if (bytes) CHECK(run["measured_bytes"] > 80000);
+  }
+
+  for (const auto& [file, layers] : {std::pair("gemma.gguf", 6), std::pair("gemma4.gguf", 4)}) {
+    CAPTURE(file);
+    auto arguments = small_report(folder, {"--model", folder.file(file), "--engine", "llama.cpp"});
+    arguments.insert(arguments.end(), {"--weights", "file"});
+    succeed(arguments);
+    const json report = json::parse(read_all(folder.file("page.json")));
+    CHECK(report["engine"] == "llama.cpp");
+    CHECK(report["layers"]["kl"].size() == layers);
+    CHECK(report["chosen"][1].contains("both"));
+    for (const json& row : report["results"]) CHECK(row["kl"][0].get<double>() >= 0);
+    // Layers differ in their RoPE, of which that selector needs to know.
+    REQUIRE(report["left_out"].size() > 0);
+    CHECK(report["left_out"][0]["name"].get<std::string>().starts_with("ExpectedAttention"));
+    CHECK(read_all(folder.file("page.html")).find("Left out") != std::string::npos);
+  }
 }
 
 TEST_CASE("what a report cannot do is refused before any work") {

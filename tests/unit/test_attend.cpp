@@ -145,6 +145,7 @@ TEST_CASE("attention equals double precision at every head dim and odd group siz
   check_dim<128>(8);
   check_dim<192>(2);
   check_dim<256>(20);
+  check_dim<512>(8);
 }
 
 TEST_CASE("attention equals double precision with every codec") {

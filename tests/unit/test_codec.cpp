@@ -93,6 +93,8 @@ TEST_CASE("TurboQuant's mean squared error is that of Lloyd-Max on the sphere") 
   check_error<2, 112>(HalfLevels<112, 2>::distortion);
   check_error<3, 192>(HalfLevels<192, 3>::distortion);
   check_error<4, 256>(HalfLevels<256, 4>::distortion);
+  check_error<2, 512>(HalfLevels<512, 2>::distortion);
+  check_error<6, 512>(HalfLevels<512, 6>::distortion);
 }
 
 TEST_CASE("one lane and the simulated warp compute what the decoded rows give") {

@@ -342,7 +342,7 @@ using Values3 = KiviValues<3, dim>;
 
 }  // namespace
 
-TEST_CASE("q4_0") { check_dims<Q4_0, 40, 64, 80, 96, 112, 128, 192, 256>(); }
+TEST_CASE("q4_0") { check_dims<Q4_0, 40, 64, 80, 96, 112, 128, 192, 256, 512>(); }
 TEST_CASE("q4_1") { check_dims<Q4_1, 64, 80>(); }
 TEST_CASE("q5_0") { check_dims<Q5_0, 40, 128>(); }
 TEST_CASE("q5_1") { check_dims<Q5_1, 112>(); }

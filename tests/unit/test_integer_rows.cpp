@@ -213,6 +213,7 @@ TEST_CASE("scalar codes") {
   check_sizes<LloydMax<4, 40>>();
   check_sizes<LloydMax<6, 80>>();
   check_sizes<LloydMax<2, 112>>();
+  check_sizes<LloydMax<4, 512>>();
 }
 TEST_CASE("trellis codes") {
   check_sizes<Trellis<1, 64>>();
@@ -223,6 +224,7 @@ TEST_CASE("trellis codes") {
   check_sizes<Trellis<3, 192, 6>>();
   check_sizes<Trellis<4, 256>>();
   check_sizes<Trellis<2, 112>>();
+  check_sizes<Trellis<2, 512>>();
 }
 TEST_CASE("groups") {
   check_sizes<Q8_0<64>>();

@@ -191,6 +191,7 @@ TEST_CASE("attention on low-rank and shifted blocks is that of the rows they dec
   CHECK(set_precision(trellis, Precision::accurate));
   check(trellis);
   check(Rotated<LowRank<Short<1, 256>>>{});
+  check(Rotated<LowRank<Short<2, 512>>>{});
   check(LowRank<Dense<Half, 96>>{});
   check(Rotated<Shifted<Short<2, 64>>>{});
   check(Shifted<Dense<Half, 40>>{});

@@ -386,4 +386,5 @@ TEST_CASE("zero, tiny, huge and lopsided rows come back finite and no further aw
   check_finite<Trellis<2, 64, 8, Half>>();
   check_finite<Trellis<3, 128>>();
   check_finite<Trellis<4, 256, 8, Half>>();
+  check_finite<Trellis<2, 512>>();
 }

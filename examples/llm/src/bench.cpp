@@ -57,7 +57,7 @@ int bench(const Options& o) {
   }
   for (const auto& codec : o.codecs) {
     const std::shared_ptr<kvt::AnyCache> cache =
-        make_cache({"uniform", "sink_recent", codec}, model.parameters().geometry(), o.common.zones);
+        make_cache({"uniform", "sink_recent", codec}, model.parameters().layers, o.common.zones);
     runners.push_back(
         {.name = "kvtailor " + codec,
          .eval = [&, cache](auto some, int first) { (void)engine.eval(*cache, some, first, Engine::Logits::last); },

@@ -11,6 +11,7 @@
 #define KVT_EXTERN_HEAD_DIMS  // see CMakeLists.txt
 #include "kvtailor/compose.hpp"
 #include "kvtailor/host/cpu_module.hpp"
+#include "kvtailor/mixed_cache.hpp"
 #include "sensitivity.hpp"
 
 namespace kvt_llm {
@@ -61,17 +62,34 @@ std::string known_kernels() { return kernels() + ", which this program was compi
 #endif
 
 std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
-                                          const kvt::CacheOptions& options, std::vector<std::string> head_codecs) {
-  kvt::Composition resolved = names;
-  if (head_codecs.empty()) {
-    head_codecs = mixed_codecs(names.codec, geometry);
-    if (!head_codecs.empty()) resolved.codec = head_codecs.front();
-  }
+                                          const kvt::CacheOptions& options, const std::vector<std::string>& head_codecs) {
+  const std::vector<kvt::LayerShape> layers(static_cast<std::size_t>(geometry.num_layers), geometry.layer());
+  return make_cache(names, layers, options, head_codecs);
+}
+
+std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, std::span<const kvt::LayerShape> layers,
+                                          const kvt::CacheOptions& options, const std::vector<std::string>& head_codecs) {
+  std::vector<std::size_t> first_head = {0};
+  for (const kvt::LayerShape& layer : layers)
+    first_head.push_back(first_head.back() + static_cast<std::size_t>(layer.num_kv_heads));
+  auto made = kvt::MixedCache::make(
+      layers, options, [&](const kvt::Geometry& geometry, const kvt::CacheOptions& told, std::span<const int> numbers) {
+        kvt::Composition resolved = names;
+        std::vector<std::string> codecs;
+        for (const int l : numbers) {
+          for (auto h = first_head[static_cast<std::size_t>(l)]; h < first_head[static_cast<std::size_t>(l) + 1]; ++h)
+            if (!head_codecs.empty()) codecs.push_back(head_codecs[h]);
+        }
+        if (codecs.empty()) {
+          codecs = mixed_codecs(names.codec, geometry);
+          if (!codecs.empty()) resolved.codec = codecs.front();
+        }
 #if defined(KVT_LLM_CPU_MODULES)
-  auto made = opened().make_cache(resolved, geometry, options, head_codecs);
+        return opened().make_cache(resolved, geometry, told, codecs);
 #else
-  auto made = kvt::make_cache(resolved, geometry, options, head_codecs);
+        return kvt::make_cache(resolved, geometry, told, codecs);
 #endif
+      });
   if (!made.status.ok()) throw std::runtime_error(made.message);
   return std::move(made.cache);
 }
@@ -112,12 +130,14 @@ void check(const kvt::Status& status) {
 }
 
 double mean_rows(const kvt::AnyCache& cache) {
-  const auto& shape = cache.geometry();
   double rows = 0;
-  for (int l = 0; l < shape.num_layers; ++l) {
-    for (int h = 0; h < shape.num_kv_heads; ++h) rows += cache.num_rows(l, h);
+  int heads = 0;
+  for (int l = 0; l < cache.geometry().num_layers; ++l) {
+    const int of_layer = cache.layer_shape(l).num_kv_heads;
+    for (int h = 0; h < of_layer; ++h) rows += cache.num_rows(l, h);
+    heads += of_layer;
   }
-  return rows / shape.num_heads();
+  return rows / heads;
 }
 
 }  // namespace kvt_llm

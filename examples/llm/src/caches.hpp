@@ -20,10 +20,12 @@ void choose_kernels(const std::string& cpu);
 std::string kernels();
 std::string known_kernels();
 
-// Throws std::runtime_error with the library's sentence. Codecs may be given for each head, [num_layers, num_kv_heads], or
-// chosen by the composition's codec "mixed:FILE@BITS" (see sensitivity.hpp).
+// Throws std::runtime_error with the library's sentence. Codecs may be given for each head, those of a layer one after another,
+// or chosen by the composition's codec "mixed:FILE@BITS" (see sensitivity.hpp).
+std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, std::span<const kvt::LayerShape> layers,
+                                          const kvt::CacheOptions& options, const std::vector<std::string>& head_codecs = {});
 std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
-                                          const kvt::CacheOptions& options, std::vector<std::string> head_codecs = {});
+                                          const kvt::CacheOptions& options, const std::vector<std::string>& head_codecs = {});
 // The options with what the policies of a composition ask of the model, which has to outlive the cache.
 kvt::CacheOptions told_of(const Model& model, const kvt::Composition& names, kvt::CacheOptions options);
 // What the policies of a composition want a cache to collect, and how many queries; equal for those that one cache can serve.

@@ -133,7 +133,7 @@ std::vector<std::string> split_names(const std::string& text) {
 std::unique_ptr<kvt::AnyCache> make_counted_cache(const kvt::Composition& names, const Model& model, kvt::CacheOptions options,
                                                   CountingResource& memory) {
   options.memory = &memory;
-  return make_cache(names, model.parameters().geometry(), told_of(model, names, options));
+  return make_cache(names, model.parameters().layers, told_of(model, names, options));
 }
 
 long long measured_bytes(const kvt::AnyCache& cache, const CountingResource& memory, long long others) {

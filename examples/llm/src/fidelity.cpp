@@ -260,7 +260,7 @@ void Benchmark::check_lengths() const {
 
 void Benchmark::check_candidates() const {
   for (const auto& c : candidates_) {
-    const auto cache = make_cache(c.names, model_->parameters().geometry(), told_of(*model_, c.names, o_.common.zones));
+    const auto cache = make_cache(c.names, model_->parameters().layers, told_of(*model_, c.names, o_.common.zones));
     if (o_.continuation > 0) {
       c.budget.check_room(before_, o_.common.zones);
     } else if (c.oracle) {
@@ -304,7 +304,7 @@ Benchmark::Eval Benchmark::eval_with(kvt::AnyCache& cache) {
 }
 
 void Benchmark::read_full(int chunk, const Use& use) {
-  const auto full = make_cache({"uniform", "sink_recent", "fp32"}, model_->parameters().geometry(), o_.common.zones);
+  const auto full = make_cache({"uniform", "sink_recent", "fp32"}, model_->parameters().layers, o_.common.zones);
   eval_context(eval_with(*full), use, chunk);
   eval_continuation(eval_with(*full), use, chunk);
 }

@@ -97,10 +97,9 @@ Run run_generate(const Options& o, Engine& engine, const Tokenizer& tokenizer, c
   run.peak_bytes = memory.peak();
   run.bits = cache->bits_per_element();
   run.mean_rows = mean_rows(*cache);
-  const auto& shape = cache->geometry();
   run.min_rows = total;
-  for (int l = 0; l < shape.num_layers; ++l) {
-    for (int h = 0; h < shape.num_kv_heads; ++h) {
+  for (int l = 0; l < cache->geometry().num_layers; ++l) {
+    for (int h = 0; h < cache->layer_shape(l).num_kv_heads; ++h) {
       run.min_rows = std::min(run.min_rows, cache->num_rows(l, h));
       run.max_rows = std::max(run.max_rows, cache->num_rows(l, h));
     }

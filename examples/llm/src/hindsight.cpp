@@ -17,6 +17,9 @@ namespace kvt_llm {
 std::vector<float> see_importance(kvt::AnyCache& cache, int chunk, kvt::OverQueries over,
                                   const std::function<void(const Look& look)>& go_on) {
   const auto& shape = cache.geometry();
+  for (int l = 0; l < shape.num_layers; ++l) {
+    if (cache.layer_shape(l) != shape.layer()) throw std::runtime_error("the oracle needs layers that are alike in shape");
+  }
   const std::size_t heads = static_cast<std::size_t>(shape.num_heads());
   const auto layers = static_cast<std::size_t>(shape.num_layers);
   const kvt::AnyAllocator uniform(kvt::Uniform{});

@@ -101,6 +101,15 @@ std::string shape_of(const std::int64_t* extents, int count) {
 
 }  // namespace
 
+bool HyperParameters::alike() const {
+  return std::all_of(layers.begin(), layers.end(), [&](const kvt::LayerShape& shape) { return shape == layers.front(); });
+}
+
+kvt::Geometry HyperParameters::geometry() const {
+  if (!alike()) fail("the model's layers differ in shape; what is asked for needs them alike");
+  return {num_layers, num_kv_heads, num_q_heads, head_dim};
+}
+
 void Model::expect(const std::string& name, Kind kind, std::initializer_list<std::int64_t> shape, bool optional) const {
   const ggml_tensor* const t = tensor(name, optional);
   if (t == nullptr) return;
@@ -210,6 +219,7 @@ void Model::read_llama_family() {
   p.norm_epsilon = meta.positive(kind + ".attention.layer_norm_rms_epsilon", 1e-5f);
   p.rope_base = meta.positive(kind + ".rope.freq_base", 10000.f);
   p.rope_type = kind == "llama" ? GGML_ROPE_TYPE_NORMAL : GGML_ROPE_TYPE_NEOX;
+  p.layers.assign(static_cast<std::size_t>(p.num_layers), {p.num_kv_heads, p.num_q_heads, p.head_dim});
   if (const auto status = p.geometry().validate(); !status.ok()) fail(path_ + ": " + status.message());
   rope_ = {.rotary_dim = p.rotary_dim, .base = p.rope_base};
   if (const auto status = rope_.validate(p.head_dim); !status.ok()) fail(path_ + ": " + status.message());
@@ -254,15 +264,15 @@ void Model::open_library() {
   how.n_gpu_layers = 0;
   library_.reset(llama_model_load_from_file(path_.c_str(), how));
   if (!library_) fail("llama.cpp cannot load " + path_);
-  kvt::Geometry shape;
-  if (const auto status = kvt::llama_geometry(library_.get(), shape); !status.ok()) fail(path_ + ": " + status.message());
+  auto& p = parameters_;
+  if (const auto status = kvt::llama_layers(library_.get(), p.layers, &blocks_); !status.ok())
+    fail(path_ + ": " + status.message());
   const Metadata meta(file_.get(), path_);
   const std::string kind = meta.text("general.architecture");
-  auto& p = parameters_;
-  p.num_layers = shape.num_layers;
-  p.num_kv_heads = shape.num_kv_heads;
-  p.num_q_heads = shape.num_q_heads;
-  p.head_dim = shape.head_dim;
+  p.num_layers = static_cast<int>(p.layers.size());
+  p.num_kv_heads = p.layers.front().num_kv_heads;
+  p.num_q_heads = p.layers.front().num_q_heads;
+  p.head_dim = p.layers.front().head_dim;
   p.embedding = llama_model_n_embd(library_.get());
   p.context = llama_model_n_ctx_train(library_.get());
   p.vocabulary = llama_vocab_n_tokens(llama_model_get_vocab(library_.get()));
@@ -274,13 +284,14 @@ void Model::open_library() {
   const std::string scaling = meta.text(kind + ".rope.scaling.type", "linear");
   // Layers with windows often have a base of their own, which the interface does not tell.
   rope_known_ = (type == LLAMA_ROPE_TYPE_NORM || type == LLAMA_ROPE_TYPE_NEOX) && (scaling == "none" || scaling == "linear") &&
-                llama_model_n_swa(library_.get()) == 0;
+                llama_model_n_swa(library_.get()) == 0 && p.alike();
   rope_ = {.rotary_dim = p.rotary_dim, .base = p.rope_base};
 }
 
 std::span<const kvt::OutputProjection> Model::output_projections() const {
   for (int l = static_cast<int>(output_projections_.size()); l < parameters_.num_layers; ++l) {
-    const ggml_tensor* const t = layer(l, "attn_output.weight");
+    const int block = blocks_.empty() ? l : blocks_[static_cast<std::size_t>(l)];
+    const ggml_tensor* const t = layer(block, "attn_output.weight");
     const float* weights = static_cast<const float*>(t->data);
     if (t->type != GGML_TYPE_F32 || weights == nullptr) {
       const std::int64_t count = ggml_nelements(t);

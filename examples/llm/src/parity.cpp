@@ -30,7 +30,7 @@ int parity(const Options& o) {
   Engine engine(model, o.common.threads);
   Reference reference(path, o.tokens + 8, o.common.threads);
   const auto width = static_cast<std::size_t>(model.parameters().vocabulary);
-  const auto cache = make_cache({"uniform", "sink_recent", "fp16"}, model.parameters().geometry(), o.common.zones);
+  const auto cache = make_cache({"uniform", "sink_recent", "fp16"}, model.parameters().layers, o.common.zones);
   Fidelity f;
   double largest = 0;
   Progress progress("parity with llama.cpp", o.tokens);

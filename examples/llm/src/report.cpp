@@ -224,7 +224,7 @@ Report::Report(const Options& o) : o_(o) {
 void Report::check_methods() {
   std::erase_if(methods_, [&](const Method& m) {
     try {
-      make_cache(m.composition, model_->parameters().geometry(), told_of(*model_, m.composition, o_.common.zones));
+      make_cache(m.composition, model_->parameters().layers, told_of(*model_, m.composition, o_.common.zones));
       return false;
     } catch (const std::runtime_error& e) {
       if (m.asked_for) throw;
@@ -360,8 +360,9 @@ json Report::parameters() const {
 
 // Of the context, in fp16: what budgets are shares of.
 double Report::dense_bytes(const Item& item) const {
-  const auto& shape = model_->parameters();
-  return 4.0 * static_cast<double>(item.context.size()) * shape.num_layers * shape.num_kv_heads * shape.head_dim;
+  double elements = 0;
+  for (const kvt::LayerShape& layer : model_->parameters().layers) elements += 2.0 * layer.num_kv_heads * layer.head_dim;
+  return 2 * elements * static_cast<double>(item.context.size());
 }
 
 Budget Report::budget_of(const Item& item, double share) const {
@@ -415,7 +416,7 @@ const kvt::Composition full_cache = {"uniform", "sink_recent", "fp32"};
 
 void Report::read_reference(const Item& item) {
   reference_.clear();
-  const auto cache = make_cache(full_cache, model_->parameters().geometry(), o_.common.zones);
+  const auto cache = make_cache(full_cache, model_->parameters().layers, o_.common.zones);
   prefill(*engine_, *cache, *tokenizer_, item.context, o_.common.chunk, o_.common.zones.sink_rows);
   json found = read_on(reader_of(*engine_, *cache), item, o_.common.chunk, [&](std::size_t, std::span<const float> logits) {
     reference_.insert(reference_.end(), logits.begin(), logits.end());
@@ -426,7 +427,7 @@ void Report::read_reference(const Item& item) {
 // The full cache again, in other chunks: what rounding alone does.
 json Report::look_at_floor(const Item& item) {
   const int chunk = other_chunk(o_.common.chunk);
-  const auto cache = make_cache(full_cache, model_->parameters().geometry(), o_.common.zones);
+  const auto cache = make_cache(full_cache, model_->parameters().layers, o_.common.zones);
   prefill(*engine_, *cache, *tokenizer_, item.context, chunk);
   return compared(reader_of(*engine_, *cache), item, chunk);
 }
@@ -491,14 +492,15 @@ void Report::look_at_peers(const Item& item) {
 
 // One layer's rows coded, all others dense.
 void Report::look_at_layers(const Item& item) {
-  const auto& shape = model_->parameters();
-  for (int layer = 0; layer < shape.num_layers; ++layer) {
-    const json place = key(item, layer_name(layer));
+  const auto& layers = model_->parameters().layers;
+  for (std::size_t layer = 0; layer < layers.size(); ++layer) {
+    const json place = key(item, layer_name(static_cast<int>(layer)));
     progress_->advance(1);
     if (results_.find(place) != nullptr) continue;
-    std::vector<std::string> codecs(static_cast<std::size_t>(shape.num_layers * shape.num_kv_heads), "fp16");
-    for (int h = 0; h < shape.num_kv_heads; ++h) codecs[static_cast<std::size_t>(layer * shape.num_kv_heads + h)] = layer_codec;
-    const auto cache = make_cache({"uniform", "sink_recent", "fp16"}, shape.geometry(), o_.common.zones, codecs);
+    std::vector<std::string> codecs;
+    for (std::size_t l = 0; l < layers.size(); ++l)
+      codecs.insert(codecs.end(), static_cast<std::size_t>(layers[l].num_kv_heads), l == layer ? layer_codec : "fp16");
+    const auto cache = make_cache({"uniform", "sink_recent", "fp16"}, layers, o_.common.zones, codecs);
     prefill(*engine_, *cache, *tokenizer_, item.context, o_.common.chunk, o_.common.zones.sink_rows);
     check(cache->flush());
     results_.add(place, compared(reader_of(*engine_, *cache), item, o_.common.chunk));

@@ -161,7 +161,7 @@ Benchmark::Benchmark(const Options& o) : o_(o) {
   text_ = read_part(o.text, o.part);
   model_.emplace(path, o_.common.engine);
   for (const auto& method : methods_) {
-    make_cache(method.names, model_->parameters().geometry(), told_of(*model_, method.names, o.common.zones));
+    make_cache(method.names, model_->parameters().layers, told_of(*model_, method.names, o.common.zones));
   }
   make_prompts();
   if (!o.resume.empty()) results_ = Results(o.resume, parameters());

@@ -308,4 +308,41 @@ struct HalfLevels<256, 6> {
   static constexpr short whole[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
                                       33, 35, 38, 41, 44, 47, 50, 53, 57, 61, 65, 70, 76, 83, 92, 106};
 };
+template <>
+struct HalfLevels<512, 1> {
+  static constexpr double distortion = 0.3627582;
+  static constexpr float unit = 0.798274248f;
+  static constexpr short whole[1] = {1};
+};
+template <>
+struct HalfLevels<512, 2> {
+  static constexpr double distortion = 0.1171107;
+  static constexpr float unit = 0.150910425f;
+  static constexpr short whole[2] = {3, 10};
+};
+template <>
+struct HalfLevels<512, 3> {
+  static constexpr double distortion = 0.0344295;
+  static constexpr float unit = 0.0498909356f;
+  static constexpr short whole[4] = {5, 15, 27, 43};
+};
+template <>
+struct HalfLevels<512, 4> {
+  static constexpr double distortion = 0.0094751;
+  static constexpr float unit = 0.0446623848f;
+  static constexpr short whole[8] = {3, 9, 15, 21, 28, 36, 46, 61};
+};
+template <>
+struct HalfLevels<512, 5> {
+  static constexpr double distortion = 0.0025075;
+  static constexpr float unit = 0.03439185f;
+  static constexpr short whole[16] = {2, 6, 10, 14, 18, 22, 26, 30, 35, 40, 46, 52, 59, 67, 78, 94};
+};
+template <>
+struct HalfLevels<512, 6> {
+  static constexpr double distortion = 0.0006537;
+  static constexpr float unit = 0.0346262774f;
+  static constexpr short whole[32] = {1,  3,  5,  7,  9,  11, 13, 15, 17, 19, 21, 23, 25, 27, 29, 31,
+                                      33, 36, 39, 42, 45, 48, 51, 54, 58, 62, 66, 71, 77, 84, 93, 107};
+};
 }  // namespace kvt::inline v0

@@ -88,7 +88,7 @@ concept ReadsRows = requires(const Lanes& lanes, const Rows& rows, const std::by
 
 template <int dim>
 struct PlainBasis {
-  static_assert(is_supported_head_dim(dim), "head_dim must be 40, 64, 80, 96, 112, 128, 192 or 256");
+  static_assert(is_supported_head_dim(dim), "head_dim must be 40, 64, 80, 96, 112, 128, 192, 256 or 512");
   static constexpr bool plain = true;
   static constexpr int head_dim = dim;
   static constexpr int max_block_rows = 1 << 16;

@@ -96,7 +96,7 @@ class TrellisSearch {
   }
 
  private:
-  static constexpr int max_dim = 256;
+  static constexpr int max_dim = 512;
   static constexpr int overlap = 32;  // elements on either side of the ring's end that decide where it closes
 
   KVT_HD KVT_INLINE static float rounded(float x) { return std::rint(x * grid) / grid; }

@@ -12,8 +12,8 @@
 
 namespace kvt::inline v0 {
 
-// Head dims the library is built and tested for.
-inline constexpr int supported_head_dims[] = {40, 64, 80, 96, 112, 128, 192, 256};
+// Head dims the library is built and tested for; 512 on the host alone.
+inline constexpr int supported_head_dims[] = {40, 64, 80, 96, 112, 128, 192, 256, 512};
 
 constexpr bool is_supported_head_dim(int head_dim) {
   for (int d : supported_head_dims) {
@@ -21,6 +21,12 @@ constexpr bool is_supported_head_dim(int head_dim) {
   }
   return false;
 }
+
+// Of one layer; see Geometry.
+struct LayerShape {
+  int num_kv_heads = 0, num_q_heads = 0, head_dim = 0;
+  friend constexpr bool operator==(const LayerShape&, const LayerShape&) = default;
+};
 
 struct Geometry {
   int num_layers = 0;
@@ -30,6 +36,7 @@ struct Geometry {
 
   constexpr int group_size() const { return num_q_heads / num_kv_heads; }
   constexpr int num_heads() const { return num_layers * num_kv_heads; }
+  constexpr LayerShape layer() const { return {num_kv_heads, num_q_heads, head_dim}; }
   friend constexpr bool operator==(const Geometry&, const Geometry&) = default;
 
   constexpr Status validate() const {
@@ -44,7 +51,7 @@ struct Geometry {
                    num_kv_heads);
     }
     if (!is_supported_head_dim(head_dim)) {
-      return error(Errc::bad_shape, "head_dim is {}; it must be 40, 64, 80, 96, 112, 128, 192 or 256", head_dim);
+      return error(Errc::bad_shape, "head_dim is {}; it must be 40, 64, 80, 96, 112, 128, 192, 256 or 512", head_dim);
     }
     return success();
   }

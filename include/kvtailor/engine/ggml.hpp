@@ -73,7 +73,13 @@ class GraphSteps {
     if (failed_) return;
     Status status = cache_->append(state.layer, k, v, positions_);
     if (status.ok()) status = cache_->observe(state.layer, q, positions_, state.options);
-    if (status.ok()) status = cache_->plan(state.layer, q, positions_, state.options, out, plan_);
+    if (!status.ok()) return fail(status);
+    plan(state, q, out);
+  }
+  // The same for a layer that attends to rows which are stored already.
+  void plan(Layer& state, const float* q, float* out) {
+    if (failed_) return;
+    const Status status = cache_->plan(state.layer, q, positions_, state.options, out, plan_);
     if (!status.ok()) fail(status);
   }
   // What was planned last, by all threads; `ith` is this one's number.

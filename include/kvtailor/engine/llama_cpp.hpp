@@ -26,16 +26,20 @@
 //     kvt::Status attended(const kvt::LlamaCppAttended& seen);    // may change seen.outputs; a failure stops the graph
 //   };
 //
-// One sequence, layers on the CPU that have all the same head dim and keys of their own. The cache and this object must outlive
-// the context. Nodes are known by the names of the tensors they write ("cache_k_l7") and by their operations, which no
-// interface promises: tried with llama.cpp as llama-cpp-python 0.3.36 has it.
+// One sequence, layers on the CPU. Those that have keys of their own are the layers of the cache, in their order; such as
+// differ in shape want a MixedCache (llama_layers() tells). Layers that attend to the keys of another are served with it, and
+// what they ask is not among the evidence of policies. The cache and this object must outlive the context. Nodes are known by
+// the names of the tensors they write ("cache_k_l7") and by their operations, which no interface promises: tried with llama.cpp
+// as llama-cpp-python 0.3.36 has it.
 #pragma once
 
 #include <llama.h>
 
 #include <array>
+#include <atomic>
 #include <charconv>
 #include <cstring>
+#include <map>
 #include <memory>
 #include <string>
 #include <string_view>
@@ -53,38 +57,102 @@
 
 namespace kvt::inline v0 {
 
-// The shape of a model's attention. Errc::bad_shape if layers differ in it, or if no cache has it.
-inline Status llama_geometry(const llama_model* model, Geometry& geometry) {
-  const auto text = [&](const std::string& key) {
-    std::array<char, 128> value{};
-    return llama_model_meta_val_str(model, key.c_str(), value.data(), value.size()) < 0 ? std::string()
-                                                                                        : std::string(value.data());
-  };
-  const std::string kind = text("general.architecture");
-  const int heads = llama_model_n_head(model);
-  if (heads < 1) return error(Errc::bad_shape, "the model has no attention heads");
-  const auto number = [&](const char* key, int otherwise) {
-    const std::string value = text(kind + key);
-    int out = otherwise;
-    std::from_chars(value.data(), value.data() + value.size(), out);
-    return out;
-  };
-  const int dim = number(".attention.key_length", llama_model_n_embd(model) / heads);
-  if (const int values = number(".attention.value_length", dim); values != dim) {
-    return error(Errc::bad_shape, "keys have {} elements and values {}; they must be equal", dim, values);
+namespace detail {
+
+// "cache_k_l7" -> 'k' and 7; llama.cpp's names.
+inline bool llama_cache_layer(const ggml_tensor* t, char& part, int& layer) {
+  if (t == nullptr) return false;
+  if (t->view_src != nullptr) t = t->view_src;
+  const std::string_view name(t->name);
+  if (!name.starts_with("cache_") || name.size() < 10 || name.substr(7, 2) != "_l") return false;
+  part = name[6];
+  return (part == 'k' || part == 'v') && std::from_chars(name.data() + 9, name.data() + name.size(), layer).ec == std::errc() &&
+         layer >= 0;
+}
+
+// The shape of a cache's layer, whatever it calls itself.
+template <class Cache>
+LayerShape shape_of_layer(const Cache& cache, int layer) {
+  if constexpr (requires { cache.layer_shape(layer); }) {
+    return cache.layer_shape(layer);
+  } else {
+    return cache.geometry().layer();
   }
-  geometry = {llama_model_n_layer(model), llama_model_n_head_kv(model), heads, dim};
+}
+
+}  // namespace detail
+
+// The shapes of the layers that have keys of their own, in their order, and their numbers in the model. Learnt from a graph of
+// which nothing is computed. Errc::unsupported if there are none, or if they do not attend as a cache does.
+inline Status llama_layers(llama_model* model, std::vector<LayerShape>& shapes, std::vector<int>* numbers = nullptr) {
+  struct Seen {
+    std::map<int, LayerShape> layers;
+    Status status;
+  } seen;
+  if (llama_model_has_encoder(model)) return error(Errc::unsupported, "the model has an encoder, whose rows are in no cache");
+  llama_context_params params = llama_context_default_params();
+  params.n_ctx = params.n_batch = params.n_ubatch = 1;
+  params.n_threads = params.n_threads_batch = 1;
+  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_ENABLED;
+  params.offload_kqv = params.op_offload = false;
+  params.cb_eval_user_data = &seen;
+  params.cb_eval = [](ggml_tensor* node, bool, void* data) {
+    auto& [layers, status] = *static_cast<Seen*>(data);
+    char part = 0;
+    int l = 0;
+    if (node->op == GGML_OP_FLASH_ATTN_EXT && detail::llama_cache_layer(node->src[1], part, l)) {
+      const ggml_tensor *const q = node->src[0], *const k = node->src[1], *const v = node->src[2];
+      if (k->ne[0] != v->ne[0] && status.ok()) {
+        status = error(Errc::unsupported, "keys have {} elements and values {}; they must be equal",
+                       static_cast<double>(k->ne[0]), static_cast<double>(v->ne[0]));
+      }
+      layers.try_emplace(l, LayerShape{static_cast<int>(k->ne[2]), static_cast<int>(q->ne[2]), static_cast<int>(k->ne[0])});
+    } else if (node->op == GGML_OP_MUL_MAT && detail::llama_cache_layer(node->src[0], part, l) && status.ok()) {
+      status = error(Errc::unsupported, "layer {} attends without flash attention, which its architecture lacks", l);
+    }
+    node->op = GGML_OP_NONE;
+    return false;
+  };
+  const std::unique_ptr<llama_context, void (*)(llama_context*)> context(llama_init_from_model(model, params), llama_free);
+  llama_token token = 0;
+  if (!context || llama_decode(context.get(), llama_batch_get_one(&token, 1)) != 0)
+    return error(Errc::unsupported, "llama.cpp makes no graph of the model's {} layers", llama_model_n_layer(model));
+  KVT_TRY(seen.status);
+  if (seen.layers.empty())
+    return error(Errc::unsupported, "none of the model's {} layers attends to a cache", llama_model_n_layer(model));
+  shapes.clear();
+  if (numbers != nullptr) numbers->clear();
+  for (const auto& [number, shape] : seen.layers) {
+    shapes.push_back(shape);
+    if (numbers != nullptr) numbers->push_back(number);
+  }
+  return success();
+}
+
+// The same for a model whose layers are alike. Errc::bad_shape if they differ, or if no cache has their shape.
+inline Status llama_geometry(llama_model* model, Geometry& geometry) {
+  std::vector<LayerShape> shapes;
+  KVT_TRY(llama_layers(model, shapes));
+  const LayerShape& first = shapes.front();
+  for (const LayerShape& shape : shapes) {
+    if (!(shape == first)) {
+      return error(Errc::bad_shape, "layers differ in shape, heads of {} and of {}: they need a MixedCache", first.head_dim,
+                   shape.head_dim);
+    }
+  }
+  geometry = {static_cast<int>(shapes.size()), first.num_kv_heads, first.num_q_heads, first.head_dim};
   return geometry.validate();
 }
 
 // One layer's attention to a part of a text, as llama.cpp computed it. Valid during the call.
 struct LlamaCppAttended {
-  int layer;
+  int layer;  // of those that have keys of their own, the one whose rows are attended to
   std::span<const int> positions;
-  const float *keys, *values;  // [n, num_kv_heads, head_dim], keys after RoPE, as they are stored
-  const float* queries;        // [n, num_q_heads, head_dim], after RoPE, before options.scale
-  AttendOptions options;       // a window is 0 as long as the text is no longer
-  float* outputs;              // [n, num_q_heads, head_dim]: the model goes on with what is here afterwards
+  // [n, num_kv_heads, head_dim], keys after RoPE, as they are stored; null where a layer attends to what another has stored.
+  const float *keys, *values;
+  const float* queries;   // [n, num_q_heads, head_dim], after RoPE, before options.scale
+  AttendOptions options;  // a window is 0 as long as the text is no longer
+  float* outputs;         // [n, num_q_heads, head_dim]: the model goes on with what is here afterwards
 };
 
 // Cache: KvCache, AnyCache, or an observer.
@@ -147,13 +215,19 @@ class LlamaCppAttention {
  private:
   static constexpr bool observes = requires(Cache & cache, const LlamaCppAttended& seen) { cache.attended(seen); };
   using Steps = detail::GraphSteps<Cache>;
-  struct Layer : Steps::Layer {
+  struct Attending : Steps::Layer {
+    const ggml_tensor *queries = nullptr, *out = nullptr;
+    LlamaCppAttention* attention = nullptr;
+  };
+  struct Layer : Attending {
     long long graph = 0;  // in which its nodes were shown, and how many of the three: it stores, stores, attends
     int shown = 0;
     bool opens = false;         // its graph
     bool values_first = false;  // of the two stores
-    const ggml_tensor *queries = nullptr, *out = nullptr;
-    LlamaCppAttention* attention = nullptr;
+  };
+  // To the rows of another layer. No node comes before it in which one thread could plan while the others wait.
+  struct Guest : Attending {
+    std::atomic<bool> planned = false;
   };
 
   static bool aborts(void* data) {
@@ -161,16 +235,6 @@ class LlamaCppAttention {
     if (!self.steps_.failed() && self.abort_too_ != nullptr && self.abort_too_(self.abort_data_))
       self.steps_.fail(error(Errc::stopped, "decoding was stopped by the context's abort_callback"));
     return self.steps_.failed();
-  }
-
-  // "cache_k_l7" -> 'k' and 7; llama.cpp's names.
-  static bool cache_layer(const ggml_tensor* t, char& part, int& layer) {
-    if (t == nullptr) return false;
-    if (t->view_src != nullptr) t = t->view_src;
-    const std::string_view name(t->name);
-    if (!name.starts_with("cache_") || name.size() < 10 || name.substr(7, 2) != "_l") return false;
-    part = name[6];
-    return (part == 'k' || part == 'v') && std::from_chars(name.data() + 9, name.data() + name.size(), layer).ec == std::errc();
   }
 
   // Before the nodes of a graph run, all of them are shown; for an observer those up to the next that it wants to see, which
@@ -198,7 +262,7 @@ class LlamaCppAttention {
     char part = 0;
     int l = 0;
     if (node->op == GGML_OP_ROPE) {
-      if (cache_layer(node->src[0], part, l)) {
+      if (detail::llama_cache_layer(node->src[0], part, l)) {
         steps_.end();
         steps_.fail(error(Errc::unsupported, "llama.cpp shifts the positions of what is cached, which a cache cannot follow"));
       } else {
@@ -206,50 +270,49 @@ class LlamaCppAttention {
       }
       return false;
     }
-    if ((ours || node->op == GGML_OP_SET_ROWS) && cache_layer(node, part, l)) {
+    if ((ours || node->op == GGML_OP_SET_ROWS) && detail::llama_cache_layer(node, part, l)) {
       take_store(node, part, l);
       return true;
     }
-    if (node->op == GGML_OP_FLASH_ATTN_EXT || (ours && cache_layer(node->src[1], part, l))) {
+    if (node->op == GGML_OP_FLASH_ATTN_EXT || (ours && detail::llama_cache_layer(node->src[1], part, l))) {
       take_attention(node);
       return true;
     }
-    if (node->op == GGML_OP_MUL_MAT && cache_layer(node->src[0], part, l))
+    if (node->op == GGML_OP_MUL_MAT && detail::llama_cache_layer(node->src[0], part, l))
       steps_.fail(error(Errc::unsupported, "layer {} attends without flash attention, which its architecture lacks", l));
     return false;
   }
 
   void take_store(ggml_tensor* node, char part, int l) {
-    const Geometry& shape = steps_.cache().geometry();
-    const int width = shape.num_kv_heads * shape.head_dim;
-    const auto count = static_cast<std::size_t>(std::max(l, 0)) + 1;
-    while (layers_.size() < std::min(count, static_cast<std::size_t>(shape.num_layers))) layers_.emplace_back();
-    Layer* const state = count <= layers_.size() ? &layers_[count - 1] : nullptr;
+    const auto number = numbers_.try_emplace(l, static_cast<int>(numbers_.size())).first->second;
+    const int has = steps_.cache().geometry().num_layers;
+    while (static_cast<int>(layers_.size()) <= number) layers_.emplace_back();
+    Layer& state = layers_[static_cast<std::size_t>(number)];
     // What was complete begins again.
-    const bool opens = opened_ != graph_ || (state != nullptr && state->graph == graph_ && state->shown != 1);
+    const bool opens = opened_ != graph_ || (state.graph == graph_ && state.shown != 1);
     if (opens) open(node);
     const ggml_tensor* const rows = node->src[0];
-    if (state == nullptr) {
-      return steps_.fail(
-          error(Errc::bad_shape, "the model stores keys of layer {}; the cache has {} layers", l, shape.num_layers));
-    }
+    if (number >= has)
+      return steps_.fail(error(Errc::bad_shape, "the model stores keys of more layers than the {} of the cache", has));
+    const LayerShape shape = detail::shape_of_layer(steps_.cache(), number);
+    const int width = shape.num_kv_heads * shape.head_dim;
     if (rows->type != GGML_TYPE_F32 || rows->ne[0] != width || !ggml_is_contiguous(rows)) {
       return steps_.fail(error(Errc::bad_shape, "the model stores rows of {} numbers; the cache has {}",
                                static_cast<double>(rows->ne[0]), width));
     }
-    if (state->graph != graph_) {
-      state->owner = &steps_;
-      state->attention = this;
-      state->layer = l;
-      state->graph = graph_;
-      state->shown = 0;
-      state->opens = opens;
-      state->values_first = part == 'v';
-      if constexpr (!observes) become(node, hold, *state);
+    if (state.graph != graph_) {
+      state.owner = &steps_;
+      state.attention = this;
+      state.layer = number;
+      state.graph = graph_;
+      state.shown = 0;
+      state.opens = opens;
+      state.values_first = part == 'v';
+      if constexpr (!observes) become(node, hold, state);
     } else {
-      if constexpr (!observes) become(node, store, *state);
+      if constexpr (!observes) become(node, store, state);
     }
-    ++state->shown;
+    ++state.shown;
     if constexpr (!observes) release(node->view_src->buffer);
   }
 
@@ -257,6 +320,7 @@ class LlamaCppAttention {
   void open(const ggml_tensor* node) {
     if (opened_ == graph_) ++graph_;
     opened_ = graph_;
+    guests_shown_ = 0;
     masks_.clear();
     const ggml_tensor* const cells = node->src[1];  // where llama.cpp would store the rows
     const auto n = static_cast<std::size_t>(node->src[0]->ne[1]);
@@ -278,26 +342,49 @@ class LlamaCppAttention {
   }
 
   void take_attention(ggml_tensor* node) {
-    const Geometry& shape = steps_.cache().geometry();
     char part = 0;
     int l = 0;
-    const bool found = cache_layer(node->src[1], part, l) && static_cast<std::size_t>(l) < layers_.size();
+    const bool found = detail::llama_cache_layer(node->src[1], part, l) && numbers_.contains(l);
     if (!found) return steps_.fail(error(Errc::unsupported, "a layer attends to what is in no cache of its own"));
-    Layer& state = layers_[static_cast<std::size_t>(l)];
-    const ggml_tensor *const q = node->src[0], *const v = node->src[2];
-    if (state.graph != graph_ || state.shown != 2)
-      return steps_.fail(error(Errc::unsupported, "a layer attends to keys of layer {}, which are not its own", l));
-    if (q->type != GGML_TYPE_F32 || q->ne[0] != shape.head_dim || v->ne[0] != shape.head_dim || q->ne[2] != shape.num_q_heads) {
-      return steps_.fail(error(Errc::bad_shape, "the model attends with {} heads of {}, which the cache's are not",
-                               static_cast<double>(q->ne[2]), static_cast<double>(q->ne[0])));
+    Layer& owner = layers_[static_cast<std::size_t>(numbers_.at(l))];
+    if (owner.graph != graph_ || owner.shown < 2)
+      return steps_.fail(error(Errc::unsupported, "a layer attends to keys of layer {} that are not stored before it", l));
+    const bool as_guest = owner.shown == 3;
+    if (as_guest) {
+      while (guests_.size() <= guests_shown_) guests_.emplace_back();
+      Guest& guest = guests_[guests_shown_++];
+      guest.owner = &steps_;
+      guest.attention = this;
+      guest.layer = owner.layer;
+      guest.planned = false;
+      if (!describe(node, l, guest)) return;
+      if constexpr (!observes) become(node, attend_as_guest, guest);
+    } else {
+      if (!describe(node, l, owner)) return;
+      owner.shown = 3;
+      if constexpr (!observes) become(node, attend, owner);
     }
-    if (q->ne[3] != 1) return steps_.fail(error(Errc::unsupported, "there are {} sequences", static_cast<double>(q->ne[3])));
-    if (!ggml_backend_buffer_is_host(node->buffer))
-      return steps_.fail(error(Errc::unsupported, "layer {} is not on the CPU", l));
+    as_guest_ = as_guest;
+  }
+
+  // What a node attends with.
+  bool describe(const ggml_tensor* node, int l, Attending& state) {
+    const LayerShape shape = detail::shape_of_layer(steps_.cache(), state.layer);
+    const ggml_tensor *const q = node->src[0], *const v = node->src[2];
+    const auto refuse = [&](const Status& status) {
+      steps_.fail(status);
+      return false;
+    };
+    if (q->type != GGML_TYPE_F32 || q->ne[0] != shape.head_dim || v->ne[0] != shape.head_dim || q->ne[2] != shape.num_q_heads) {
+      return refuse(error(Errc::bad_shape, "the model attends with {} heads of {}, which the cache's are not",
+                          static_cast<double>(q->ne[2]), static_cast<double>(q->ne[0])));
+    }
+    if (q->ne[3] != 1) return refuse(error(Errc::unsupported, "there are {} sequences", static_cast<double>(q->ne[3])));
+    if (!ggml_backend_buffer_is_host(node->buffer)) return refuse(error(Errc::unsupported, "layer {} is not on the CPU", l));
     if (node->op == GGML_OP_FLASH_ATTN_EXT) {
       float parameters[3];  // scale, slope of ALiBi, soft cap
       std::memcpy(parameters, node->op_params, sizeof parameters);
-      if (parameters[1] != 0) return steps_.fail(error(Errc::unsupported, "the model biases attention by position (ALiBi)"));
+      if (parameters[1] != 0) return refuse(error(Errc::unsupported, "the model biases attention by position (ALiBi)"));
       state.options.scale = parameters[0];
       state.options.soft_cap = parameters[2];
     }
@@ -305,19 +392,20 @@ class LlamaCppAttention {
     // Made fp16 in the graph, perhaps later than it is wanted here.
     const ggml_tensor* mask = node->src[3];
     while (mask != nullptr && mask->op == GGML_OP_CPY) mask = mask->src[0];
-    if (const Status status = read_window(mask, state.options.window); !status.ok()) return steps_.fail(status);
+    if (const Status status = read_window(mask, state.options.window); !status.ok()) return refuse(status);
     state.options.sink_logits = {};
     if (const ggml_tensor* const sinks = node->src[4]) {
-      if (sinks->type != GGML_TYPE_F32) return steps_.fail(error(Errc::unsupported, "sinks of attention are not fp32"));
+      if (sinks->type != GGML_TYPE_F32) return refuse(error(Errc::unsupported, "sinks of attention are not fp32"));
       state.options.sink_logits = {static_cast<const float*>(sinks->data), static_cast<std::size_t>(shape.num_q_heads)};
     }
     state.out = node;
-    state.shown = 3;
-    if constexpr (!observes) become(node, attend, state);
+    attending_ = &state;
+    return true;
   }
 
   // The node runs f on all threads instead of what it was made for.
-  void become(ggml_tensor* node, ggml_custom_op_t f, Layer& state) {
+  template <class State>
+  void become(ggml_tensor* node, ggml_custom_op_t f, State& state) {
     if (node->op == GGML_OP_CUSTOM) return;
     // ggml alone knows how it writes down what a custom operation does: one is made, and copied.
     const ggml_init_params init{2 * ggml_tensor_overhead(), nullptr, true};
@@ -364,19 +452,30 @@ class LlamaCppAttention {
     state.owner->store(state, k, v, state.attention->queries_of(*state.queries), static_cast<float*>(state.out->data));
   }
   static void attend(ggml_tensor* dst, int ith, int, void* data) { static_cast<Layer*>(data)->owner->attend(dst, ith); }
+  static void attend_as_guest(ggml_tensor* dst, int ith, int, void* data) {
+    Guest& state = *static_cast<Guest*>(data);
+    if (ith == 0) {
+      state.owner->plan(state, state.attention->queries_of(*state.queries), static_cast<float*>(dst->data));
+      state.planned.store(true, std::memory_order_release);
+      state.planned.notify_all();
+    } else {
+      state.planned.wait(false, std::memory_order_acquire);
+    }
+    state.owner->attend(dst, ith);
+  }
 
   // To an observer: keys and values are kept until the attention they belong to.
   void show(ggml_tensor* node) {
     char part = 0;
     int l = 0;
-    if (node->op == GGML_OP_SET_ROWS && cache_layer(node, part, l)) {
+    if (node->op == GGML_OP_SET_ROWS && detail::llama_cache_layer(node, part, l)) {
       const auto* const rows = static_cast<const float*>(node->src[0]->data);
       (part == 'k' ? held_ : values_).assign(rows, rows + ggml_nelements(node->src[0]));
-    } else if (node->op == GGML_OP_FLASH_ATTN_EXT && cache_layer(node->src[1], part, l)) {
-      const Layer& state = layers_[static_cast<std::size_t>(l)];
-      const Status status =
-          steps_.cache().attended({l, steps_.positions(), held_.data(), values_.data(), queries_of(*state.queries),
-                                   state.options, static_cast<float*>(node->data)});
+    } else if (node->op == GGML_OP_FLASH_ATTN_EXT && detail::llama_cache_layer(node->src[1], part, l)) {
+      const Attending& state = *attending_;
+      const Status status = steps_.cache().attended({state.layer, steps_.positions(), as_guest_ ? nullptr : held_.data(),
+                                                     as_guest_ ? nullptr : values_.data(), queries_of(*state.queries),
+                                                     state.options, static_cast<float*>(node->data)});
       if (!status.ok()) steps_.fail(status);
     }
   }
@@ -437,7 +536,12 @@ class LlamaCppAttention {
   }
 
   Steps steps_;
-  std::deque<Layer> layers_;          // addresses stay: graphs point at them
+  std::map<int, int> numbers_;            // of the model's layers that store, as they came, among the cache's
+  std::deque<Layer> layers_;              // addresses stay: graphs point at them
+  std::deque<Guest> guests_;              // in the order of a graph
+  std::size_t guests_shown_ = 0;          // in this one
+  const Attending* attending_ = nullptr;  // the last that was shown
+  bool as_guest_ = false;
   long long graph_ = 1, opened_ = 0;  // the graph that is shown, and the last one that has begun
   const ggml_tensor* places_ = nullptr;
   std::vector<std::pair<const ggml_tensor*, int>> masks_;  // of the graph that is shown, and their windows

@@ -126,6 +126,7 @@ class DeviceCache {
   using Pool = PagePool<Codec, Device>;
   using Body = typename LayoutOf<Key, Value>::Pages;  // SlicePages or BlockStream
   static constexpr bool in_blocks = lies_in_blocks<Codec>;
+  static_assert(head_dim <= 256, "a device has no kernels for head dims above 256; the host has");
   static_assert(
       !in_blocks || (HasBlockEncoder<Key> && HasBlockEncoder<Value>),
       "a device encodes blocks by a BlockEncoder (codec/block_encode.hpp), and this codec has none; that of LowRank is "
