@@ -130,3 +130,68 @@ TEST_CASE("what cannot be learned from is refused") {
   CHECK(short_text.exit_code > 0);
   CHECK(short_text.errors.find("sink or recent rows") != std::string::npos);
 }
+
+TEST_CASE("rows and bits for budgets in bytes: the profile is read back, and caches keep within what they are given") {
+  const TemporaryFolder folder;
+  const std::string file = folder.file("bytes.safetensors");
+  const Outcome outcome = succeed(profile({"--bytes",
+                                           "--text",
+                                           text_path(),
+                                           "--tasks",
+                                           "continuation,repetition",
+                                           "--samples",
+                                           "2",
+                                           "--continuation",
+                                           "16",
+                                           "--weighed",
+                                           "1",
+                                           "--check",
+                                           "3",
+                                           "--selector",
+                                           "key_diff",
+                                           "--out",
+                                           file,
+                                           "--codec",
+                                           "fp16",
+                                           "--codec",
+                                           "turbo4",
+                                           "--codec",
+                                           "turbo2",
+                                           "--codec",
+                                           "low_rank_turbo2:rank=4/turbo1"}));
+  const json found = json::parse(outcome.output);
+  CHECK(found["checked"].size() == 3);
+  double before = 0;
+  for (const json& result : found["results"]) {
+    CHECK(result["lost"] >= before);  // budgets fall
+    before = result["lost"];
+  }
+  kvt::ByteBudget profile_read;
+  REQUIRE(kvt::read_byte_budget(file, profile_read).ok());
+  CHECK(profile_read.num_layers == 30);
+  CHECK(profile_read.codecs.size() == 4);
+  CHECK(profile_read.selector == "key_diff");
+  CHECK(profile_read.zone_rows == 12);
+
+  // 120 tokens of dense fp16 are 2.6 MiB.
+  const auto cut = [&](const std::string& budget) {
+    return run_program({"fidelity", "--text", text_path(), "--offset", "3000", "--tokens", "136", "--continuation", "16",
+                        "--sink", "4", "--recent", "8", "--json", "-", "--cache", "bytes:" + file + "," + budget});
+  };
+  const Outcome used = cut("500000bytes");
+  INFO(used.errors);
+  REQUIRE(used.exit_code == 0);
+  const json row = json::parse(used.output)["results"][0];
+  CHECK(row["rows_share"] < 1);
+  CHECK(row["bits_per_element"] < 16);
+  // What the continuation adds is dense.
+  CHECK(row["measured_bytes"].get<double>() < 500000 + 16 * 90 * (260 + 64));
+  const Outcome little = cut("20000bytes");
+  CHECK(little.exit_code > 0);
+  CHECK(little.errors.find("that the cheapest options cost") != std::string::npos);
+  CHECK(cut("0.5").errors.find("a budget in bytes is wanted") != std::string::npos);
+  check_refused({"--bytes", "--text", text_path(), "--tasks", "repetition", "--selector", "key_diff", "--out", file},
+                "needs another than repetition");
+  check_refused({"--bytes", "--text", text_path(), "--selector", "key_diff", "--out", file, "--codec", "fp16"},
+                "turbo2, which is not among");
+}

@@ -132,3 +132,47 @@ TEST_CASE("a selector's full name has every parameter once, in one order, and nu
     CHECK(full_name(plain) == plain);
   }
 }
+
+TEST_CASE("a profile for bytes comes back from its file, and what is none is refused") {
+  const Folder folder;
+  const std::string path = (folder.path / "bytes.safetensors").string(), other = (folder.path / "other").string();
+  ByteBudget profile;
+  profile.num_layers = 2;
+  profile.num_kv_heads = 1;
+  profile.selector = "key_diff";
+  profile.codecs = {"fp16", "turbo3/turbo2"};
+  profile.shares = {0, .5f, 1};
+  profile.losses = {3, 1, 0, 3, 2, 1, 6, 2, 0, 6, 4, 2};
+  profile.row_bytes = {260, 50, 260, 50};
+  profile.zone_bytes = 260;
+  profile.zone_rows = 12;
+  REQUIRE(write_byte_budget(path, profile, {{"data", "some"}, {"codecs", "of others"}}).ok());
+  ByteBudget read;
+  REQUIRE(read_byte_budget(path, read).ok());
+  CHECK(read.codecs == profile.codecs);
+  CHECK(read.selector == profile.selector);
+  CHECK(read.shares == profile.shares);
+  CHECK(read.losses == profile.losses);
+  CHECK(read.row_bytes == profile.row_bytes);
+  CHECK(read.zone_bytes == profile.zone_bytes);
+  CHECK(read.zone_rows == 12);
+
+  TensorFile file;
+  const auto refused = [&](auto&& change, Errc code) {
+    REQUIRE(read_safetensors(path, file).ok());
+    change(file);
+    REQUIRE(write_safetensors(other, file, FloatType::fp32).ok());
+    ByteBudget kept = profile;
+    CHECK(read_byte_budget(other, kept).code == code);
+    CHECK(kept.losses == profile.losses);
+  };
+  refused([](TensorFile& f) { f.metadata["format"] = "kvtailor curve 1"; }, Errc::bad_value);
+  refused([](TensorFile& f) { f.metadata["codecs"] = "fp16"; }, Errc::bad_shape);
+  refused([](TensorFile& f) { f.tensors.erase("zones"); }, Errc::bad_shape);
+  refused([](TensorFile& f) { f.tensors["more"] = {{1}, {1}}; }, Errc::bad_shape);
+  refused([](TensorFile& f) { f.tensors["zones"].numbers[1] = -1; }, Errc::bad_value);
+  refused([](TensorFile& f) { f.tensors["zones"].numbers[0] = -1; }, Errc::bad_value);
+  refused([](TensorFile& f) { f.tensors["losses"].numbers[2] = -1; }, Errc::bad_value);
+  refused([](TensorFile& f) { f.tensors["shares"].numbers[0] = .1f; }, Errc::bad_value);
+  refused([](TensorFile& f) { f.tensors["row_bytes"] = {{2, 1, 1}, {260, 260}}; }, Errc::bad_shape);
+}

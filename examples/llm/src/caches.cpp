@@ -6,11 +6,13 @@
 
 #include <cstdio>
 #include <cstdlib>
+#include <optional>
 #include <stdexcept>
 
 #define KVT_EXTERN_HEAD_DIMS  // see CMakeLists.txt
 #include "kvtailor/compose.hpp"
 #include "kvtailor/host/cpu_module.hpp"
+#include "kvtailor/io/policy_file.hpp"
 #include "kvtailor/mixed_cache.hpp"
 #include "sensitivity.hpp"
 
@@ -29,6 +31,23 @@ std::vector<std::string> mixed_codecs(const std::string& codec, const kvt::Geome
     throw std::runtime_error("the codec \"" + codec + "\" must be mixed:FILE@BITS, with 0 to 32 bits an element on average");
   }
   return Sensitivities::read(codec.substr(prefix.size(), at - prefix.size())).choose(bits, geometry);
+}
+
+// "bytes:FILE@BYTES@ROWS": what the profile in FILE makes of so many bytes for a text of so many rows. None for any other name.
+std::optional<kvt::TailoredHeads> tailored_by(const std::string& codec, kvt::ByteBudget& profile) {
+  const std::string prefix = bytes_prefix;
+  if (!codec.starts_with(prefix)) return {};
+  const auto rows_at = codec.rfind('@'), bytes_at = rows_at == codec.npos ? rows_at : codec.rfind('@', rows_at - 1);
+  if (bytes_at == codec.npos) throw std::runtime_error("\"" + codec + "\" needs a budget in bytes");
+  const std::string path = codec.substr(prefix.size(), bytes_at - prefix.size());
+  if (const auto status = kvt::read_byte_budget(path, profile); !status.ok())
+    throw std::runtime_error(path + ": " + status.message());
+  kvt::TailoredHeads tailored;
+  const double bytes = std::strtod(codec.c_str() + bytes_at + 1, nullptr),
+               rows = std::strtod(codec.c_str() + rows_at + 1, nullptr);
+  if (const auto status = profile.solve(bytes, rows, tailored); !status.ok())
+    throw std::runtime_error(path + ": " + status.message());
+  return tailored;
 }
 
 #if defined(KVT_LLM_CPU_MODULES)
@@ -69,6 +88,20 @@ std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const k
 
 std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, std::span<const kvt::LayerShape> layers,
                                           const kvt::CacheOptions& options, const std::vector<std::string>& head_codecs) {
+  if (kvt::ByteBudget profile; const auto tailored = tailored_by(names.codec, profile)) {
+    std::vector<std::string> codecs;
+    for (const int codec : tailored->codecs) codecs.push_back(profile.codecs[static_cast<std::size_t>(codec)]);
+    std::size_t heads = 0;
+    for (const kvt::LayerShape& layer : layers) heads += static_cast<std::size_t>(layer.num_kv_heads);
+    if (heads != codecs.size()) {
+      throw std::runtime_error("the profile is of a model with " + std::to_string(codecs.size()) + " KV heads; this one has " +
+                               std::to_string(heads));
+    }
+    auto cache = make_cache({"uniform", profile.selector, codecs.front()}, layers, options, codecs);
+    check(cache->set_policies(kvt::AnyAllocator(tailored->curve),
+                              kvt::ParsedPolicies({"uniform", profile.selector, ""}).selector));
+    return cache;
+  }
   std::vector<std::size_t> first_head = {0};
   for (const kvt::LayerShape& layer : layers)
     first_head.push_back(first_head.back() + static_cast<std::size_t>(layer.num_kv_heads));
@@ -94,6 +127,21 @@ std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, std::sp
   return std::move(made.cache);
 }
 
+kvt::Composition bytes_composition(const std::string& name) {
+  const std::string path = name.substr(std::string(bytes_prefix).size());
+  kvt::ByteBudget profile;
+  if (const auto status = kvt::read_byte_budget(path, profile); !status.ok())
+    throw std::runtime_error(path + ": " + status.message());
+  return {"uniform", profile.selector, name};
+}
+
+kvt::Composition for_budget(const kvt::Composition& names, double bytes, double rows) {
+  kvt::Composition made = names;
+  if (names.codec.starts_with(bytes_prefix))
+    made.codec += "@" + std::to_string(static_cast<long long>(bytes)) + "@" + std::to_string(static_cast<long long>(rows));
+  return made;
+}
+
 kvt::CacheOptions told_of(const Model& model, const kvt::Composition& names, kvt::CacheOptions options) {
   options.ropes = model.ropes();
   if (kvt::needs_of(names).has(kvt::Evidence::output_projection)) options.output_projections = model.output_projections();
@@ -108,6 +156,11 @@ std::pair<std::uint32_t, int> observed_by(const kvt::Composition& names) {
 }
 
 void set_policies(kvt::AnyCache& cache, const kvt::Composition& names) {
+  if (kvt::ByteBudget profile; const auto tailored = tailored_by(names.codec, profile)) {
+    check(cache.set_policies(kvt::AnyAllocator(tailored->curve),
+                             kvt::ParsedPolicies({"uniform", profile.selector, ""}).selector));
+    return;
+  }
 #if defined(KVT_LLM_CPU_MODULES)
   std::string message;
   const kvt::Status status = opened().set_policies(cache, names, message);

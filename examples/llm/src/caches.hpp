@@ -26,6 +26,11 @@ std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, std::sp
                                           const kvt::CacheOptions& options, const std::vector<std::string>& head_codecs = {});
 std::unique_ptr<kvt::AnyCache> make_cache(const kvt::Composition& names, const kvt::Geometry& geometry,
                                           const kvt::CacheOptions& options, const std::vector<std::string>& head_codecs = {});
+// "bytes:FILE" stands for what a profile by `profile --bytes` makes of a budget: its composition, and the same for so many
+// bytes and a text of so many rows, which caches can be made of; any other composition stays as it is.
+inline constexpr const char* bytes_prefix = "bytes:";
+kvt::Composition bytes_composition(const std::string& name);
+kvt::Composition for_budget(const kvt::Composition& names, double bytes, double rows);
 // The options with what the policies of a composition ask of the model, which has to outlive the cache.
 kvt::CacheOptions told_of(const Model& model, const kvt::Composition& names, kvt::CacheOptions options);
 // What the policies of a composition want a cache to collect, and how many queries; equal for those that one cache can serve.

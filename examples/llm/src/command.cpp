@@ -89,7 +89,17 @@ Budget Budget::parse(const std::string& text) {
                            "3000000bytes");
 }
 
-void Budget::apply(kvt::AnyCache& cache) const { check(limits() ? cache.compress(*retain_) : cache.flush()); }
+double Budget::bytes() const {
+  if (!limits() || retain_->unit != kvt::Retain::Unit::bytes)
+    throw std::runtime_error("a budget in bytes is wanted, such as 3000000bytes");
+  return retain_->amount;
+}
+
+void Budget::apply(kvt::AnyCache& cache) const {
+  const bool enough =
+      limits() && retain_->unit == kvt::Retain::Unit::bytes && static_cast<double>(cache.memory().total()) <= retain_->amount;
+  check(limits() && !enough ? cache.compress(*retain_) : cache.flush());
+}
 
 bool Budget::hold(kvt::AnyCache& cache) const {
   if (!limits()) return false;

@@ -62,7 +62,8 @@ class Budget {
   static Budget parse(const std::string& text);
 
   bool limits() const { return retain_.has_value(); }
-  // Cuts the cache to the budget; without one everything is encoded.
+  double bytes() const;  // throws unless it is one of bytes
+  // Cuts the cache to the budget; without one, or if that is enough for it, everything is encoded.
   void apply(kvt::AnyCache& cache) const;
   // Cuts the cache if it is above the budget, a share being one of all tokens so far; false if it was not.
   bool hold(kvt::AnyCache& cache) const;

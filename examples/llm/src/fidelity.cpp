@@ -41,15 +41,19 @@ struct Candidate {
   bool oracle = false;
 };
 
-Candidate parse_candidate(const std::string& text) {
+Candidate parse_candidate(const std::string& text, int rows) {
   const auto part = split_names(text);
+  if (part.size() == 2 && part[0].starts_with(bytes_prefix)) {
+    const Budget budget = Budget::parse(part[1]);
+    return {text, for_budget(bytes_composition(part[0]), budget.bytes(), rows), budget};
+  }
   if (part.size() == 1) return {text, {"uniform", "sink_recent", part[0]}, {}};
   if (part.size() == 4) {
     Candidate candidate{text, {part[0], part[1], part[2]}, Budget::parse(part[3])};
     candidate.oracle = take_oracle(candidate.names);
     return candidate;
   }
-  throw std::runtime_error("--cache " + text + " must be CODEC or ALLOCATOR,SELECTOR,CODEC,RETAIN");
+  throw std::runtime_error("--cache " + text + " must be CODEC, ALLOCATOR,SELECTOR,CODEC,RETAIN or bytes:FILE,BYTES");
 }
 
 struct Peer {
@@ -237,7 +241,7 @@ Benchmark::Benchmark(const Options& o)
 void Benchmark::read_options() {
   if (o_.caches.empty() && o_.peers.empty()) throw std::runtime_error("fidelity needs a --cache or a --peer");
   for (const auto& text : o_.caches) {
-    candidates_.push_back(parse_candidate(text));
+    candidates_.push_back(parse_candidate(text, before_));
     rows_.emplace_back(text, false);
   }
   for (const auto& name : o_.peers) {

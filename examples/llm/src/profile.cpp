@@ -2,16 +2,16 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // kvt-llm profile: finds out on texts how many rows each head should keep, for every budget, and writes a curve that the budget
-// allocator "curve" reads. What rows matter is seen while the model repeats a text, or answers questions about it.
+// allocator "curve" reads. What rows matter is seen while the model repeats a text, or answers questions about it. With --bytes
+// it finds out how many in which form; see byte_profile.hpp.
 #include <cmath>
 #include <cstdio>
 #include <filesystem>
-#include <fstream>
 #include <map>
 #include <numeric>
-#include <random>
 #include <stdexcept>
 
+#include "byte_profile.hpp"
 #include "command.hpp"
 #include "engine.hpp"
 #include "hindsight.hpp"
@@ -20,7 +20,7 @@
 #include "kvtailor/select/any_selector.hpp"
 #include "plot.hpp"
 #include "prefill.hpp"
-#include "prompt.hpp"
+#include "samples.hpp"
 
 namespace kvt_llm {
 
@@ -30,17 +30,11 @@ using nlohmann::json;
 
 struct Options {
   Common common;
-  std::vector<std::string> texts, selectors, outs, plots, tasks;
-  std::string questions, resume;
-  int samples = 16;
-  Part part = Part::all;
-  Tasks::Options make;
-  bool mean = false, average = false, per_layer = false;
-};
-
-// A text, and what the model goes on with, whose queries show what it needs; the text itself if that is empty.
-struct Sample {
-  std::vector<int> context, asked, reply;
+  SampleOptions samples;
+  std::vector<std::string> selectors, outs, plots;
+  std::string resume;
+  bool mean = false, average = false, per_layer = false, bytes = false;
+  ByteProfileOptions byte_options;
 };
 
 class Profile {
@@ -56,9 +50,6 @@ class Profile {
     std::vector<float> tables;
   };
 
-  std::vector<Sample> from_questions() const;
-  std::vector<Sample> from_texts() const;
-  Sample answered(Question question) const;
   void check_sample(const Sample& sample) const;
   json parameters() const;
   void load();
@@ -74,8 +65,7 @@ class Profile {
     return static_cast<int>(rows) - o_.common.zones.sink_rows - o_.common.zones.recent_rows;
   }
 
-  const Options& o_;
-  std::vector<std::string> tasks_;
+  Options o_;
   std::optional<Tokenizer> tokenizer_;
   std::optional<Model> model_;
   mutable std::optional<Engine> engine_;
@@ -87,7 +77,6 @@ class Profile {
 };
 
 constexpr int steps = 99;
-const std::string repetition = "repetition";
 
 // Whatever can be refused is refused before minutes are spent.
 Profile::Profile(const Options& o) : o_(o) {
@@ -95,13 +84,7 @@ Profile::Profile(const Options& o) : o_(o) {
     throw std::runtime_error("each --selector needs its own --out, and the other way round");
   if (!o.plots.empty() && o.plots.size() != o.outs.size())
     throw std::runtime_error("there is one --plot for each --out, or none");
-  if (!o.questions.empty() && (!o.tasks.empty() || !o.texts.empty()))
-    throw std::runtime_error("--questions has texts of its own: give neither --text nor --tasks beside it");
-  if (o.questions.empty() && o.texts.empty()) throw std::runtime_error("give --text or --questions to learn from");
-  if (o.questions.empty()) tasks_ = o.tasks.empty() ? std::vector{repetition} : o.tasks;
-  for (const auto& task : tasks_) {
-    if (task != repetition) Tasks::check_name(task, o.make.wording);
-  }
+  o_.samples.complete({repetition});
   for (const auto& path : o.plots) plots_.emplace_back(path);
   const std::string& path = o.common.model_path();
   tokenizer_.emplace(path);
@@ -111,7 +94,7 @@ Profile::Profile(const Options& o) : o_(o) {
     const kvt::Composition names{"uniform", selector, "fp16"};
     make_cache(names, shape_, told_of(*model_, names, o.common.zones));
   }
-  samples_ = o.questions.empty() ? from_texts() : from_questions();
+  samples_ = make_samples(*tokenizer_, o_.samples);
   for (const Sample& sample : samples_) check_sample(sample);
   const auto heads = static_cast<std::size_t>(shape_.num_heads());
   for (std::size_t s = 0; s < o.selectors.size(); ++s) {
@@ -119,77 +102,6 @@ Profile::Profile(const Options& o) : o_(o) {
   }
   if (!o.resume.empty()) load();
   engine_.emplace(*model_, o.common.threads);
-}
-
-Sample Profile::answered(Question question) const {
-  Prompt prompt = make_prompt(*tokenizer_, std::move(question), false);
-  return {std::move(prompt.context), std::move(prompt.asked), std::move(prompt.replies.front().tokens)};
-}
-
-// Lines of JSON: {"context": "..", "question": "..", "answer": ".."}.
-std::vector<Sample> Profile::from_questions() const {
-  std::vector<Sample> samples;
-  std::ifstream stream(o_.questions);
-  if (!stream) throw std::runtime_error("cannot read the questions " + o_.questions);
-  int number = 0;
-  for (std::string line; std::getline(stream, line) && static_cast<int>(samples.size()) < o_.samples;) {
-    ++number;
-    if (line.find_first_not_of(" \t\r") == line.npos) continue;
-    const json one = json::parse(line, nullptr, false);
-    const auto text = [&](const char* name) {
-      if (one.is_object() && one.contains(name) && one[name].is_string() && one[name] != "")
-        return one[name].get<std::string>();
-      throw std::runtime_error(o_.questions + ", line " + std::to_string(number) +
-                               ": an object with the texts context, question and answer is wanted, and " + name +
-                               " is missing or empty");
-    };
-    Question question;
-    question.document = text("context");
-    question.question = text("question");
-    Response& response = question.responses.emplace_back();
-    response.text = text("answer");
-    response.answers.push_back({0, response.text.size()});
-    samples.push_back(answered(std::move(question)));
-  }
-  if (samples.empty()) throw std::runtime_error("there is no question in " + o_.questions);
-  return samples;
-}
-
-// Of each task in turn: questions made of the texts, or pieces of one text after another, from anywhere in it.
-std::vector<Sample> Profile::from_texts() const {
-  const bool repeats = std::find(tasks_.begin(), tasks_.end(), repetition) != tasks_.end();
-  std::string all;
-  std::vector<std::vector<int>> texts;
-  for (const auto& path : o_.texts) {
-    const std::string text = read_part(path, o_.part);
-    all += text + "\n";
-    texts.push_back(tokenizer_->encode(text, false, false));
-    if (repeats && static_cast<int>(texts.back().size()) < o_.make.tokens) {
-      throw std::runtime_error(path + " has " + std::to_string(texts.back().size()) + " tokens; --tokens " +
-                               std::to_string(o_.make.tokens) + " are wanted of it");
-    }
-  }
-  const Haystack haystack(*tokenizer_, all);
-  const Tasks tasks(haystack, o_.make);
-  // As a document begins in a prompt.
-  const std::string form = tokenizer_->chat("\x01");
-  const auto opening = tokenizer_->encode(form.substr(0, form.find('\x01')), true, true);
-  std::mt19937_64 random(o_.make.seed);
-  const auto piece = [&](int number) {
-    const auto& text = texts[static_cast<std::size_t>(number) % texts.size()];
-    const auto first =
-        text.begin() + static_cast<std::ptrdiff_t>(random() % (text.size() - static_cast<std::size_t>(o_.make.tokens) + 1));
-    Sample sample{opening, {}, {}};
-    sample.context.insert(sample.context.end(), first, first + o_.make.tokens);
-    return sample;
-  };
-  std::vector<Sample> samples;
-  const auto kinds = static_cast<int>(tasks_.size());
-  for (int i = 0; i < o_.samples; ++i) {
-    const auto& task = tasks_[static_cast<std::size_t>(i % kinds)];
-    samples.push_back(task == repetition ? piece(i / kinds) : answered(tasks.make(task, i / kinds)));
-  }
-  return samples;
 }
 
 void Profile::check_sample(const Sample& sample) const {
@@ -349,12 +261,7 @@ void Profile::report() const {
   json results = json::array();
   std::size_t tokens = 0;
   for (const Sample& sample : samples_) tokens += sample.context.size();
-  std::string data;
-  for (const auto& path : o_.questions.empty() ? o_.texts : std::vector<std::string>{o_.questions}) {
-    data += (data.empty() ? "" : ", ") + std::filesystem::path(path).filename().string();
-  }
-  std::string importance = tasks_.empty() ? "answers to questions" : "";
-  for (const auto& task : tasks_) importance += (importance.empty() ? "" : ", ") + task;
+  const std::string data = o_.samples.data(), importance = o_.samples.done();
   std::fprintf(out, "%zu texts, %zu tokens on average; %s\n", samples_.size(), tokens / samples_.size(), importance.c_str());
   std::fprintf(out, "lost of all importance, as these texts would have it, where heads keep equal shares and by the curve:\n");
   std::fprintf(out, "%-28s", "selector");
@@ -370,10 +277,10 @@ void Profile::report() const {
          {"head_dim", std::to_string(shape_.head_dim)},
          {"num_q_heads", std::to_string(shape_.num_q_heads)},
          {"data", data},
-         {"part", name_of(o_.part)},
+         {"part", name_of(o_.samples.part)},
          {"importance", importance + (o_.mean ? ", mean over queries" : ", largest over queries")},
          {"samples", std::to_string(samples_.size()) + " of " + std::to_string(tokens / samples_.size()) + " tokens"},
-         {"seed", std::to_string(o_.make.seed)},
+         {"seed", std::to_string(o_.samples.make.seed)},
          {"sink_rows", std::to_string(o_.common.zones.sink_rows)},
          {"recent_rows", std::to_string(o_.common.zones.recent_rows)},
          {"shared", std::string(o_.per_layer ? "within each layer" : "over all layers") +
@@ -410,23 +317,7 @@ void add_profile(CLI::App& app) {
   command->add_option("--selector", o->selectors, "token selector by whose scores rows will be kept; repeat for more")
       ->required();
   command->add_option("--out", o->outs, "curve file, safetensors, for the --selector in the same place")->required();
-  command->add_option("--text", o->texts, "text file; repeat for more");
-  command->add_option("--questions", o->questions,
-                      "lines of JSON with the texts context, question and answer, in place of --text: rows matter that "
-                      "answers look at");
-  std::string known;
-  for (const auto& name : Tasks::names()) known += ", " + name;
-  command
-      ->add_option("--tasks", o->tasks,
-                   "what is done with the texts, in turn; rows matter that the model looks at. Repetition of a piece needs no "
-                   "task; the others are questions made of it: " +
-                       repetition + known + " (default: " + repetition + ")")
-      ->delimiter(',');
-  add_question_options(*command, o->make);
-  add_part_option(*command, o->part);
-  command->add_option("--samples", o->samples, "pieces of the texts, or questions")
-      ->capture_default_str()
-      ->check(CLI::PositiveNumber);
+  o->samples.add(*command);
   command->add_flag("--mean", o->mean, "what rows give to queries is added instead of the largest taken");
   command->add_flag("--average", o->average,
                     "average the tables of single texts, as published, instead of adding their losses");
@@ -434,7 +325,26 @@ void add_profile(CLI::App& app) {
   command->add_option("--resume", o->resume, "file that keeps what each text showed, and from which the next run goes on");
   command->add_option("--plot", o->plots,
                       "also draw what heads keep and lose into this file, .svg or .png, one for each --out");
+  command->add_flag("--bytes", o->bytes,
+                    "find out in which form rows are kept too, for budgets in bytes: one --selector and one --out, read by the "
+                    "name bytes:FILE");
+  command->add_option("--codec", o->byte_options.codecs, "with --bytes: forms that rows may have. Join parameters by +")
+      ->capture_default_str();
+  command->add_option("--weighed", o->byte_options.weighed, "with --bytes: samples by which layers are weighed")
+      ->capture_default_str()
+      ->check(CLI::PositiveNumber);
+  command
+      ->add_option("--check", o->byte_options.checked,
+                   "with --bytes: single options whose prediction is compared with their KL")
+      ->check(CLI::NonNegativeNumber);
   command->callback([o] {
+    if (o->bytes) {
+      if (o->selectors.size() != 1 || o->outs.size() != 1)
+        throw std::runtime_error("with --bytes there is one --selector and one --out");
+      if (!o->plots.empty() || !o->resume.empty() || o->mean || o->average || o->per_layer)
+        throw std::runtime_error("--plot, --resume, --mean, --average and --per-layer are not for --bytes");
+      return profile_bytes(o->common, o->samples, o->byte_options, o->selectors.front(), o->outs.front());
+    }
     Profile profile(*o);
     profile.run();
     profile.report();

@@ -64,7 +64,7 @@ struct Method {
 // A row selection: a selector, and the allocator that goes with it.
 struct Selection {
   std::string name, allocator, selector;
-  bool asked_for = false;
+  bool asked_for = false, of_bytes = false;
 };
 
 struct Suite {
@@ -104,8 +104,9 @@ Selection selection_of(const std::string& path) {
   if (!status.ok()) throw std::runtime_error("the policy " + path + ": " + std::string(status.message()));
   const std::string name = std::filesystem::path(path).stem().string(), format = file.metadata["format"];
   if (format.starts_with("kvtailor learned")) return {name, "learned:file=" + path, "learned:file=" + path, true};
+  if (format.starts_with("kvtailor bytes")) return {name, "uniform", file.metadata["selector"], true, true};
   if (format.starts_with("kvtailor curve")) return {name, "curve:file=" + path, file.metadata["selector"], true};
-  throw std::runtime_error(path + " is neither a curve nor a learned policy");
+  throw std::runtime_error(path + " is neither a curve, nor a learned policy, nor a profile for bytes");
 }
 
 // What a cache is asked to go on with.
@@ -147,6 +148,7 @@ class Report {
   std::size_t vocabulary() const { return static_cast<std::size_t>(model_->parameters().vocabulary); }
   double dense_bytes(const Item& item) const;
   Budget budget_of(const Item& item, double share) const;
+  kvt::Composition composition_of(const Cell& cell, const Item& item) const;
 
   // By what is read, so that a run with more of them takes what it knows from one with fewer.
   json key(const Item& item, const std::string& what) const { return {item.name, name_of(item.part), item.hash, what}; }
@@ -224,7 +226,8 @@ Report::Report(const Options& o) : o_(o) {
 void Report::check_methods() {
   std::erase_if(methods_, [&](const Method& m) {
     try {
-      make_cache(m.composition, model_->parameters().layers, told_of(*model_, m.composition, o_.common.zones));
+      const auto names = for_budget(m.composition, 1e15, o_.tokens);
+      make_cache(names, model_->parameters().layers, told_of(*model_, names, o_.common.zones));
       return false;
     } catch (const std::runtime_error& e) {
       if (m.asked_for) throw;
@@ -249,8 +252,13 @@ void Report::make_peers(const std::string& weights, int context) {
 void Report::choose_methods() {
   Suite suite = suites().at(o_.suite);
   for (const auto& path : o_.policies) {
-    suite.rows.push_back(selection_of(path));
-    suite.both.push_back(suite.rows.back());
+    const Selection selection = selection_of(path);
+    if (selection.of_bytes) {
+      add_method(Kind::both, selection, bytes_prefix + path);
+      continue;
+    }
+    suite.rows.push_back(selection);
+    suite.both.push_back(selection);
   }
   for (const auto& selection : suite.rows) add_method(Kind::rows, selection, "fp16");
   for (const auto& text : o_.methods) {  // as if the suite had it
@@ -274,7 +282,9 @@ void Report::choose_methods() {
 }
 
 void Report::add_method(Kind kind, const Selection& rows, const std::string& codec) {
-  const std::string name = kind == Kind::rows ? rows.name : kind == Kind::bits ? codec : rows.name + " + " + codec;
+  const std::string name = kind == Kind::rows || rows.of_bytes ? rows.name
+                           : kind == Kind::bits                ? codec
+                                                               : rows.name + " + " + codec;
   Method method{name, kind, {rows.allocator, rows.selector, codec}, rows.asked_for, {}};
   const std::string text = method.text();
   for (std::size_t at = 0; (at = text.find("file=", at)) != text.npos;) {
@@ -282,6 +292,7 @@ void Report::add_method(Kind kind, const Selection& rows, const std::string& cod
     const std::string path = text.substr(at, text.find_first_of(",+)", at) - at);
     if (std::filesystem::is_regular_file(path)) method.files += " " + hex(fingerprint(read_file(path)));
   }
+  if (rows.of_bytes) method.files += " " + hex(fingerprint(read_file(codec.substr(std::string(bytes_prefix).size()))));
   for (const Method& m : methods_) {
     if (m.kind == kind && m.text() == method.text()) return;
   }
@@ -338,7 +349,9 @@ void Report::make_cells() {
   }
   std::vector<std::size_t> all(cells_.size());
   for (std::size_t i = 0; i < all.size(); ++i) all[i] = i;
-  groups_ = sharing_prefill(all, [&](std::size_t c) { return methods_[cells_[c].method].composition; });
+  groups_ = sharing_prefill(all, [&](std::size_t c) {
+    return for_budget(methods_[cells_[c].method].composition, 1e6 * cells_[c].budget, 0);  // those of a profile by themselves
+  });
 }
 
 json Report::parameters() const {
@@ -367,6 +380,11 @@ double Report::dense_bytes(const Item& item) const {
 
 Budget Report::budget_of(const Item& item, double share) const {
   return share == 0 ? Budget() : Budget(kvt::Retain::bytes(static_cast<long long>(share * dense_bytes(item))));
+}
+
+kvt::Composition Report::composition_of(const Cell& cell, const Item& item) const {
+  return for_budget(methods_[cell.method].composition, cell.budget * dense_bytes(item),
+                    static_cast<double>(item.context.size()));
 }
 
 std::string Report::name(const Cell& cell) const {
@@ -436,7 +454,7 @@ void Report::look_at_cells(const Item& item) {
   const double dense = dense_bytes(item);
   for (const auto& group : groups_) {
     std::vector<kvt::Composition> served;
-    for (const auto c : group) served.push_back(methods_[cells_[c].method].composition);
+    for (const auto c : group) served.push_back(composition_of(cells_[c], item));
     SharedPrefill whole(*model_, o_.common.zones, served, [&](kvt::AnyCache& cache) {
       prefill(*engine_, cache, *tokenizer_, item.context, o_.common.chunk, o_.common.zones.sink_rows);
     });
@@ -446,7 +464,7 @@ void Report::look_at_cells(const Item& item) {
       const json place = key(item, name(cell));
       progress_->advance(1);
       if (results_.find(place) != nullptr) continue;
-      if (method.kind == Kind::both) {
+      if (method.kind == Kind::both && !method.composition.codec.starts_with(bytes_prefix)) {
         // Where all rows fit, none has to go.
         const Method coded{"", Kind::bits, {"uniform", "sink_recent", method.composition.codec}};
         const json& all = *results_.find(key(item, coded.text()));
@@ -455,7 +473,7 @@ void Report::look_at_cells(const Item& item) {
           continue;
         }
       }
-      const auto cache = whole.cut(method.composition, budget_of(item, cell.budget));
+      const auto cache = whole.cut(composition_of(cell, item), budget_of(item, cell.budget));
       const double bytes = static_cast<double>(whole.bytes_of(*cache)), rows = mean_rows(*cache),
                    bits = cache->bits_per_element();
       json found = compared(reader_of(*engine_, *cache), item, o_.common.chunk);

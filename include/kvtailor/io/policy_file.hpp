@@ -10,6 +10,10 @@
 // read_learned, write_learned: a safetensors file with
 //   tensors   scores.*, shares.*: see detail::each_learned_tensor(), learn/token_scorer.hpp and learn/budget_head.hpp
 //   metadata  format "kvtailor learned 1", and what its maker says
+// read_byte_budget, write_byte_budget: a safetensors file with
+//   tensors   losses [num_layers, num_kv_heads, codecs, shares], row_bytes [num_layers, num_kv_heads, codecs], shares [shares]
+//             and zones [2]: bytes of a dense row and how many there are of a head; see learn/byte_budget.hpp
+//   metadata  format "kvtailor bytes 1", codecs (names with a space between them), selector, and what its maker says
 #pragma once
 
 #include <map>
@@ -20,6 +24,7 @@
 #include "kvtailor/io/file.hpp"
 #include "kvtailor/io/table.hpp"
 #include "kvtailor/learn/budget_head.hpp"
+#include "kvtailor/learn/byte_budget.hpp"
 #include "kvtailor/learn/token_scorer.hpp"
 #if __has_include(<nlohmann/json.hpp>)
 #include "kvtailor/io/safetensors.hpp"
@@ -230,6 +235,73 @@ inline Status write_learned(const std::string& path, const LearnedPolicy& policy
   return write_safetensors(path, file, type);
 } catch (const std::bad_alloc&) {
   return error(Errc::out_of_memory, "out of memory while writing a learned policy");
+}
+
+inline constexpr const char* bytes_format = "kvtailor bytes 1";
+
+// On failure the profile is as it was. bad_value: not of this format, or numbers that make no sense; bad_shape: tensors that
+// are missing, too many or do not fit one another.
+inline Status read_byte_budget(const std::string& path, ByteBudget& out) noexcept try {
+  TensorFile file;
+  KVT_TRY(read_safetensors(path, file));
+  if (file.metadata["format"] != bytes_format)
+    return error(Errc::bad_value, "the file does not say that it is a profile of this format: kvtailor bytes 1");
+  const auto shape_of = [&](const char* name, std::size_t dims) {
+    const auto found = file.tensors.find(name);
+    return found != file.tensors.end() && found->second.shape.size() == dims ? found->second.shape
+                                                                             : std::vector<std::size_t>(dims, 0);
+  };
+  const auto losses = shape_of("losses", 4), bytes = shape_of("row_bytes", 3), shares = shape_of("shares", 1);
+  ByteBudget made;
+  const std::string& names = file.metadata["codecs"];
+  for (std::size_t at = 0; at < names.size();) {
+    const std::size_t end = std::min(names.find(' ', at), names.size());
+    made.codecs.push_back(names.substr(at, end - at));
+    at = end + 1;
+  }
+  const bool fit = losses[0] == bytes[0] && losses[1] == bytes[1] && losses[2] == bytes[2] && losses[2] == made.codecs.size() &&
+                   losses[3] == shares[0] && losses[0] <= 4096 && losses[1] <= 4096;
+  if (!fit || shape_of("zones", 1)[0] != 2 || file.tensors.size() != 4) {
+    return error(Errc::bad_shape, "a profile has the tensors losses, row_bytes, shares and zones, of one model and {} codecs",
+                 static_cast<double>(made.codecs.size()));
+  }
+  made.num_layers = static_cast<int>(losses[0]);
+  made.num_kv_heads = static_cast<int>(losses[1]);
+  made.selector = file.metadata["selector"];
+  made.losses = std::move(file.tensors["losses"].numbers);
+  made.row_bytes = std::move(file.tensors["row_bytes"].numbers);
+  made.shares = std::move(file.tensors["shares"].numbers);
+  const float rows = file.tensors["zones"].numbers[1];
+  if (!(rows >= 0 && rows <= 1 << 21)) return error(Errc::bad_value, "{} dense rows of a head", static_cast<double>(rows));
+  made.zone_bytes = static_cast<double>(file.tensors["zones"].numbers[0]);
+  made.zone_rows = static_cast<int>(rows);
+  KVT_TRY(made.check());
+  out = std::move(made);
+  return success();
+} catch (const std::bad_alloc&) {
+  return error(Errc::out_of_memory, "out of memory while reading a profile");
+}
+
+// `told`: what else the file is to say.
+inline Status write_byte_budget(const std::string& path, const ByteBudget& profile,
+                                std::map<std::string, std::string> told) noexcept try {
+  KVT_TRY(profile.check());
+  const auto layers = static_cast<std::size_t>(profile.num_layers), heads = static_cast<std::size_t>(profile.num_kv_heads);
+  const std::size_t codecs = profile.codecs.size(), shares = profile.shares.size();
+  TensorFile file;
+  file.tensors["losses"] = {{layers, heads, codecs, shares}, profile.losses};
+  file.tensors["row_bytes"] = {{layers, heads, codecs}, profile.row_bytes};
+  file.tensors["shares"] = {{shares}, profile.shares};
+  file.tensors["zones"] = {{2}, {static_cast<float>(profile.zone_bytes), static_cast<float>(profile.zone_rows)}};
+  file.metadata = std::move(told);
+  file.metadata["format"] = bytes_format;
+  file.metadata["selector"] = profile.selector;
+  std::string& names = file.metadata["codecs"];
+  names.clear();
+  for (const auto& codec : profile.codecs) names += (names.empty() ? "" : " ") + codec;
+  return write_safetensors(path, file, FloatType::fp32);
+} catch (const std::bad_alloc&) {
+  return error(Errc::out_of_memory, "out of memory while writing a profile");
 }
 #endif
 
