@@ -202,7 +202,8 @@ ByteProfile::ByteProfile(const Common& common, SampleOptions samples, const Byte
   sample_options_.complete({continuation, repetition, "niah_single", "niah_multikey"});
   for (std::string& codec : options_.codecs) std::replace(codec.begin(), codec.end(), '+', ',');
   tokenizer_.emplace(common_.model_path());
-  model_.emplace(common_.model_path(), common_.engine);
+  const std::string& path = common_.model_path();
+  model_.emplace(options_.weights == "f32" ? dequantised(path) : path, common_.engine);
   shape_ = model_->parameters().geometry();
   const kvt::Composition names{"uniform", selector_, "fp16"};
   make_cache(names, shape_, told_of(*model_, names, common_.zones));
@@ -522,7 +523,14 @@ void ByteProfile::report(const std::string& out) {
                  codecs.c_str());
     results.push_back({{"part", part}, {"bytes", tailored.bytes}, {"lost", lost}, {"kept", kept}, {"codecs", codecs}});
   }
-  json result = {{"selector", profile.selector}, {"tasks", sample_options_.done()}, {"results", results}, {"file", out}};
+  json weights = json::array();
+  for (std::size_t l = 0; l < layer_logs_.size(); ++l)
+    weights.push_back(layer_weight(l * static_cast<std::size_t>(shape_.num_kv_heads)));
+  json result = {{"layer_weights", weights},
+                 {"selector", profile.selector},
+                 {"tasks", sample_options_.done()},
+                 {"results", results},
+                 {"file", out}};
   if (!checked_.empty()) {
     std::vector<double> predicted, measured;
     for (const Checked& one : checked_) {

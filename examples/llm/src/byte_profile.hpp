@@ -22,6 +22,7 @@ struct ByteProfileOptions {
                                      "low_rank_turbo3/turbo2",
                                      "low_rank_turbo2/turbo2"};
   std::string perturbed = "turbo2";  // the codec by which layers are weighed
+  std::string weights = "f32";       // or "file": KL of quantised weights has a floor that hides small losses
   int weighed = 2;                   // samples, at most
   int checked = 0;                   // single options whose prediction is measured
 };

@@ -23,8 +23,8 @@ struct gguf_context;
 namespace kvt_llm {
 
 struct HyperParameters {
-  int num_layers = 0, embedding = 0, rotary_dim = 0, context = 0, vocabulary = 0;
-  int num_q_heads = 0, num_kv_heads = 0, head_dim = 0;  // of the first layer
+  int num_layers = 0, embedding = 0, num_q_heads = 0, num_kv_heads = 0, head_dim = 0, rotary_dim = 0, context = 0,
+      vocabulary = 0;  // heads are those of the first layer
   float norm_epsilon = 0, rope_base = 10000;
   float rope_scale = 1;  // positions are multiplied by it
   int rope_type = 0;     // ggml's GGML_ROPE_TYPE_*
@@ -32,7 +32,7 @@ struct HyperParameters {
   bool alike() const;              // are the layers
   kvt::Geometry geometry() const;  // throws std::runtime_error if they are not
   // Of each layer that has keys of its own: num_layers.
-  std::vector<kvt::LayerShape> layers;
+  std::vector<kvt::LayerShape> layers = {};
 };
 
 enum class EngineKind { ggml, llama_cpp };

@@ -330,6 +330,9 @@ void add_profile(CLI::App& app) {
                     "name bytes:FILE");
   command->add_option("--codec", o->byte_options.codecs, "with --bytes: forms that rows may have. Join parameters by +")
       ->capture_default_str();
+  command->add_option("--weights", o->byte_options.weights, "with --bytes: f32 (dequantised, made once) or file (as they are)")
+      ->capture_default_str()
+      ->check(CLI::IsMember({"f32", "file"}));
   command->add_option("--weighed", o->byte_options.weighed, "with --bytes: samples by which layers are weighed")
       ->capture_default_str()
       ->check(CLI::PositiveNumber);
