@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 //
 // Passages: a text is cut into passages, and a hash of its bytes says whether one is there to tune by or to evaluate on.
-// Whoever profiles, trains or chooses on the one part and measures on the other has not seen what is measured, in any session
+// Whoever profiles, trains or chooses on the one part and measures on the other has not seen what is measured, in any run
 // and whatever other texts there are.
 #pragma once
 
